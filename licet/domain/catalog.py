@@ -1,0 +1,426 @@
+"""What an operator publishes, in the form both programs act on: plain immutable records and their wire form.
+
+Owns the meaning of a published document after validation, and its encoding as msgpack-able primitives. Refuses
+nothing a newer writer might add: unknown map keys are ignored, so that an older sidecar can read a newer bundle;
+an unknown *enum value* raises ``ValueError``, because acting on a rule that is only half understood is not safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Self
+
+from licet.domain.ids import LimitKey
+from licet.domain.money import Price
+from licet.domain.windows import Period
+
+Wire = dict[str, Any]
+
+
+class AttributeType(StrEnum):
+    """Types a declared context attribute can have. ``list`` is a list of strings."""
+
+    STRING = "string"
+    INT = "int"
+    DOUBLE = "double"
+    BOOL = "bool"
+    LIST = "list"
+    TIMESTAMP = "timestamp"
+
+
+AttributeValue = str | int | float | bool | list[str]
+"""A context attribute at run time. A timestamp travels as integer microseconds since the Unix epoch."""
+
+
+class Durability(StrEnum):
+    """What a decision survives once it was answered: the process, the node, or the pod and its volume."""
+
+    LOGGED = "logged"
+    SYNCED = "synced"
+    SHIPPED = "shipped"
+
+
+class UnavailableMode(StrEnum):
+    """What an action does when its quota or fresh state cannot be had."""
+
+    DENY = "deny"
+    ALLOW = "allow"
+    CAPPED = "capped"
+    LAST_KNOWN = "last_known"
+
+
+class OnExceeded(StrEnum):
+    """What a limit does once it is reached."""
+
+    DENY = "deny"
+    OVERAGE = "overage"
+    REQUIRE_APPROVAL = "require_approval"
+
+
+class RuleEffect(StrEnum):
+    """What a matching policy rule does."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+    REQUIRE_APPROVAL = "require_approval"
+
+
+class Enforcement(StrEnum):
+    """Whether a policy's outcome is answered (``enforce``), only recorded (``shadow``), or not computed (``off``)."""
+
+    ENFORCE = "enforce"
+    SHADOW = "shadow"
+    OFF = "off"
+
+
+class LicenseStatus(StrEnum):
+    """Life of a license. Whether its term has ended is computed from the term, not stored."""
+
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    CANCELED = "canceled"
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """A declared context attribute. ``default`` is ``None`` when the caller must send it."""
+
+    type: AttributeType
+    default: AttributeValue | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """What is licensed. ``unit`` is the word for one of it, such as ``token``."""
+
+    name: str
+    unit: str = "unit"
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OnUnavailable:
+    """``units_max`` bounds ``capped`` (units per window and sidecar); ``for_s_max`` bounds ``last_known`` (seconds)."""
+
+    mode: UnavailableMode = UnavailableMode.DENY
+    units_max: int = 0
+    for_s_max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What can be asked. ``meters`` maps each meter to its feature; an action of one feature has the meter ``""``."""
+
+    name: str
+    meters: Mapping[str, str]
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
+    durability: Durability = Durability.LOGGED
+    on_unavailable: OnUnavailable = OnUnavailable()
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most ``amount`` units of a feature in each ``per`` window, counted separately for each value of ``scope``.
+
+    ``scope`` is a tuple of paths, ``"subject"`` or ``"context.<attribute>"``; empty means the whole tenant.
+    ``key`` never depends on the amount or on the position in the file.
+    """
+
+    key: LimitKey
+    amount: int
+    per: Period
+    scope: tuple[str, ...] = ()
+    on_exceeded: OnExceeded = OnExceeded.DENY
+
+
+@dataclass(frozen=True, slots=True)
+class Entitlement:
+    """A feature as a plan grants it. ``seats`` 0 means the feature is not sold by seat."""
+
+    price: Price | None = None
+    limits: tuple[Limit, ...] = ()
+    seats: int = 0
+    heartbeat_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Features, limits and prices that are sold together."""
+
+    name: str
+    features: Mapping[str, Entitlement]
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule. ``when`` is CEL source; empty means always. ``approval`` names an approval chain."""
+
+    name: str
+    effect: RuleEffect
+    when: str = ""
+    approval: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Rules over the actions that match one of ``actions`` (exact names, ``prefix.*``, or ``*``)."""
+
+    name: str
+    actions: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    enforcement: Enforcement = Enforcement.ENFORCE
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A role allows the actions that match one of ``actions``. An action that no role names needs no role."""
+
+    name: str
+    actions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """Turns a feature on for ``percent`` of ``by`` ("tenant" or "subject"), the same ones each time."""
+
+    name: str
+    feature: str
+    percent: float = 100.0
+    by: str = "tenant"
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalStage:
+    """One stage of an approval chain; durations in seconds, 0 for never."""
+
+    approvers: tuple[str, ...]
+    need: int = 1
+    escalate_after_s: int = 0
+    escalate_to: tuple[str, ...] = ()
+    deny_after_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalChain:
+    """Who must say yes, in which order."""
+
+    name: str
+    stages: tuple[ApprovalStage, ...]
+
+
+Document = Feature | Action | Plan | Policy | Role | Flag | ApprovalChain
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """All documents of one bundle, by name."""
+
+    features: Mapping[str, Feature] = field(default_factory=dict)
+    actions: Mapping[str, Action] = field(default_factory=dict)
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    flags: Mapping[str, Flag] = field(default_factory=dict)
+    approval_chains: Mapping[str, ApprovalChain] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, documents: Iterable[Document]) -> Self:
+        """A catalog of ``documents``; a later one replaces an earlier one of the same kind and name."""
+        kinds: dict[type[Document], dict[str, Any]] = {kind: {} for kind in _FIELD_OF_KIND}
+        for document in documents:
+            kinds[type(document)][document.name] = document
+        return cls(**{field_name: kinds[kind] for kind, field_name in _FIELD_OF_KIND.items()})
+
+    def documents(self) -> Iterable[Document]:
+        """Every document, kinds in a fixed order, then by name."""
+        for field_name in _FIELD_OF_KIND.values():
+            by_name: Mapping[str, Document] = getattr(self, field_name)
+            for name in sorted(by_name):
+                yield by_name[name]
+
+
+@dataclass(frozen=True, slots=True)
+class License:
+    """A tenant's hold on a plan.
+
+    ``starts_s`` and ``ends_s`` are seconds since the Unix epoch, ``ends_s`` exclusive and 0 for open-ended.
+    ``addons`` maps plan names to counts, whose limit amounts are added that many times.
+    ``overrides`` maps limit keys to amounts that replace the plan's.
+    """
+
+    tenant: str
+    plan: str
+    status: LicenseStatus = LicenseStatus.ACTIVE
+    starts_s: int = 0
+    ends_s: int = 0
+    addons: Mapping[str, int] = field(default_factory=dict)
+    overrides: Mapping[str, int] = field(default_factory=dict)
+
+
+_FIELD_OF_KIND: dict[type[Document], str] = {
+    Feature: "features",
+    Action: "actions",
+    Plan: "plans",
+    Policy: "policies",
+    Role: "roles",
+    Flag: "flags",
+    ApprovalChain: "approval_chains",
+}
+
+
+def matches(patterns: Iterable[str], name: str) -> bool:
+    """Whether ``name`` is one of ``patterns``: an exact name, ``prefix.*`` (any depth below ``prefix``), or ``*``."""
+    return any(
+        pattern in ("*", name) or (pattern.endswith(".*") and name.startswith(pattern[:-1])) for pattern in patterns
+    )
+
+
+def document_to_wire(document: Document) -> Wire:
+    """The document as primitives that msgpack can carry; ``document_from_wire`` is its inverse."""
+    match document:
+        case Feature():
+            body: Wire = {"name": document.name, "unit": document.unit, "title": document.title}
+        case Action():
+            body = {
+                "name": document.name,
+                "meters": dict(document.meters),
+                "attributes": {name: [spec.type.value, spec.default] for name, spec in document.attributes.items()},
+                "durability": document.durability.value,
+                "on_unavailable": [
+                    document.on_unavailable.mode.value,
+                    document.on_unavailable.units_max,
+                    document.on_unavailable.for_s_max,
+                ],
+            }
+        case Plan():
+            features = {name: _entitlement_to_wire(entitlement) for name, entitlement in document.features.items()}
+            body = {"name": document.name, "title": document.title, "features": features}
+        case Policy():
+            body = {
+                "name": document.name,
+                "actions": list(document.actions),
+                "enforcement": document.enforcement.value,
+                "rules": [[rule.name, rule.effect.value, rule.when, rule.approval] for rule in document.rules],
+            }
+        case Role():
+            body = {"name": document.name, "actions": list(document.actions)}
+        case Flag():
+            body = {
+                "name": document.name,
+                "feature": document.feature,
+                "percent": document.percent,
+                "by": document.by,
+            }
+        case ApprovalChain():
+            stages = [
+                [list(s.approvers), s.need, s.escalate_after_s, list(s.escalate_to), s.deny_after_s]
+                for s in document.stages
+            ]
+            body = {"name": document.name, "stages": stages}
+    return {"kind": type(document).__name__, **body}
+
+
+def document_from_wire(wire: Wire) -> Document:
+    """The inverse of ``document_to_wire``.
+
+    Raises:
+        ValueError: an unknown kind or enum value, as a newer control plane might write.
+        KeyError: a field is missing.
+    """
+    name: str = wire["name"]
+    match wire["kind"]:
+        case "Feature":
+            return Feature(name, wire["unit"], wire["title"])
+        case "Action":
+            mode, units_max, for_s_max = wire["on_unavailable"]
+            return Action(
+                name=name,
+                meters=wire["meters"],
+                attributes={
+                    key: Attribute(AttributeType(type_), default)
+                    for key, (type_, default) in wire["attributes"].items()
+                },
+                durability=Durability(wire["durability"]),
+                on_unavailable=OnUnavailable(UnavailableMode(mode), units_max, for_s_max),
+            )
+        case "Plan":
+            features = {key: _entitlement_from_wire(entitlement) for key, entitlement in wire["features"].items()}
+            return Plan(name, features, wire["title"])
+        case "Policy":
+            rules = tuple(
+                Rule(rule_name, RuleEffect(effect), when, approval)
+                for rule_name, effect, when, approval in wire["rules"]
+            )
+            return Policy(name, tuple(wire["actions"]), rules, Enforcement(wire["enforcement"]))
+        case "Role":
+            return Role(name, tuple(wire["actions"]))
+        case "Flag":
+            return Flag(name, wire["feature"], wire["percent"], wire["by"])
+        case "ApprovalChain":
+            stages = tuple(
+                ApprovalStage(tuple(approvers), need, escalate_after_s, tuple(escalate_to), deny_after_s)
+                for approvers, need, escalate_after_s, escalate_to, deny_after_s in wire["stages"]
+            )
+            return ApprovalChain(name, stages)
+        case unknown:
+            raise ValueError(f"document {name!r} has the unknown kind {unknown!r}; this program is too old to read it")
+
+
+def license_to_wire(license_: License) -> Wire:
+    """The license as primitives that msgpack can carry; ``license_from_wire`` is its inverse."""
+    return {
+        "tenant": license_.tenant,
+        "plan": license_.plan,
+        "status": license_.status.value,
+        "starts_s": license_.starts_s,
+        "ends_s": license_.ends_s,
+        "addons": dict(license_.addons),
+        "overrides": dict(license_.overrides),
+    }
+
+
+def license_from_wire(wire: Wire) -> License:
+    """The inverse of ``license_to_wire``.
+
+    Raises:
+        ValueError: an unknown status.
+        KeyError: a field is missing.
+    """
+    return License(
+        tenant=wire["tenant"],
+        plan=wire["plan"],
+        status=LicenseStatus(wire["status"]),
+        starts_s=wire["starts_s"],
+        ends_s=wire["ends_s"],
+        addons=wire["addons"],
+        overrides=wire["overrides"],
+    )
+
+
+def _entitlement_to_wire(entitlement: Entitlement) -> list[Any]:
+    price = entitlement.price
+    return [
+        [price.amount_nanos, price.per_units, price.currency, price.by, dict(price.amounts_nanos)] if price else None,
+        [
+            [limit.key, limit.amount, limit.per.value, list(limit.scope), limit.on_exceeded.value]
+            for limit in entitlement.limits
+        ],
+        entitlement.seats,
+        entitlement.heartbeat_s,
+    ]
+
+
+def _entitlement_from_wire(wire: list[Any]) -> Entitlement:
+    price, limits, seats, heartbeat_s = wire
+    return Entitlement(
+        price=Price(*price) if price else None,
+        limits=tuple(
+            Limit(LimitKey(key), amount, Period(per), tuple(scope), OnExceeded(on_exceeded))
+            for key, amount, per, scope, on_exceeded in limits
+        ),
+        seats=seats,
+        heartbeat_s=heartbeat_s,
+    )

@@ -1,0 +1,74 @@
+"""Money as exact integers: billionths ("nanos") of a currency unit, so that no float ever touches a bill."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+NANOS: Final = 1_000_000_000
+AMOUNT_NANOS_MAX: Final = 2**63 - 1
+
+_DECIMAL: Final = re.compile(r"[0-9]+(\.[0-9]+)?")
+_NANOS_DIGITS: Final = 9
+_WHOLE_DIGITS_MAX: Final = 10  # AMOUNT_NANOS_MAX is 9_223_372_036 and a fraction
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What units of a feature cost: ``amount_nanos`` of ``currency`` for every ``per_units`` units.
+
+    ``by`` names the attribute (``context.model``) whose value picks the amount from ``amounts_nanos``; a value that
+    is not listed pays ``amount_nanos``.
+    """
+
+    amount_nanos: int
+    per_units: int
+    currency: str
+    by: str = ""
+    amounts_nanos: Mapping[str, int] = field(default_factory=dict)
+
+    def cost_nanos(self, units: int, by_value: str = "") -> int:
+        """Cost of ``units`` in nanos of ``currency``, rounded half to even.
+
+        For information: an invoice is computed from summed units, never by adding rounded costs.
+        """
+        amount_nanos = self.amounts_nanos.get(by_value, self.amount_nanos)
+        return divide_half_even(units * amount_nanos, self.per_units)
+
+
+def divide_half_even(numerator: int, denominator: int) -> int:
+    """``numerator / denominator`` for a positive denominator, rounded half to even, exactly."""
+    quotient, rest = divmod(numerator, denominator)
+    doubled = 2 * rest
+    if doubled > denominator or (doubled == denominator and quotient & 1):
+        return quotient + 1
+    return quotient
+
+
+def parse_nanos(text: str) -> int:
+    """Nanos of a decimal such as ``"8.00"``.
+
+    Raises:
+        ValueError: not a plain decimal, negative, finer than a billionth, or too large.
+    """
+    if not _DECIMAL.fullmatch(text):
+        raise ValueError(f"{text!r} is not a plain, non-negative decimal number such as '8.00'")
+    whole, _, fraction = text.partition(".")
+    # In digits, not with Decimal, whose context would round a long fraction before it could be refused.
+    if len(fraction.rstrip("0")) > _NANOS_DIGITS:
+        raise ValueError(f"{text!r} has more than nine decimal places")
+    if len(whole.lstrip("0")) > _WHOLE_DIGITS_MAX:
+        raise ValueError(f"{text!r} is too large")
+    nanos = int(whole) * NANOS + int(fraction[:_NANOS_DIGITS].ljust(_NANOS_DIGITS, "0"))
+    if nanos > AMOUNT_NANOS_MAX:
+        raise ValueError(f"{text!r} is too large")
+    return nanos
+
+
+def format_nanos(amount_nanos: int) -> str:
+    """The shortest exact decimal, with at least two places: ``8.00``, ``0.000012``."""
+    sign, amount_nanos = ("-", -amount_nanos) if amount_nanos < 0 else ("", amount_nanos)
+    whole, nanos = divmod(amount_nanos, NANOS)
+    return f"{sign}{whole}.{f'{nanos:09d}'.rstrip('0').ljust(2, '0')}"

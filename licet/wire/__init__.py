@@ -1,0 +1,1 @@
+"""What crosses between the programs: Redis names, signed documents, batches of usage events. No I/O."""

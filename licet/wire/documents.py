@@ -1,0 +1,165 @@
+"""Payloads of the signed documents, and of the unsigned heartbeat: what each says, in one place.
+
+=========  ==========  ============================  ====================================================
+kind       key         Redis key                     payload
+=========  ==========  ============================  ====================================================
+bundle     ``bundle``  ``licet:doc:bundle``          ``Manifest``: digests of the chunks with the documents
+license    tenant      ``licet:{tenant}:license``    ``licet.domain.catalog.License``
+head       ``head``    ``licet:head``                ``Head``: "this server's contents were checked"
+ack        log id      ``licet:acked`` (hash)        none; the revision is the watermark, the generation the ledger's
+=========  ==========  ============================  ====================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Self
+
+from licet.domain.catalog import Catalog, Document, document_from_wire, document_to_wire
+from licet.wire import envelope
+
+BUNDLE: Final = "bundle"
+LICENSE: Final = "license"
+HEAD: Final = "head"
+ACK: Final = "ack"
+BUNDLE_KEY: Final = "bundle"
+HEAD_KEY: Final = "head"
+
+CHUNK_COUNT: Final = 256
+"""Chunks a bundle is cut into, at most. Of 10,000 rules of 200 bytes, one changed rule then moves about 8 KB."""
+_CHUNK_KIND: Final = "chunk"
+_HEARTBEAT_KIND: Final = "heartbeat"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a bundle consists of: the SHA-256 (hex) of each chunk, in order. ``observe`` answers everything APPROVED."""
+
+    chunks: tuple[str, ...]
+    observe: bool = False
+    message: str = ""
+    published_us: int = 0
+
+    def to_payload(self) -> dict[str, Any]:
+        """As msgpack-able primitives."""
+        return asdict(self)
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        """The inverse of ``to_payload``; unknown keys are ignored.
+
+        Raises:
+            KeyError: the chunks are missing.
+        """
+        return cls(tuple(payload["chunks"]), bool(payload["observe"]), payload["message"], int(payload["published_us"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Said each second, only after the contents of the Redis server ``run_id`` were checked against the database.
+
+    ``at_us`` is the control plane's clock, microseconds since the Unix epoch; ``epoch`` the newest epoch of quota
+    registers; ``live`` the number of sidecars heard of lately, at least 1.
+    """
+
+    at_us: int
+    run_id: str
+    epoch: int
+    live: int
+
+    def to_payload(self) -> dict[str, Any]:
+        """As msgpack-able primitives."""
+        return asdict(self)
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        """The inverse of ``to_payload``; unknown keys are ignored.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        return cls(payload["at_us"], payload["run_id"], payload["epoch"], max(1, payload["live"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What a sidecar says of itself each second, unsigned: for operators and the publishing barrier.
+
+    ``*_us`` are the sidecar's clock. ``asserted_epoch`` and ``asserted_run`` name the newest (epoch, run) under which
+    it has asserted every lease it holds. ``log_bytes`` counts what the ledger has not committed yet.
+    """
+
+    sidecar: str
+    incarnation: int
+    at_us: int
+    started_us: int
+    address: str
+    version: str
+    ready: bool
+    draining: bool
+    generation: int
+    revision: int
+    as_of_us: int
+    asserted_epoch: int
+    asserted_run: str
+    tenants_held: int
+    log_last_seq: int
+    log_acked_seq: int
+    log_bytes: int
+    hostname: str = ""
+    pid: int = 0
+
+    def pack(self) -> bytes:
+        """In an envelope, for the registry."""
+        return envelope.pack(_HEARTBEAT_KIND, asdict(self))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """The inverse of ``pack``; unknown keys are ignored.
+
+        Raises:
+            EnvelopeError: not a heartbeat.
+        """
+        body = envelope.unpack(_HEARTBEAT_KIND, data)
+        try:
+            return cls(**{name: body[name] for name in cls.__slots__})
+        except (KeyError, TypeError) as error:
+            raise envelope.EnvelopeError(f"heartbeat: field {error} is missing") from error
+
+
+def digest_of(data: bytes) -> str:
+    """SHA-256, hex: names a chunk, and tells a repeated change from a different one with the same id."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def chunk_catalog(catalog: Catalog) -> list[bytes]:
+    """The catalog cut into at most ``CHUNK_COUNT`` chunks, by the hash of each document's kind and name.
+
+    The same documents always give the same chunks, so that a push moves only those that hold a change.
+    """
+    documents_by_bucket: dict[int, list[Document]] = {}
+    for document in catalog.documents():
+        name = f"{type(document).__name__}/{document.name}"
+        bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % CHUNK_COUNT
+        documents_by_bucket.setdefault(bucket, []).append(document)
+    return [
+        envelope.pack(_CHUNK_KIND, [document_to_wire(document) for document in documents])
+        for _, documents in sorted(documents_by_bucket.items())
+    ]
+
+
+def catalog_of_chunks(chunks: Iterable[bytes], digests: Sequence[str]) -> Catalog:
+    """The inverse of ``chunk_catalog``, when the chunks are exactly those the signed manifest names.
+
+    Raises:
+        ValueError: a chunk is missing, altered, or written by a newer program.
+    """
+    chunks = list(chunks)
+    if [digest_of(chunk) for chunk in chunks] != list(digests):
+        raise ValueError("the chunks are not those that the manifest names")
+    try:
+        return Catalog.of(document_from_wire(wire) for chunk in chunks for wire in envelope.unpack(_CHUNK_KIND, chunk))
+    except KeyError as error:
+        raise ValueError(f"a document of the bundle lacks {error}") from error

@@ -1,0 +1,169 @@
+"""Usage events and the batches that carry them from a sidecar's log to the ledger.
+
+An event is packed once, when it is decided, and travels as those bytes: the log, the stream and the ledger's digest
+all see the same. A log is named by ``<sidecar>:<incarnation>``; its sequence numbers start at 1 and have no gaps.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Self
+
+import msgpack
+
+from licet.domain.catalog import AttributeValue
+from licet.wire import envelope
+
+FLAG_STALE: Final = 1
+FLAG_DEGRADED: Final = 2
+FLAG_OVERAGE: Final = 4
+FLAG_OBSERVED: Final = 8
+"""The bundle was pushed in observe mode: the caller was answered APPROVED, ``effect`` is what would have been."""
+
+BATCH_EVENTS_MAX: Final = 4_096
+BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
+"""Uncompressed. A Redis stream entry should stay small enough not to stall the server."""
+_BATCH_KIND: Final = "usage"
+
+
+class UsageEvent(NamedTuple):
+    """The record of one decision, in wire order. Append fields at the end; never reorder.
+
+    ``at_us`` is the sidecar's clock, microseconds since the Unix epoch. ``units`` are the units asked, by feature;
+    they were taken when ``effect`` is APPROVED (or the event is flagged OBSERVED). ``spends`` are ``[quota, units]``
+    pairs: which quota register of this sidecar they were taken from. ``shadow`` names the rules of shadow policies that
+    matched, as ``policy/rule=effect``.
+    """
+
+    seq: int
+    at_us: int
+    tenant: str
+    subject_type: str
+    subject_id: str
+    on_behalf_of: str
+    action: str
+    effect: int
+    reason: int
+    rule: str
+    revision: int
+    units: dict[str, int]
+    cost_nanos: int
+    currency: str
+    flags: int
+    idempotency_key: str
+    resource_type: str
+    resource_id: str
+    context: dict[str, AttributeValue]
+    spends: list[tuple[str, int]]
+    shadow: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class UsageBatch:
+    """Events ``first_seq`` to ``last_seq`` of one log, each as its packed bytes.
+
+    ``decision_prefix`` is 8 random bytes of the incarnation: a decision's id is the prefix and the sequence number.
+    ``previous_incarnation`` and ``previous_last_seq`` say where the predecessor's log ended (0, 0 for the first), so
+    that a lost tail shows as a gap.
+    """
+
+    sidecar: str
+    incarnation: int
+    previous_incarnation: int
+    previous_last_seq: int
+    decision_prefix: bytes
+    first_seq: int
+    last_seq: int
+    events: tuple[bytes, ...]
+
+    @property
+    def log_id(self) -> str:
+        """Names the log in acknowledgements and watermarks."""
+        return log_id(self.sidecar, self.incarnation)
+
+    def pack(self) -> bytes:
+        """Compressed, in an envelope."""
+        return envelope.pack(
+            _BATCH_KIND,
+            [
+                self.sidecar,
+                self.incarnation,
+                self.previous_incarnation,
+                self.previous_last_seq,
+                self.decision_prefix,
+                self.first_seq,
+                self.last_seq,
+                zlib.compress(b"".join(self.events), level=1),
+            ],
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """The inverse of ``pack``.
+
+        Raises:
+            EnvelopeError: not a batch, damaged, too large, or its events are not exactly ``first_seq…last_seq``.
+        """
+        try:
+            sidecar, incarnation, prev_incarnation, prev_last, prefix, first, last, packed = envelope.unpack(
+                _BATCH_KIND, data
+            )
+            inflater = zlib.decompressobj()
+            raw = inflater.decompress(packed, envelope.MESSAGE_BYTES_MAX)
+            if inflater.unconsumed_tail:
+                raise envelope.EnvelopeError("usage: the batch is larger than is accepted")
+            events = _split(raw)
+        except (ValueError, TypeError, zlib.error) as error:
+            if isinstance(error, envelope.EnvelopeError):
+                raise
+            raise envelope.EnvelopeError(f"usage: damaged batch: {error}") from error
+        seqs = [event_seq(event) for event in events]
+        if not seqs or seqs != list(range(first, last + 1)):
+            raise envelope.EnvelopeError(f"usage: batch {first}…{last} of {sidecar} does not hold exactly these events")
+        return cls(sidecar, incarnation, prev_incarnation, prev_last, prefix, first, last, tuple(events))
+
+
+def log_id(sidecar: str, incarnation: int) -> str:
+    """``<sidecar>:<incarnation>``."""
+    return f"{sidecar}:{incarnation}"
+
+
+def decision_id(prefix: bytes, seq: int) -> str:
+    """32 hex digits: unique, and enough to find the event in the ledger."""
+    return f"{prefix.hex()}{seq:016x}"
+
+
+def unpack_event(data: bytes) -> UsageEvent:
+    """The event of packed bytes; fields a newer sidecar appended are ignored.
+
+    Raises:
+        EnvelopeError: not an event.
+    """
+    try:
+        fields: Sequence[Any] = msgpack.unpackb(data, raw=False, strict_map_key=False)
+        return UsageEvent(*fields[: len(UsageEvent._fields)])
+    except (ValueError, TypeError) as error:
+        raise envelope.EnvelopeError(f"usage: damaged event: {error}") from error
+
+
+def event_seq(data: bytes) -> int:
+    """The sequence number of a packed event, without unpacking the rest."""
+    unpacker = msgpack.Unpacker(raw=False)
+    unpacker.feed(data[:16])
+    unpacker.read_array_header()
+    return int(unpacker.unpack())
+
+
+def _split(raw: bytes) -> list[bytes]:
+    unpacker = msgpack.Unpacker(raw=False, strict_map_key=False, max_buffer_size=envelope.MESSAGE_BYTES_MAX)
+    unpacker.feed(raw)
+    events: list[bytes] = []
+    start = 0
+    while start < len(raw):
+        unpacker.skip()
+        end = unpacker.tell()
+        events.append(raw[start:end])
+        start = end
+    return events
