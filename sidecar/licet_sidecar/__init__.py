@@ -1,0 +1,1 @@
+"""The data plane: one in each pod, deciding from memory, holding leases, recording every answer."""

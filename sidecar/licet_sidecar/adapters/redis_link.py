@@ -1,0 +1,116 @@
+"""Connections to Redis, and the translation of its errors. Everything else of redis-py stays inside the adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    RedisError,
+    ResponseError,
+)
+
+from licet_sidecar.ports import LinkDown, LinkRefused
+
+COMMAND_TIMEOUT_S: Final = 1.0
+"""After this long without a reply the link counts as down. The hot path never waits for it: checks have deadlines."""
+
+BLOCK_SLACK_S: Final = 2.0
+"""How much longer than a blocking read was asked to block its socket waits."""
+
+CONNECTIONS_MAX: Final = 8
+
+_TRANSIENT_CODES: Final = re.compile(
+    r"^(READONLY|LOADING|OOM|MISCONF|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|MOVED|ASK|BUSY|NOREPLICAS|UNKILLABLE)\b"
+)
+
+
+def connect(url: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> Redis:
+    """A client that fails fast and repeats nothing by itself: who repeats a call, and when, is decided here.
+
+    Raises:
+        LinkRefused: the URL is not one.
+    """
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=COMMAND_TIMEOUT_S,
+            socket_keepalive=True,
+            max_connections=CONNECTIONS_MAX,
+            retry=Retry(NoBackoff(), 0),
+            retry_on_error=[],
+            decode_responses=False,
+            client_name="licet-sidecar",
+        )
+    except ValueError as error:
+        raise LinkRefused(f"Redis URL {without_password(url)!r}: {error}; give redis://host:port/0") from error
+
+
+@asynccontextmanager
+async def translated(url: str) -> AsyncIterator[None]:
+    """Turns errors of redis-py into ``LinkDown`` and ``LinkRefused``."""
+    try:
+        yield
+    except (AuthenticationError, AuthorizationError) as error:
+        raise LinkRefused(
+            f"Redis at {without_password(url)} refuses the login: {error}; check user and password in LICET_REDIS_URL"
+        ) from error
+    except NoPermissionError as error:
+        raise LinkRefused(
+            f"Redis at {without_password(url)} lacks a permission for this user: {error}; see the shipped ACL rules"
+        ) from error
+    except ResponseError as error:
+        text = str(error)
+        if "NOAUTH" in text or "WRONGPASS" in text or "invalid username-password" in text:
+            raise LinkRefused(
+                f"Redis at {without_password(url)} refuses the login: {text}; check LICET_REDIS_URL"
+            ) from error
+        raise LinkDown(f"Redis at {without_password(url)} answers: {text}") from error
+    except (RedisError, OSError, TimeoutError) as error:
+        raise LinkDown(
+            f"Redis at {without_password(url)} cannot be reached: {str(error) or type(error).__name__}"
+        ) from error
+
+
+def failure_of(error: Exception, url: str) -> Exception:
+    """The translated form of an error that a pipeline returned as one of its results."""
+    if isinstance(error, NoPermissionError | AuthenticationError):
+        return LinkRefused(f"Redis at {without_password(url)}: {error}; see the shipped ACL rules")
+    return LinkDown(f"Redis at {without_password(url)} answers: {error}")
+
+
+def is_transient(text: str) -> bool:
+    """Whether an error reply is one that passes by itself (failover, loading, memory)."""
+    return bool(_TRANSIENT_CODES.match(text))
+
+
+def without_password(url: str) -> str:
+    """The URL fit for a log."""
+    return re.sub(r"://[^@/]*@", "://…@", url)
+
+
+def decoded(value: Any) -> str:
+    """A reply's string."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+async def run_id_of(execute: Callable[..., Awaitable[Any]]) -> str:
+    """The run id of the server that ``execute`` talks to."""
+    return run_id_in(await execute("INFO", "server"))
+
+
+def run_id_in(info: Any) -> str:
+    """The run id in a reply to ``INFO server``, as text or as redis-py parsed it."""
+    if isinstance(info, dict):
+        return decoded(info.get("run_id", ""))
+    match = re.search(r"run_id:(\w+)", decoded(info))
+    return match.group(1) if match else ""

@@ -1,0 +1,192 @@
+-- settle: the one script by which a sidecar moves units between itself and the quotas of one tenant.
+--
+-- It reports what the sidecar spent (u) and reserved (h), returns what it no longer holds, and acquires more, for any
+-- number of quotas, all or nothing. Repeating a call verbatim repeats its answer. All checks come before all writes,
+-- because Lua keeps the writes that came before an error.
+--
+-- KEYS  1      the tenant's mark            (layout: licet/wire/registers.py)
+--       2…     one quota hash each
+-- ARGV  1 sidecar  2 incarnation  3 op  4 epoch  5 run  6 revision  7 live sidecars (at least 1)
+--       8 window grace, seconds  9 seconds a quota hash outlives its grace
+--       then ten for each quota:
+--         limit key, marker name, window start, window end (seconds, end exclusive),
+--         cap (what the sidecar believes it holds), u, h, want, min (units; want = min = 0: report or return)
+--         and the amount the sidecar believes the limit has
+-- Answer: status, sidecar, incarnation, op, epoch, run, phase, Redis time in ms, then
+--         OK:     for each quota  g, granted by this call, u, amount, sum, used, wanted (1 when others lack units)
+--         else:   the number of the quota it is about (1…), or 0
+-- Status: OK | LEARN (no mark, or a quota hash is lost) | STALE (the pair is not the mark's) | UNPUBLISHED (the mark
+--         is older than the caller's revision) | CLOSED (the window is over) | EARLY (the caller's clock is ahead) |
+--         SEALED (take a new sidecar id) | FENCED (a newer call was seen)
+--
+-- Units are integers in [0, 2^53). Invariants: sum = base + Σ g; used = base + Σ (u + h); u + h <= g for each
+-- register; a grant implies sum <= amount.
+
+local UNITS_MAX = 9007199254740991
+local ARGUMENTS_BEFORE = 9
+local ARGUMENTS_EACH = 10
+local GENEROUS_SHARE = 64 -- far from the limit a lease is at least remaining / (GENEROUS_SHARE * live)
+local FAIR_SHARE = 2      -- a lease is at most remaining / (FAIR_SHARE * live), or what the waiting call needs
+local WANTED_MS = 2000    -- how long idle holders are asked to return units after a call fell short
+
+local function text(number) return string.format('%.0f', number) end
+
+local function units(value)
+  local number = tonumber(value)
+  if not number or number < 0 or number > UNITS_MAX or number ~= math.floor(number) then return nil end
+  return number
+end
+
+local mark_key = KEYS[1]
+local sidecar = ARGV[1]
+local incarnation, op = tonumber(ARGV[2]), tonumber(ARGV[3])
+local revision = tonumber(ARGV[6])
+local live = math.max(1, tonumber(ARGV[7]))
+local grace_s, kept_s = tonumber(ARGV[8]), tonumber(ARGV[9])
+local time = redis.call('TIME')
+local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local now_s = tonumber(time[1])
+
+local mark = redis.call('HMGET', mark_key, 'epoch', 'run', 'phase', 'revision')
+local epoch, run, phase, mark_revision = mark[1], mark[2], mark[3], tonumber(mark[4])
+
+local function answer(status, quota)
+  return {status, sidecar, ARGV[2], ARGV[3], epoch or '0', run or '', phase or '', text(now_ms), quota or 0}
+end
+
+-- 1. The mark.
+if not epoch then return answer('LEARN', 0) end
+local server_run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+if run ~= server_run then
+  -- Another server, or the same one restarted: writes may be lost. Nothing is granted until it was learned again.
+  run, phase = server_run, 'learning'
+  redis.call('HSET', mark_key, 'run', run, 'phase', phase, 'since', text(now_ms))
+end
+if ARGV[4] ~= epoch or ARGV[5] ~= run then return answer('STALE', 0) end
+
+-- 2. Each quota: read and check, write nothing.
+local quotas = {}
+local short, adopting, repeating = false, false, false
+for i = 2, #KEYS do
+  local at = ARGUMENTS_BEFORE + (i - 2) * ARGUMENTS_EACH
+  local q = {
+    key = KEYS[i], limit = ARGV[at + 1], marker = ARGV[at + 2],
+    starts = tonumber(ARGV[at + 3]), ends = tonumber(ARGV[at + 4]),
+    cap = units(ARGV[at + 5]), u = units(ARGV[at + 6]), h = units(ARGV[at + 7]),
+    want = units(ARGV[at + 8]), min = units(ARGV[at + 9]), believed = units(ARGV[at + 10]),
+  }
+  if not (q.cap and q.u and q.h and q.want and q.min and q.believed) or q.u + q.h > UNITS_MAX then
+    return redis.error_reply('LICET quota ' .. (i - 1) .. ': units must be integers from 0 to 2^53 - 1')
+  end
+  if now_s >= q.ends + grace_s then return answer('CLOSED', i - 1) end
+  if q.starts > now_s + grace_s then return answer('EARLY', i - 1) end
+
+  local state = redis.call('HMGET', q.key, 'base', 'sum', 'used', 'wanted', 'r|' .. sidecar)
+  q.exists = state[2] and true or false
+  q.base, q.sum, q.used = tonumber(state[1] or '0'), tonumber(state[2] or '0'), tonumber(state[3] or '0')
+  q.wanted = tonumber(state[4] or '0')
+
+  -- The marker remembers the two newest windows a hash was made for. At most two can be open at once, because
+  -- neither CLOSED nor EARLY lets a third in as long as the grace is at most half of the shortest window.
+  local marker = redis.call('HGET', mark_key, 'm|' .. q.marker)
+  local newest, newest_end, previous = nil, nil, nil
+  if marker then
+    newest, newest_end, previous = string.match(marker, '^(%d+)|(%d+)|(%d+)$')
+    newest, previous = tonumber(newest), tonumber(previous)
+  end
+  if not marker then
+    q.new_marker = text(q.starts) .. '|' .. text(q.ends) .. '|0'
+  elseif q.starts > newest then
+    q.new_marker = text(q.starts) .. '|' .. text(q.ends) .. '|' .. text(newest)
+  elseif q.starts < newest and q.starts > previous then
+    q.new_marker = text(newest) .. '|' .. newest_end .. '|' .. text(q.starts)
+  elseif not q.exists then
+    if q.starts < newest and q.starts < previous then return answer('CLOSED', i - 1) end
+    if phase == 'open' then return answer('LEARN', i - 1) end -- a marker without its hash is a loss, never new
+  end
+
+  if state[5] then
+    local g, u, h, r_incarnation, r_op, r_epoch, r_run, _, sealed, d =
+      string.match(state[5], '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%w+)|(%d+)|(%d)|(%d+)$')
+    if not g then return redis.error_reply('LICET quota ' .. (i - 1) .. ': the register is damaged') end
+    if sealed == '1' then return answer('SEALED', i - 1) end
+    r_incarnation, r_op = tonumber(r_incarnation), tonumber(r_op)
+    if r_incarnation > incarnation or (r_incarnation == incarnation and r_op > op) then
+      return answer('FENCED', i - 1)
+    end
+    if r_incarnation == incarnation and r_op == op then repeating = true end
+    q.g, q.old_g, q.old_used, q.d = tonumber(g), tonumber(g), tonumber(u) + tonumber(h), tonumber(d)
+    -- What was spent stays spent: a sidecar that forgot (its clock stepped back over a window's end) is told.
+    q.u = math.max(q.u, tonumber(u))
+    q.asserted = r_epoch == epoch and r_run == run
+  else
+    q.g, q.old_g, q.old_used, q.d = 0, 0, 0, 0
+    -- A sidecar that holds nothing has nothing to assert: its first lease can be granted at once.
+    q.asserted = q.cap == 0 and q.u + q.h == 0
+  end
+  quotas[#quotas + 1] = q
+end
+
+local function result()
+  local reply = answer('OK', 0)
+  reply[9] = nil
+  for _, q in ipairs(quotas) do
+    local amount = units(redis.call('HGET', mark_key, 'l|' .. q.limit) or '0') or 0
+    for _, value in ipairs({q.g, q.d, q.u, amount, q.sum, q.used, q.wanted > now_ms and 1 or 0}) do
+      reply[#reply + 1] = text(value)
+    end
+  end
+  return reply
+end
+
+-- 3. The same call again: the same answer.
+if repeating then return result() end
+
+-- 4. What each register becomes, computed before anything is written.
+for i, q in ipairs(quotas) do
+  local floor = q.u + q.h
+  local acquiring = q.want > 0 or q.min > 0
+  q.d = 0
+  if not q.asserted then
+    q.g = math.max(q.cap, floor) -- exactly, even past the limit: these units were spent or may be
+    adopting = adopting or acquiring
+  elseif not acquiring then
+    q.g = math.max(q.cap, floor)
+  elseif q.g > q.cap then
+    q.g = math.max(q.g, floor) -- the reply to an earlier grant was lost: the answer tells, and grants nothing
+    adopting = true
+  else
+    q.g = math.max(q.cap, floor)
+  end
+  q.sum = q.sum + q.g - q.old_g
+  q.used = q.used + floor - q.old_used
+  if acquiring then
+    local amount = units(redis.call('HGET', mark_key, 'l|' .. q.limit) or '')
+    if mark_revision < revision and amount ~= q.believed then return answer('UNPUBLISHED', i) end
+    local remaining = math.max(0, (amount or 0) - q.sum)
+    if remaining < q.min then
+      q.short, short = true, true
+    else
+      local share = math.max(q.want, math.floor(remaining / (GENEROUS_SHARE * live)))
+      share = math.min(share, math.floor(remaining / (FAIR_SHARE * live)))
+      q.grant = math.min(math.max(q.min, share), remaining)
+    end
+  end
+end
+
+-- 5. Write.
+for _, q in ipairs(quotas) do
+  if q.grant and phase == 'open' and not short and not adopting then
+    q.d = q.grant
+    q.g = q.g + q.d
+    q.sum = q.sum + q.d
+  end
+  if q.short then q.wanted = now_ms + WANTED_MS end
+  local register = table.concat({text(q.g), text(q.u), text(q.h), text(incarnation), text(op), epoch, run,
+    text(now_ms), '0', text(q.d)}, '|')
+  redis.call('HSET', q.key, 'base', text(q.base), 'sum', text(q.sum), 'used', text(q.used), 'wanted', text(q.wanted),
+    'r|' .. sidecar, register)
+  redis.call('EXPIREAT', q.key, q.ends + grace_s + kept_s)
+  if q.new_marker then redis.call('HSET', mark_key, 'm|' .. q.marker, q.new_marker) end
+end
+return result()

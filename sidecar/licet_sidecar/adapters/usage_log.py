@@ -1,0 +1,437 @@
+"""The write-ahead log: usage events, and what a restarted sidecar must know of its leases.
+
+*Files.* ``usage-<sidecar>-<incarnation>-<first seq>.log`` in the state directory. A file is made whole (header, the
+leases held at that moment, the newest revision acted on) under another name and renamed, so that the newest file
+alone tells what is held. Records follow: length, CRC-32, kind, payload.
+
+*Promises.* When ``append`` returns, the records are in the kernel: they survive the process (``logged``). Only records
+below ``synced`` survived ``fdatasync``, and only those may be shipped. A torn tail, which a killed process or a power
+loss leaves, is cut off on recovery; a valid record never is. Damage before the tail is reported, not skipped.
+
+*Concurrency.* ``append`` and ``rotate`` are called from the event loop. ``sync`` and ``read_events`` may run in a
+thread: they touch only what was written before they were called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import msgpack
+
+from licet.domain.ids import LimitKey
+from licet.wire import envelope, usage
+from licet_sidecar.core.leases import Lease
+
+SEGMENT_BYTES: Final = 16 * 1024 * 1024
+"""When a segment is closed. About 80,000 events: small enough that acknowledged space comes back soon."""
+
+RETAINED_S: Final = 600
+"""How long an acknowledged segment stays, so that a repeated call with the same idempotency key is still answered."""
+
+_FRAME: Final = struct.Struct("<IIB")
+_NAME: Final = re.compile(r"usage-([0-9a-f]{32})-(\d{10})-(\d{16})\.log")
+_HEADER_KIND: Final = "usage-log"
+_READ_BYTES: Final = 1024 * 1024
+_RECORD_BYTES_MAX: Final = 1024 * 1024
+
+EVENT: Final = 1
+LEASE: Final = 2
+HEADER: Final = 3
+FLOOR: Final = 4
+
+
+class UsageLogError(Exception):
+    """The log cannot take a record: it is full, or the disk is. The decision must not be approved by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogHeader:
+    """Whose log it is, and where the log of the incarnation before it ended (0, 0 for the first)."""
+
+    sidecar: str
+    incarnation: int
+    previous_incarnation: int
+    previous_last_seq: int
+    decision_prefix: bytes
+    first_seq: int
+
+
+@dataclass(slots=True)
+class Segment:
+    """One file. ``last_seq`` is ``first_seq - 1`` while it holds no event. ``size`` ends at the last whole record."""
+
+    path: Path
+    header: LogHeader
+    size: int
+    last_seq: int
+
+
+@dataclass(slots=True)
+class Recovered:
+    """What the newest segment of this id's last incarnation tells."""
+
+    leases: dict[tuple[str, str], Lease] = field(default_factory=dict)
+    """By (tenant, quota)."""
+    floor: tuple[int, int] = (0, 0)
+    """Newest (generation, revision) that was acted on."""
+    recent_events: list[tuple[bytes, bytes]] = field(default_factory=list)
+    """(decision prefix, packed event) of the latest events, for idempotency keys; oldest first."""
+    damaged: list[str] = field(default_factory=list)
+    """One sentence for each file with damage before its tail."""
+
+
+def frame(kind: int, payload: bytes) -> bytes:
+    """One record, ready to be appended."""
+    return _FRAME.pack(len(payload), zlib.crc32(payload, kind), kind) + payload
+
+
+def lease_record(tenant: str, lease: Lease) -> bytes:
+    """A record of what is held: absolute values, so that the newest one and the events after it tell all."""
+    return frame(
+        LEASE,
+        msgpack.packb(
+            [tenant, lease.limit_key, lease.scope, lease.start, lease.end, lease.amount, lease.cap, lease.used]
+        ),
+    )
+
+
+def floor_record(generation: int, revision: int) -> bytes:
+    """A record of the newest revision acted on: a restart must not answer from an older one."""
+    return frame(FLOOR, msgpack.packb([generation, revision]))
+
+
+class UsageLog:
+    """The log of one incarnation, and the older ones that the ledger has not committed yet."""
+
+    def __init__(self, directory: Path, *, bytes_max: int) -> None:
+        """``bytes_max`` bounds all files together. Nothing is written before ``start``."""
+        self._directory = directory
+        self._bytes_max = bytes_max
+        self.segments: list[Segment] = []
+        self._descriptor = -1
+        self._header: LogHeader | None = None
+        self.last_seq = 0
+        self.synced_seq = 0
+        self._total_bytes = 0
+        self._resume: dict[Path, tuple[int, int]] = {}  # where the last reading ended: (next seq, offset)
+
+    # Starting
+
+    def recover(self, sidecar: str, incarnation: int, *, recent_max: int, now_s: float) -> Recovered:
+        """Reads what is there: older logs to be shipped, and the leases of ``incarnation`` (0 for none).
+
+        Cuts torn tails off. ``recent_max`` bounds ``recent_events``.
+
+        Raises:
+            UsageLogError: a file cannot be read.
+        """
+        recovered = Recovered()
+        names = sorted(
+            (match.groups(), path) for path in self._directory.iterdir() if (match := _NAME.fullmatch(path.name))
+        )
+        # Age first: files of several ids (after a clone) are shipped in the order they were written.
+        paths = sorted((path for _, path in names), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        for path in paths:
+            self._recover_segment(path, recovered)
+        mine = [s for s in self.segments if (s.header.sidecar, s.header.incarnation) == (sidecar, incarnation)]
+        if mine and incarnation:
+            mine.sort(key=lambda segment: segment.header.first_seq)
+            self._recover_leases(mine[-1], recovered)
+            recent_after = now_s - RETAINED_S
+            for segment in mine:
+                if segment.path.stat().st_mtime >= recent_after:
+                    prefix = segment.header.decision_prefix
+                    recovered.recent_events.extend((prefix, event) for event, _ in _events(segment))
+                    del recovered.recent_events[:-recent_max]
+        self._total_bytes = sum(segment.size for segment in self.segments)
+        return recovered
+
+    def start(self, header: LogHeader, records: Sequence[bytes]) -> None:
+        """Begins the log of this incarnation, with ``records`` (leases, floor) at its head.
+
+        Raises:
+            UsageLogError: the disk does not take it.
+        """
+        self._header = header
+        self.last_seq = self.synced_seq = header.first_seq - 1
+        self._open_segment(header, records)
+
+    @property
+    def header(self) -> LogHeader:
+        """The header of this incarnation's log."""
+        assert self._header is not None, "start() first"
+        return self._header
+
+    # Writing
+
+    def append(self, records: bytes, events: int) -> None:
+        """Appends framed records, ``events`` of which are usage events numbered on from ``last_seq``.
+
+        All or nothing: on failure the log is as before.
+
+        Raises:
+            UsageLogError: the log or the disk is full, or the disk failed.
+        """
+        segment = self.segments[-1]
+        if self._total_bytes + len(records) > self._bytes_max:
+            raise UsageLogError(f"the usage log holds its maximum of {self._bytes_max:,} bytes")
+        try:
+            written = os.pwrite(self._descriptor, records, segment.size)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, segment.size)
+            raise UsageLogError(f"the usage log cannot be written: {error.strerror}") from error
+        if written != len(records):
+            # Cut the part off; if that fails too, the next append overwrites it, and recovery sees a torn tail.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, segment.size)
+            raise UsageLogError("the usage log cannot be written: the disk is full")
+        segment.size += written
+        self._total_bytes += written
+        self.last_seq += events
+        segment.last_seq = self.last_seq
+
+    @property
+    def wants_rotation(self) -> bool:
+        """Whether the present segment is large enough to be closed."""
+        return self.segments[-1].size >= SEGMENT_BYTES
+
+    def rotate(self, records: Sequence[bytes]) -> None:
+        """Goes on in a new segment, with ``records`` (all leases held, the floor) at its head.
+
+        Raises:
+            UsageLogError: the disk does not take it; the present segment stays in use.
+        """
+        header = self.header
+        previous = self._descriptor
+        self._open_segment(
+            LogHeader(
+                header.sidecar,
+                header.incarnation,
+                header.previous_incarnation,
+                header.previous_last_seq,
+                header.decision_prefix,
+                self.last_seq + 1,
+            ),
+            records,
+        )
+        os.fdatasync(previous)
+        os.close(previous)
+
+    def sync(self) -> int:
+        """Makes everything appended so far survive a power loss. Blocks; returns the last sequence number covered.
+
+        Raises:
+            UsageLogError: the disk failed: nothing more of this log may be shipped.
+        """
+        seq = self.last_seq
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            raise UsageLogError(f"the usage log cannot be synced: {error.strerror}") from error
+        self.synced_seq = max(self.synced_seq, seq)
+        return seq
+
+    def close(self) -> None:
+        """Syncs and closes the present segment."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(UsageLogError):
+                self.sync()
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    # Shipping
+
+    def logs(self) -> list[tuple[LogHeader, int]]:
+        """Each log that still has files, oldest first, with its last sequence number."""
+        last: dict[tuple[str, int], tuple[LogHeader, int]] = {}
+        for segment in self.segments:
+            key = (segment.header.sidecar, segment.header.incarnation)
+            seen = last.get(key)
+            last[key] = (seen[0] if seen else segment.header, max(segment.last_seq, seen[1] if seen else 0))
+        return list(last.values())
+
+    def read_events(
+        self, sidecar: str, incarnation: int, first_seq: int, last_seq: int, *, events_max: int, bytes_max: int
+    ) -> list[bytes]:
+        """Packed events ``first_seq…`` of a log, contiguous, at most so many; empty when they are gone or not there."""
+        found: list[bytes] = []
+        found_bytes = 0
+        for segment in [s for s in self.segments if (s.header.sidecar, s.header.incarnation) == (sidecar, incarnation)]:
+            if segment.last_seq < first_seq or segment.header.first_seq > last_seq:
+                continue
+            if found and segment.header.first_seq != first_seq + len(found):
+                break  # events between the segments were damaged
+            seq, start = self._resume.get(segment.path, (segment.header.first_seq, 0))
+            if seq > first_seq:
+                seq, start = segment.header.first_seq, 0
+            for event, end in _events(segment, start):
+                if seq >= first_seq:
+                    if seq > last_seq or len(found) == events_max or found_bytes + len(event) > bytes_max:
+                        return found
+                    found.append(event)
+                    found_bytes += len(event)
+                seq += 1
+                self._resume[segment.path] = (seq, end)
+        return found
+
+    def release(self, sidecar: str, incarnation: int, watermark: int, now_s: float) -> None:
+        """Deletes segments the ledger has committed up to ``watermark``, once they are past the retention."""
+        for segment in list(self.segments):
+            header = segment.header
+            if (header.sidecar, header.incarnation) != (sidecar, incarnation) or segment.last_seq > watermark:
+                continue
+            if segment is self.segments[-1] and self._header is not None:
+                continue
+            with contextlib.suppress(OSError):
+                if now_s - segment.path.stat().st_mtime < RETAINED_S:
+                    continue
+                segment.path.unlink()
+            self.segments.remove(segment)
+            self._resume.pop(segment.path, None)
+            self._total_bytes -= segment.size
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files."""
+        return self._total_bytes
+
+    def _open_segment(self, header: LogHeader, records: Sequence[bytes]) -> None:
+        path = self._directory / f"usage-{header.sidecar}-{header.incarnation:010d}-{header.first_seq:016d}.log"
+        temporary = path.with_suffix(".new")
+        head = frame(
+            HEADER,
+            envelope.pack(
+                _HEADER_KIND,
+                [
+                    header.sidecar,
+                    header.incarnation,
+                    header.previous_incarnation,
+                    header.previous_last_seq,
+                    header.decision_prefix,
+                    header.first_seq,
+                ],
+            ),
+        )
+        data = head + b"".join(records)
+        try:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                if os.write(descriptor, data) != len(data):
+                    raise OSError(28, "the disk is full")
+                os.fsync(descriptor)
+                temporary.rename(path)
+                parent = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                os.fsync(parent)
+                os.close(parent)
+            except OSError:
+                os.close(descriptor)
+                raise
+        except OSError as error:
+            raise UsageLogError(f"cannot write {path}: {error.strerror}; free space there") from error
+        self._descriptor = descriptor
+        self.segments.append(Segment(path, header, len(data), header.first_seq - 1))
+        self._total_bytes += len(data)
+
+    def _recover_segment(self, path: Path, recovered: Recovered) -> None:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UsageLogError(f"cannot read {path}: {error.strerror}") from error
+        header: LogHeader | None = None
+        end = 0
+        last_seq = 0
+        for kind, payload, offset in _records(data):
+            if kind == HEADER:
+                header = LogHeader(*_header_fields(payload))
+                last_seq = header.first_seq - 1
+            elif kind == EVENT:
+                last_seq += 1
+            end = offset
+        if header is None:
+            recovered.damaged.append(f"{path}: no readable header; the file was left as it is")
+            return
+        if end < len(data):
+            if _has_record_after(data, end):
+                recovered.damaged.append(f"{path}: bytes {end:,} to {len(data):,} are damaged; events before are kept")
+            else:
+                os.truncate(path, end)
+        self.segments.append(Segment(path, header, end, last_seq))
+
+    def _recover_leases(self, segment: Segment, recovered: Recovered) -> None:
+        data = segment.path.read_bytes()[: segment.size]
+        for kind, payload, _ in _records(data):
+            if kind == LEASE:
+                tenant, limit_key, scope, start, end, amount, cap, used = msgpack.unpackb(payload)
+                lease = Lease(LimitKey(limit_key), scope, start, end, amount)
+                lease.cap, lease.used = cap, used
+                recovered.leases[(tenant, lease.quota)] = lease
+            elif kind == FLOOR:
+                generation, revision = msgpack.unpackb(payload)
+                recovered.floor = max(recovered.floor, (generation, revision))
+            elif kind == EVENT:
+                event = usage.unpack_event(payload)
+                for quota, units in event.spends:
+                    lease_ = recovered.leases.get((event.tenant, quota))
+                    if lease_ is not None:
+                        lease_.used += units
+
+
+def _header_fields(payload: bytes) -> list[Any]:
+    fields: list[Any] = envelope.unpack(_HEADER_KIND, payload)
+    return fields
+
+
+def _records(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """(kind, payload, end offset) of each whole record, up to the first that is not."""
+    offset = 0
+    size = len(data)
+    while offset + _FRAME.size <= size:
+        length, checksum, kind = _FRAME.unpack_from(data, offset)
+        start = offset + _FRAME.size
+        if length > _RECORD_BYTES_MAX or start + length > size:
+            return
+        payload = data[start : start + length]
+        if zlib.crc32(payload, kind) != checksum:
+            return
+        offset = start + length
+        yield kind, payload, offset
+
+
+def _has_record_after(data: bytes, damaged: int) -> bool:
+    """Whether a whole record begins anywhere after the damage: then it is not a torn tail."""
+    for offset in range(damaged + 1, min(len(data), damaged + 64 * 1024) - _FRAME.size):
+        length, checksum, kind = _FRAME.unpack_from(data, offset)
+        start = offset + _FRAME.size
+        plausible = kind in (EVENT, LEASE, FLOOR) and 0 < length <= _RECORD_BYTES_MAX and start + length <= len(data)
+        if plausible and zlib.crc32(data[start : start + length], kind) == checksum:
+            return True
+    return False
+
+
+def _events(segment: Segment, start: int = 0) -> Iterator[tuple[bytes, int]]:
+    """(packed event, end offset) of each event of a segment from the offset ``start`` on, read in pieces."""
+    size = segment.size
+    with segment.path.open("rb") as file:
+        file.seek(start)
+        position = start  # of the first byte of `rest`
+        rest = b""
+        while position + len(rest) < size:
+            piece = file.read(min(_READ_BYTES, size - position - len(rest)))
+            if not piece:
+                return
+            rest += piece
+            end = 0
+            for kind, payload, end in _records(rest):
+                if kind == EVENT:
+                    yield payload, position + end
+            position += end
+            rest = rest[end:]

@@ -1,0 +1,342 @@
+"""The composition root: puts a sidecar together, runs it, and takes it down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Coroutine
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import structlog
+
+from licet.wire.documents import Head, Heartbeat
+from licet.wire.names import RedisNames
+from licet.wire.registers import Pair
+from licet.wire.signing import Verifier
+from licet_sidecar.adapters.redis_lease_store import RedisLeaseStore
+from licet_sidecar.adapters.redis_link import connect
+from licet_sidecar.adapters.redis_state_source import RedisStateSource
+from licet_sidecar.adapters.redis_usage_sink import RedisUsageSink
+from licet_sidecar.adapters.state_directory import StateDirectory
+from licet_sidecar.adapters.usage_log import LogHeader, UsageLog, floor_record
+from licet_sidecar.clock import Clock, SystemClock
+from licet_sidecar.config import Config
+from licet_sidecar.core.engine import Engine
+from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.ports import LinkDown, LinkRefused
+from licet_sidecar.services.approval import ApprovalService
+from licet_sidecar.services.idempotency import ANSWERS_MAX, RecentAnswers
+from licet_sidecar.services.leasing import LeasingService
+from licet_sidecar.services.link import LinkState
+from licet_sidecar.services.metrics import CONTENT_TYPE, Metrics
+from licet_sidecar.services.shipping import ShippingService
+from licet_sidecar.services.syncing import SyncService
+from licet_sidecar.services.tally import Tally
+from licet_sidecar.transport.grpc_edge import GrpcEdge
+from licet_sidecar.transport.http_edge import HttpEdge
+
+PULSE_S: Final = 1.0
+UPKEEP_S: Final = 0.5
+LOOP_STALLED_MS: Final = 10_000
+"""Without a turn of the event loop for this long, ``/healthz`` says that the process hangs."""
+
+
+class Sidecar:
+    """One sidecar, its state directory locked, ready to be run."""
+
+    def __init__(self, config: Config, clock: Clock | None = None) -> None:
+        """Recovers what an earlier process left.
+
+        Raises:
+            StateDirectoryError, UsageLogError: the state directory cannot be used.
+            LinkRefused: the Redis URL is not one.
+        """
+        self.config = config
+        self.clock: Clock = clock or SystemClock()
+        self._logger = structlog.get_logger("licet.sidecar")
+        self._started_us = self.clock.now_us()
+        self._directory = StateDirectory(config.state_dir)
+        self.identity = self._directory.claim_identity()
+        self.tally = Tally()
+        self.link = LinkState()
+        self.log = UsageLog(config.state_dir, bytes_max=config.log_bytes_max)
+        recovered = self.log.recover(
+            self.identity.sidecar,
+            self.identity.previous,
+            recent_max=ANSWERS_MAX,
+            now_s=self._started_us / 1e6,
+        )
+        for damage in recovered.damaged:
+            self._logger.error("the usage log is damaged", what=damage)
+        leases = LeaseBook(self.identity.incarnation)
+        boot_ms = self.clock.boot_ms()
+        for (tenant, _), lease in recovered.leases.items():
+            if lease.end > self._started_us // 1_000_000:
+                leases.restore(tenant, lease, boot_ms)
+        previous_last_seq = max(
+            (last for header, last in self.log.logs() if (header.sidecar, header.incarnation)
+             == (self.identity.sidecar, self.identity.previous)), default=0,
+        )  # fmt: skip
+        self.engine = Engine(leases, tenants_max=config.tenants_max, staleness_us_max=int(config.staleness_max_s * 1e6))
+        names = RedisNames(config.redis_prefix)
+        verifier = Verifier(list(config.public_keys))
+        self._redis = connect(config.redis_url)
+        self._blocking = connect(config.redis_url, timeout_s=7.0)
+        store = RedisLeaseStore(
+            self._redis,
+            self._blocking,
+            names,
+            config.redis_url,
+            sidecar=self.identity.sidecar,
+            incarnation=self.identity.incarnation,
+        )
+        self._store = store
+        self._sink = RedisUsageSink(self._redis, names, config.redis_url, sidecar=self.identity.sidecar)
+        source = RedisStateSource(self._redis, self._blocking, names, config.redis_url)
+        self.leasing = LeasingService(
+            self.engine, store, self.log, self.clock, self.link, self.tally, on_replaced=self._replaced
+        )
+        self.log.start(
+            LogHeader(
+                self.identity.sidecar,
+                self.identity.incarnation,
+                self.identity.previous,
+                previous_last_seq,
+                secrets.token_bytes(8),
+                1,
+            ),
+            [floor_record(*recovered.floor), *self.leasing.lease_records()],
+        )
+        self.shipping = ShippingService(self.log, verifier, self.clock, self.tally)
+        self.sync = SyncService(
+            self.engine,
+            source,
+            verifier,
+            self._directory,
+            self.log,
+            self.clock,
+            self.link,
+            self.tally,
+            on_head=self._head_taken,
+        )
+        self.sync.restore(recovered.floor)
+        self.recent = RecentAnswers(self.tally)
+        self.recent.recover(recovered.recent_events, boot_ms)
+        self.service = ApprovalService(
+            self.engine, self.log, self.clock, self.link, self.leasing, self.sync, self.recent, self.tally
+        )
+        self._metrics = Metrics(self.engine, self.log, self.shipping, self.link, self.clock, self.tally)
+        self._address = ""
+        self._draining = False
+        self._turned_ms = boot_ms
+        self._stop = asyncio.Event()
+        self._exit_reason = ""
+
+    async def run(self) -> int:
+        """Serves until SIGTERM or SIGINT. The exit status: 0, or 1 when it had to give up.
+
+        Raises:
+            ListenError: an address cannot be served.
+        """
+        edge = GrpcEdge(self.service, message_bytes_max=self.config.message_bytes_max)
+        http = HttpEdge(
+            self.config.http_listen,
+            {"/healthz": self._health_page, "/readyz": self._ready_page, "/metrics": self._metrics_page},
+        )
+        try:
+            served = await edge.start(self.config.listen)
+            http.start()
+            self._address = served[0]
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._stop.set)
+            self._logger.info(
+                "serving", grpc=served, http=http.address, sidecar=self.identity.sidecar,
+                incarnation=self.identity.incarnation,
+            )  # fmt: skip
+            tasks = [
+                self._supervised(work, name)
+                for name, work in (
+                    ("sync", self.sync.run()),
+                    ("pulse", self._pulse_loop()),
+                    ("upkeep", self._upkeep_loop()),
+                    ("recalls", self._recall_loop()),
+                    ("readiness", self._readiness(edge)),
+                )
+            ]
+            await self._stop.wait()
+            await self._drain(edge, tasks)
+        finally:
+            http.stop()
+            self._metrics.close()
+            self.log.close()
+            await self._redis.aclose()
+            await self._blocking.aclose()
+            self._directory.close()
+        return 1 if self._exit_reason else 0
+
+    # Loops
+
+    def _supervised(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+
+        def done(finished: asyncio.Task[None]) -> None:
+            if not finished.cancelled() and (error := finished.exception()) is not None:
+                self._logger.error("a part of the sidecar failed; stopping", part=name, exc_info=error)
+                self._give_up(f"{name}: {error!r}")
+
+        task.add_done_callback(done)
+        return task
+
+    async def _pulse_loop(self) -> None:
+        while True:
+            started = time.monotonic()
+            await self._pulse()
+            await self.sync.save_snapshot()
+            self.recent.expire(self.clock.boot_ms())
+            if self.log.wants_rotation:
+                self.log.rotate(
+                    [floor_record(self.engine.generation, self.engine.revision), *self.leasing.lease_records()]
+                )
+            await asyncio.sleep(max(0.05, PULSE_S - (time.monotonic() - started)))
+
+    async def _pulse(self) -> None:
+        self._turned_ms = self.clock.boot_ms()
+        batches = await self.shipping.next_batches()
+        try:
+            report = await self._sink.pulse(
+                (self.identity.sidecar, self._heartbeat().pack()), self.shipping.logs(), batches
+            )
+        except (LinkDown, LinkRefused) as error:
+            if self.link.failed(error, refused=isinstance(error, LinkRefused)):
+                level = self._logger.error if isinstance(error, LinkRefused) else self._logger.warning
+                level("Redis does not answer; leases and cache carry on", error=str(error))
+            if not self.sync.ready.is_set():
+                self.sync.problem = str(error)
+            return
+        if not self.link.up:
+            self._logger.info("Redis answers")
+        self.link.succeeded()
+        self.shipping.handed_over()
+        self.shipping.take_acks(report)
+        self.sync.take_head(report)
+
+    async def _upkeep_loop(self) -> None:
+        while True:
+            await asyncio.sleep(UPKEEP_S)
+            await self.leasing.upkeep()
+
+    async def _recall_loop(self) -> None:
+        while True:
+            try:
+                async for tenant, quotas in self._store.recalls():
+                    self.leasing.recalled(tenant, quotas)
+            except (LinkDown, LinkRefused):
+                await asyncio.sleep(PULSE_S)  # the pulse reports the link
+
+    async def _readiness(self, edge: GrpcEdge) -> None:
+        await edge.set_ready(False)
+        await self.sync.ready.wait()
+        await edge.set_ready(True)
+        self._logger.info("ready", revision=self.engine.revision, generation=self.engine.generation)
+
+    async def _drain(self, edge: GrpcEdge, tasks: list[asyncio.Task[None]]) -> None:
+        """Takes no new calls, returns every lease, ships what it can within the grace, and says what it could not."""
+        self._draining = True
+        self._logger.info("draining", grace_s=self.config.drain_grace_s)
+        deadline = time.monotonic() + self.config.drain_grace_s
+        await edge.stop(min(2.0, self.config.drain_grace_s / 2))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.leasing.stop()
+        if self.link.up and not self._exit_reason:
+            untold = await self.leasing.give_back_all()
+            while self.shipping.unacked_events and time.monotonic() < deadline and self.link.up:
+                await self._pulse()
+                if self.shipping.unacked_events:
+                    await asyncio.sleep(0.1)
+            if not untold and self.link.up:
+                try:
+                    await self._sink.deregister(self.identity.sidecar)
+                except (LinkDown, LinkRefused) as error:
+                    self.link.failed(error)
+        await self.sync.save_snapshot()
+        unacked = self.shipping.unacked_events
+        if unacked:
+            self._logger.warning(
+                "stopping with events the ledger has not acknowledged; they stay in the state directory",
+                events=unacked,
+            )
+        self._logger.info("stopped", unacknowledged=unacked)
+
+    # Callbacks
+
+    def _head_taken(self, head: Head) -> None:
+        self.leasing.live = head.live
+        self.leasing.assert_all(head.epoch, head.run_id)
+
+    def _replaced(self, why: str) -> None:
+        self._directory.renounce_identity()
+        self._give_up(f"{why}; the next start takes a new id")
+
+    def _give_up(self, why: str) -> None:
+        self._exit_reason = why
+        self._logger.error("stopping", why=why)
+        self._stop.set()
+
+    def _heartbeat(self) -> Heartbeat:
+        asserted: Pair = self.leasing.asserted
+        return Heartbeat(
+            sidecar=self.identity.sidecar,
+            incarnation=self.identity.incarnation,
+            at_us=self.clock.now_us(),
+            started_us=self._started_us,
+            address=self._address,
+            version=_version(),
+            ready=self.sync.ready.is_set(),
+            draining=self._draining,
+            generation=self.engine.generation,
+            revision=self.engine.revision,
+            as_of_us=self.engine.as_of_us,
+            asserted_epoch=asserted.epoch,
+            asserted_run=asserted.run,
+            tenants_held=len(self.engine.leases.tenants),
+            log_last_seq=self.log.last_seq,
+            log_acked_seq=self.shipping.acked_seq,
+            log_bytes=self.log.total_bytes,
+            hostname=socket.gethostname(),
+            pid=os.getpid(),
+        )
+
+    # Pages
+
+    def _health_page(self) -> tuple[int, str, bytes]:
+        if self.clock.boot_ms() - self._turned_ms > LOOP_STALLED_MS:
+            return 503, "text/plain", b"the event loop hangs\n"
+        return 200, "text/plain", b"ok\n"
+
+    def _ready_page(self) -> tuple[int, str, bytes]:
+        if self._draining:
+            return 503, "text/plain", b"draining\n"
+        if not self.sync.ready.is_set():
+            return 503, "text/plain", f"not ready: {self.sync.problem}\n".encode()
+        text = f"ready: revision {self.engine.revision}"
+        if not self.link.up:
+            text += f"; degraded: {self.link.trouble}"
+        return 200, "text/plain", f"{text}\n".encode()
+
+    def _metrics_page(self) -> tuple[int, str, bytes]:
+        return 200, CONTENT_TYPE, self._metrics.page()
+
+
+def _version() -> str:
+    try:
+        return version("licet")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,145 @@
+"""Configuration of a sidecar: flags over environment over defaults. Read once, passed in as values."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from licet.wire.signing import Verifier
+
+_UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0}
+
+
+class ConfigError(ValueError):
+    """A setting is missing or wrong. The message names it and says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings. Durations in seconds; ``listen`` holds ``host:port`` and ``unix:/path`` addresses."""
+
+    listen: tuple[str, ...] = ("127.0.0.1:7420",)
+    http_listen: str = "127.0.0.1:7421"
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_prefix: str = "licet"
+    state_dir: Path = Path("licet-sidecar-state")
+    public_keys: tuple[str, ...] = ()
+    staleness_max_s: float = 300.0
+    tenants_max: int = 10_000
+    log_bytes_max: int = 1024**3
+    message_bytes_max: int = 1024**2
+    drain_grace_s: float = 10.0
+    log_level: str = "info"
+
+
+def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Config:
+    """The configuration of a command line.
+
+    Raises:
+        ConfigError: a setting is missing or wrong.
+        SystemExit: for ``--help``, and for flags that do not exist.
+    """
+    environment = os.environ if environment is None else environment
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+
+    def setting(name: str, default: str) -> str:
+        value = getattr(flags, name)
+        if value is not None:
+            return str(value)
+        return environment.get(f"LICET_{name.upper()}", default)
+
+    public_keys = setting("public_key", "")
+    key_file = setting("public_key_file", "")
+    if not public_keys and key_file:
+        try:
+            public_keys = Path(key_file).read_text()
+        except OSError as error:
+            raise ConfigError(
+                f"--public-key-file {key_file}: {error.strerror}; the control plane writes one as"
+                " public-key.txt in its state directory"
+            ) from error
+    keys = tuple(key for key in re.split(r"[\s,]+", public_keys) if key)
+    if not keys:
+        raise ConfigError(
+            "no public key: set LICET_PUBLIC_KEY or --public-key to the text of the control plane's"
+            " public-key.txt (ed25519:…), or name that file with --public-key-file"
+        )
+    try:
+        Verifier(list(keys))
+    except ValueError as error:
+        raise ConfigError(f"--public-key: {error}") from error
+    return Config(
+        listen=tuple(a for a in re.split(r"[\s,]+", setting("listen", "127.0.0.1:7420")) if a),
+        http_listen=setting("http_listen", "127.0.0.1:7421"),
+        redis_url=setting("redis_url", "redis://127.0.0.1:6379/0"),
+        redis_prefix=setting("redis_prefix", "licet"),
+        state_dir=Path(setting("state_dir", "licet-sidecar-state")),
+        public_keys=keys,
+        staleness_max_s=_duration("staleness_max", setting("staleness_max", "300s")),
+        tenants_max=_count("tenants_max", setting("tenants_max", "10000"), 1),
+        log_bytes_max=_count("log_bytes_max", setting("log_bytes_max", str(1024**3)), 1024**2),
+        message_bytes_max=_count("message_bytes_max", setting("message_bytes_max", str(1024**2)), 1024),
+        drain_grace_s=_duration("drain_grace", setting("drain_grace", "10s")),
+        log_level=setting("log_level", "info").lower(),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="licet-sidecar",
+        description="Answers license checks on localhost from a local cache and local leases; records every answer.",
+        epilog="Each setting can be given as an environment variable: --redis-url is LICET_REDIS_URL, and so on."
+        " Example: licet-sidecar --redis-url redis://127.0.0.1:6379/0 --public-key-file licet-state/public-key.txt",
+    )
+    add = parser.add_argument
+    add(
+        "--listen",
+        metavar="ADDR",
+        help="where gRPC is served: host:port or unix:/path, several separated by commas (default 127.0.0.1:7420)",
+    )
+    add(
+        "--http-listen", metavar="ADDR", help="where /healthz, /readyz and /metrics are served (default 127.0.0.1:7421)"
+    )
+    add(
+        "--redis-url",
+        metavar="URL",
+        help="redis://[user:password@]host:port/db, rediss:// for TLS (default redis://127.0.0.1:6379/0)",
+    )
+    add("--redis-prefix", metavar="TEXT", help="first part of every Redis name (default licet)")
+    add(
+        "--state-dir",
+        metavar="DIR",
+        help="id, usage log and last good state; one for each sidecar (default ./licet-sidecar-state)",
+    )
+    add(
+        "--public-key",
+        metavar="KEY",
+        help="the control plane's public key, ed25519:…; two, separated by a comma, while it is being rotated",
+    )
+    add("--public-key-file", metavar="FILE", help="a file with the public key")
+    add("--staleness-max", metavar="TIME", help="after how long without news answers are stale (default 300s)")
+    add("--tenants-max", metavar="N", help="licenses kept in memory (default 10000)")
+    add("--log-bytes-max", metavar="N", help="size of the usage log on disk (default 1 GiB)")
+    add("--message-bytes-max", metavar="N", help="size of one request (default 1 MiB)")
+    add("--drain-grace", metavar="TIME", help="how long to go on shipping usage after SIGTERM (default 10s)")
+    add("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
+    return parser
+
+
+def _duration(name: str, text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text.strip())
+    if match is None:
+        raise ConfigError(f"--{name.replace('_', '-')} {text!r} is not a duration; write 300s, 5m or 500ms")
+    return float(match.group(1)) * _UNITS_S[match.group(2) or "s"]
+
+
+def _count(name: str, text: str, least: int) -> int:
+    if not text.strip().isdecimal() or int(text) < least:
+        raise ConfigError(f"--{name.replace('_', '-')} {text!r} is not a whole number of at least {least}")
+    return int(text)

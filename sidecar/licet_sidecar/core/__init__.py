@@ -1,0 +1,1 @@
+"""What a sidecar decides, holds and knows. Pure: time, randomness and I/O come in as arguments."""

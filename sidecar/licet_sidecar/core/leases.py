@@ -1,0 +1,457 @@
+"""Leases: the parts of quotas this sidecar holds, and the calls that move units between it and Redis.
+
+Rules, from ``docs/adr/0002-registers-not-tokens.md``; the simulation removes each of them in turn and must fail:
+
+1. A sidecar spends only while ``used + reserved + n <= cap`` and only before ``hold_until_ms``: ``HOLD_S`` after it
+   *sent* its last answered call for that lease (boot-time clock, which runs on while the machine sleeps).
+2. It raises its cap only from the answer to its outstanding call.
+3. It lowers its cap, in its log, *before* a return is sent (``LeaseBook.begin_call`` lowers; the shell logs and sends).
+4. One outstanding call a tenant, repeated verbatim until it is answered. Calls are numbered; an answer with another
+   number changes nothing.
+5. After a loss (``STALE``, ``LEARN``) the next call asserts what is held; Redis grants nothing on it.
+
+Owned by one event loop. No I/O, no clock: ``now_s`` is wall time (seconds since the Unix epoch, for windows),
+``boot_ms`` boot time (milliseconds, for holds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Final, NamedTuple
+
+from licet.domain.ids import LimitKey
+from licet.wire.registers import HOLD_S, Pair, marker_name, quota_name
+
+HOLD_MS: Final = HOLD_S * 1_000
+KEEPALIVE_MS: Final = HOLD_MS // 3
+"""A held lease is settled at least this often, so that two lost calls in a row do not end the hold."""
+
+IDLE_MS: Final = 300_000
+"""A lease nobody spent from for this long goes back. Long, so that tenants met rarely are warm when met again;
+whoever is short of units meanwhile calls them back at once."""
+
+DEMAND_S: Final = 2
+"""Seconds of recent demand a refill asks for."""
+
+DENIAL_KEPT_MS: Final = 250
+"""How long "the quota has no more than this" is believed before Redis is asked again: bounds the calls of a tenant at
+its limit to four a second and sidecar, and the delay until returned units are found."""
+
+PREFETCH_S: Final = 2
+"""How long before a window ends the next one's lease is taken, when there is demand."""
+
+QUOTAS_PER_CALL_MAX: Final = 64
+"""Quotas in one call. The script runs about 10 µs a quota, and blocks Redis meanwhile."""
+
+NO_PAIR: Final = Pair(0, "")
+
+
+class Lease:
+    """What this sidecar holds of one quota. Units in [0, 2^53).
+
+    ``cap`` is what it may spend in all, ``used`` what it has spent, ``reserved`` what is held for actions under way.
+    ``amount`` is the limit as last published here; ``remaining`` what Redis last said nobody holds, and
+    ``idle_elsewhere`` what others hold and had not spent.
+    """
+
+    __slots__ = (
+        "amount",
+        "asked_ms",
+        "cap",
+        "end",
+        "hold_until_ms",
+        "idle_elsewhere",
+        "limit_key",
+        "low_water",
+        "quota",
+        "rate",
+        "remaining",
+        "reserved",
+        "scope",
+        "short_until_ms",
+        "spent_lately",
+        "spent_ms",
+        "start",
+        "used",
+        "wanted",
+    )
+
+    def __init__(self, limit_key: LimitKey, scope: str, start: int, end: int, amount: int) -> None:
+        self.limit_key = limit_key
+        self.scope = scope
+        self.start = start
+        self.end = end
+        self.amount = amount
+        self.quota = quota_name(limit_key, scope, start)
+        self.cap = 0
+        self.used = 0
+        self.reserved = 0
+        self.hold_until_ms = 0
+        self.asked_ms = 0
+        self.remaining = amount
+        self.idle_elsewhere = 0
+        self.short_until_ms = 0
+        self.low_water = 0
+        self.rate = 0.0
+        self.spent_lately = 0
+        self.spent_ms = 0
+        self.wanted = False
+
+    @property
+    def free(self) -> int:
+        """Units that can be spent while the hold lasts."""
+        return self.cap - self.used - self.reserved
+
+    def __repr__(self) -> str:
+        return f"Lease({self.quota} cap={self.cap} used={self.used} reserved={self.reserved})"
+
+
+class Ask(NamedTuple):
+    """One quota in a call, as it was when the call was made. ``want`` and ``min`` 0: report, or return."""
+
+    lease: Lease
+    cap: int
+    used: int
+    reserved: int
+    want: int
+    min: int
+    amount: int
+
+
+@dataclass(frozen=True, slots=True)
+class SettleCall:
+    """A call to the settle script. Sent again verbatim until it is answered."""
+
+    tenant: str
+    op: int
+    pair: Pair
+    revision: int
+    asks: tuple[Ask, ...]
+    sent_boot_ms: int
+
+
+class Status(Enum):
+    """First element of the script's answer."""
+
+    OK = auto()
+    LEARN = auto()
+    STALE = auto()
+    UNPUBLISHED = auto()
+    CLOSED = auto()
+    EARLY = auto()
+    SEALED = auto()
+    FENCED = auto()
+
+
+class Granted(NamedTuple):
+    """One quota in an answer: the register's g and u, what this call added, the limit, the sums over all sidecars."""
+
+    g: int
+    d: int
+    u: int
+    amount: int
+    sum: int
+    used: int
+    wanted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SettleAnswer:
+    """An answer of the settle script. ``about`` is the position in ``asks`` a refusal is about, or -1."""
+
+    status: Status
+    incarnation: int
+    op: int
+    pair: Pair
+    phase: str
+    redis_ms: int
+    granted: tuple[Granted, ...] = ()
+    about: int = -1
+
+
+class Outcome(Enum):
+    """What an answer means for the checks that wait, and for the shell."""
+
+    SETTLED = auto()
+    """Decide again."""
+    AGAIN = auto()
+    """Nothing was granted yet, because this call asserted or learned the pair: call again at once."""
+    RECALL = auto()
+    """Others hold units idle: ask them to return some, then call again."""
+    ASK_CONTROL_PLANE = auto()
+    """The tenant's mark is missing, old or learning: ask the control plane, and call again shortly."""
+    CLOCK = auto()
+    """This machine's clock and Redis' differ by more than the grace: nothing can be leased in that window."""
+    REPLACED = auto()
+    """This sidecar's registers were sealed, or a newer incarnation is at work: it must take a new id."""
+
+
+@dataclass(slots=True)
+class TenantLeases:
+    """Everything held for one tenant. ``leases`` by (limit key, scope digest), those of the next window apart."""
+
+    tenant: str
+    pair: Pair = NO_PAIR
+    leases: dict[tuple[LimitKey, str], Lease] = field(default_factory=dict)
+    upcoming: dict[tuple[LimitKey, str], Lease] = field(default_factory=dict)
+    outstanding: SettleCall | None = None
+    needs: dict[Lease, int] = field(default_factory=dict)
+    why: str = ""
+
+    def all(self) -> Iterator[Lease]:
+        """Every lease, of this window and the next."""
+        yield from self.leases.values()
+        yield from self.upcoming.values()
+
+    @property
+    def holds_units(self) -> bool:
+        """Whether anything would be lost by forgetting this tenant: units held, reserved or spent in open windows."""
+        return any(lease.cap or lease.used for lease in self.all())
+
+
+class LeaseBook:
+    """All leases of a sidecar, and the calls about them."""
+
+    def __init__(self, incarnation: int) -> None:
+        self.incarnation = incarnation
+        self._op = 0
+        self.tenants: dict[str, TenantLeases] = {}
+
+    def of(self, tenant: str) -> TenantLeases:
+        """The tenant's leases; made when there are none."""
+        held = self.tenants.get(tenant)
+        if held is None:
+            held = self.tenants[tenant] = TenantLeases(tenant)
+        return held
+
+    def lease(self, held: TenantLeases, limit_key: LimitKey, scope: str, start: int, end: int, amount: int) -> Lease:
+        """The lease for the window ``[start, end)``; an empty one when none is held."""
+        key = (limit_key, scope)
+        lease = held.leases.get(key)
+        if lease is not None and lease.start == start:
+            lease.amount = amount
+            return lease
+        upcoming = held.upcoming.get(key)
+        if upcoming is not None and upcoming.start == start:
+            del held.upcoming[key]
+            upcoming.rate = lease.rate if lease else 0.0
+            upcoming.amount = amount
+            held.leases[key] = upcoming
+            return upcoming
+        if lease is not None and lease.start > start:
+            # The wall clock stepped back. Redis decides whether the older window can still be leased, and tells what
+            # was spent of it before.
+            held.upcoming[key] = lease
+        fresh = Lease(limit_key, scope, start, end, amount)
+        fresh.rate = lease.rate if lease else 0.0
+        held.leases[key] = fresh
+        return fresh
+
+    @staticmethod
+    def can_spend(lease: Lease, units: int, boot_ms: int) -> bool:
+        """Rule 1."""
+        return lease.used + lease.reserved + units <= lease.cap and (units == 0 or boot_ms < lease.hold_until_ms)
+
+    @staticmethod
+    def known_short(lease: Lease, units: int, boot_ms: int) -> bool:
+        """Whether Redis said, lately enough, that not even with the units others hold idle this can be had."""
+        return boot_ms < lease.short_until_ms and units - lease.free > lease.remaining + lease.idle_elsewhere
+
+    @staticmethod
+    def spend(lease: Lease, units: int, boot_ms: int) -> bool:
+        """Takes ``units``; the caller has checked ``can_spend``. Whether a refill is due."""
+        lease.used += units
+        lease.spent_lately += units
+        lease.spent_ms = boot_ms
+        return lease.cap - lease.used - lease.reserved < lease.low_water
+
+    @staticmethod
+    def unspend(lease: Lease, units: int) -> None:
+        """Gives back what ``spend`` took, when the decision could not be logged and was not answered."""
+        lease.used -= units
+
+    def need(self, held: TenantLeases, lease: Lease, units: int) -> None:
+        """A check waits for ``units`` of ``lease``: the next call has to bring them."""
+        held.needs[lease] = max(held.needs.get(lease, 0), units)
+
+    # Calls
+
+    def begin_call(
+        self, held: TenantLeases, *, revision: int, now_s: int, boot_ms: int, giving_back: bool = False
+    ) -> SettleCall | None:
+        """The next call for a tenant; ``None`` when one is outstanding or there is nothing to say.
+
+        Acquires what waiting checks need, refills what runs low, reports the rest of what is held. Units that are
+        wanted elsewhere, idle, or (``giving_back``) all of them, are returned: their cap is lowered here, and the
+        shell must log the leases of the call before it sends it (rule 3).
+        """
+        if held.outstanding is not None:
+            return None
+        asks: list[Ask] = []
+        for lease in self._by_urgency(held, now_s):
+            if len(asks) == QUOTAS_PER_CALL_MAX:
+                break
+            need = held.needs.pop(lease, 0)
+            shortfall = max(0, need - lease.free)
+            want = 0
+            if need:
+                want = max(shortfall, round(lease.rate * DEMAND_S))
+            elif giving_back or lease.wanted or self._is_idle(lease, boot_ms):
+                lease.cap = min(lease.cap, lease.used + lease.reserved)
+                lease.low_water = 0
+                lease.wanted = False
+            elif lease.free < lease.low_water:
+                want = max(1, round(lease.rate * DEMAND_S))
+            asks.append(Ask(lease, lease.cap, lease.used, lease.reserved, want, shortfall, lease.amount))
+        if not asks:
+            return None
+        self._op += 1
+        held.outstanding = SettleCall(held.tenant, self._op, held.pair, revision, tuple(asks), boot_ms)
+        return held.outstanding
+
+    def end_call(self, held: TenantLeases, call: SettleCall, answer: SettleAnswer, boot_ms: int) -> Outcome | None:
+        """Takes an answer. ``None`` when it is not the answer to the outstanding call: it changes nothing (rule 4)."""
+        if held.outstanding is not call or (answer.incarnation, answer.op) != (self.incarnation, call.op):
+            return None
+        held.outstanding = None
+        match answer.status:
+            case Status.OK:
+                return self._settled(held, call, answer, boot_ms)
+            case Status.STALE:
+                learned = answer.pair != held.pair
+                held.pair = answer.pair
+                held.why = "learning"
+                return Outcome.AGAIN if learned else Outcome.ASK_CONTROL_PLANE
+            case Status.LEARN:
+                held.why = "mark-missing" if answer.about < 0 else "quota-lost"
+                return Outcome.ASK_CONTROL_PLANE
+            case Status.UNPUBLISHED:
+                held.why = "unpublished"
+                return Outcome.ASK_CONTROL_PLANE
+            case Status.CLOSED:
+                self._forget(held, call.asks[answer.about].lease)
+                return Outcome.SETTLED
+            case Status.EARLY:
+                self._forget(held, call.asks[answer.about].lease)
+                return Outcome.CLOCK
+            case Status.SEALED | Status.FENCED:
+                return Outcome.REPLACED
+
+    def abandon_call(self, held: TenantLeases, call: SettleCall) -> None:
+        """Takes a call back that Redis refused as a whole without running it (out of memory, say)."""
+        if held.outstanding is call:
+            held.outstanding = None
+
+    # Upkeep
+
+    def tick(self, held: TenantLeases, now_s: int, boot_ms: int, elapsed_s: float) -> bool:
+        """Once a second for each tenant held: measures demand, drops ended windows. Whether a call is due."""
+        due = False
+        for key, lease in list(held.leases.items()):
+            if now_s >= lease.end and lease.reserved == 0 and lease not in held.needs:
+                # What was spent is in the ledger; what was not lapsed with the window.
+                if held.outstanding is None or all(ask.lease is not lease for ask in held.outstanding.asks):
+                    upcoming = held.upcoming.pop(key, None)
+                    if upcoming is not None:
+                        upcoming.rate = lease.rate
+                        held.leases[key] = upcoming
+                    else:
+                        del held.leases[key]
+                continue
+            lease.rate = (lease.rate + lease.spent_lately / elapsed_s) / 2
+            lease.spent_lately = 0
+            held_units = lease.free > 0 or lease.reserved > 0
+            due |= lease.wanted or lease.free < lease.low_water
+            due |= held_units and (self._is_idle(lease, boot_ms) or boot_ms >= lease.asked_ms + KEEPALIVE_MS)
+        return due
+
+    def prefetch(self, held: TenantLeases, lease: Lease, start: int, end: int) -> None:
+        """Makes an empty lease for the window after ``lease``'s, so that the next call takes it ahead of need."""
+        key = (lease.limit_key, lease.scope)
+        if key in held.upcoming or held.leases.get(key) is not lease:
+            return
+        upcoming = Lease(lease.limit_key, lease.scope, start, end, lease.amount)
+        upcoming.rate = lease.rate
+        held.upcoming[key] = upcoming
+        held.needs[upcoming] = 1
+
+    def restore(self, tenant: str, lease: Lease, boot_ms: int) -> None:
+        """Takes up a lease of an earlier incarnation, from the log. It can be spent once a call was answered."""
+        held = self.of(tenant)
+        lease.hold_until_ms = 0
+        lease.spent_ms = boot_ms
+        held.leases[(lease.limit_key, lease.scope)] = lease
+
+    def forget(self, tenant: str) -> None:
+        """Drops a tenant whose units were all returned, or whose windows are over."""
+        self.tenants.pop(tenant, None)
+
+    @staticmethod
+    def marker(lease: Lease) -> str:
+        """Name of the lease's marker in the mark."""
+        return marker_name(lease.limit_key, lease.scope)
+
+    def _settled(self, held: TenantLeases, call: SettleCall, answer: SettleAnswer, boot_ms: int) -> Outcome:
+        missed: list[tuple[Ask, Granted]] = []
+        granted_any = False
+        for ask, granted in zip(call.asks, answer.granted, strict=True):
+            lease = ask.lease
+            lease.cap = granted.g
+            lease.used += max(0, granted.u - ask.used)
+            if ask.min:
+                lease.spent_ms = boot_ms
+            lease.hold_until_ms = call.sent_boot_ms + HOLD_MS
+            lease.asked_ms = call.sent_boot_ms
+            lease.remaining = max(0, granted.amount - granted.sum)
+            lease.idle_elsewhere = max(0, granted.sum - granted.used - (granted.g - ask.used - ask.reserved))
+            lease.wanted |= granted.wanted and not ask.want
+            free = lease.free
+            # The next refill is due when half is gone: near the limit, where refills bring little, the number of
+            # calls then stays logarithmic.
+            lease.low_water = free // 2
+            granted_any |= granted.d > 0
+            if ask.min and granted.g < ask.cap + ask.min:
+                missed.append((ask, granted))
+        if not missed:
+            return Outcome.SETTLED
+        if answer.phase != "open":
+            held.why = "learning"
+            return Outcome.ASK_CONTROL_PLANE
+        short = [(ask, granted) for ask, granted in missed if max(0, granted.amount - granted.sum) < ask.min]
+        if not short:
+            return Outcome.AGAIN  # this call asserted or adopted
+        hopeless = False
+        for ask, _ in short:
+            lease = ask.lease
+            lease.short_until_ms = boot_ms + DENIAL_KEPT_MS
+            hopeless |= lease.remaining + lease.idle_elsewhere < ask.min
+        return Outcome.SETTLED if hopeless else Outcome.RECALL
+
+    def give_up_recall(self, asks: Iterable[Ask], boot_ms: int) -> None:
+        """Others did not return what they hold in time: for a moment, count it as not to be had."""
+        for ask in asks:
+            if ask.min:
+                ask.lease.idle_elsewhere = 0
+                ask.lease.short_until_ms = boot_ms + DENIAL_KEPT_MS
+
+    def _by_urgency(self, held: TenantLeases, now_s: int) -> list[Lease]:
+        """Leases that a check waits for first, then by how long nothing was said about them."""
+        kept = [lease for lease in held.all() if lease not in held.needs and now_s < lease.end and self._sayable(lease)]
+        kept.sort(key=lambda lease: lease.asked_ms)
+        return [*held.needs, *kept]
+
+    @staticmethod
+    def _sayable(lease: Lease) -> bool:
+        return lease.cap > 0 or lease.used > 0
+
+    @staticmethod
+    def _is_idle(lease: Lease, boot_ms: int) -> bool:
+        return lease.free > 0 and lease.reserved == 0 and boot_ms - lease.spent_ms > IDLE_MS
+
+    @staticmethod
+    def _forget(held: TenantLeases, lease: Lease) -> None:
+        for leases in (held.leases, held.upcoming):
+            if leases.get((lease.limit_key, lease.scope)) is lease:
+                del leases[(lease.limit_key, lease.scope)]

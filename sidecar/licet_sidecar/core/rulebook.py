@@ -1,0 +1,126 @@
+"""A bundle in the form decisions are made from: for each action, its features, roles, flags and rules, found once.
+
+Actions are compiled when first asked for, so that the cost of a decision does not depend on how many rules there are
+(only on how many apply), and a large bundle is taken in without stopping the loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+from licet.domain.catalog import Action, Catalog, Enforcement, Flag, RuleEffect, matches
+from licet.domain.conditions import Condition, ConditionEnvironment, ConditionError
+
+ROLLOUT_STEPS: Final = 10_000
+"""Resolution of a rollout's percentage: a hundredth of a percent."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundRule:
+    """A rule that applies to an action. ``condition`` is ``None`` when it always matches.
+
+    ``broken`` holds why the condition does not compile here: such a rule denies, as one that fails at run time does.
+    """
+
+    name: str
+    effect: RuleEffect
+    condition: Condition | None
+    approval: str
+    policy: str
+    shadow: bool
+    broken: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundAction:
+    """An action with everything of the bundle that applies to it.
+
+    ``roles`` is ``None`` when no role names the action: then no role is needed. ``variables`` are those that any of
+    the conditions reads.
+    """
+
+    action: Action
+    roles: frozenset[str] | None
+    rules: tuple[BoundRule, ...]
+    flags: tuple[Flag, ...]
+    variables: frozenset[str]
+    only_meter: str | None
+    """The meter that a plain ``quantity`` counts; ``None`` when there are several."""
+
+
+class Rulebook:
+    """A catalog at a revision. Owned by one event loop; replaced as a whole when a new bundle arrives."""
+
+    def __init__(self, catalog: Catalog, *, generation: int, revision: int, observe: bool) -> None:
+        self.catalog = catalog
+        self.generation = generation
+        self.revision = revision
+        self.observe = observe
+        self._actions: dict[str, BoundAction] = {}
+        self._environments: dict[tuple[tuple[str, str], ...], ConditionEnvironment] = {}
+
+    def action(self, name: str) -> BoundAction | None:
+        """The action of that name, or ``None``."""
+        bound = self._actions.get(name)
+        if bound is None:
+            action = self.catalog.actions.get(name)
+            if action is None:
+                return None
+            bound = self._actions[name] = self._bind(action)
+        return bound
+
+    def _bind(self, action: Action) -> BoundAction:
+        roles = frozenset(role.name for role in self.catalog.roles.values() if matches(role.actions, action.name))
+        features = set(action.meters.values())
+        rules = tuple(self._rules_of(action))
+        meters = tuple(action.meters)
+        return BoundAction(
+            action=action,
+            roles=roles or None,
+            rules=rules,
+            flags=tuple(flag for _, flag in sorted(self.catalog.flags.items()) if flag.feature in features),
+            variables=frozenset(v for rule in rules if rule.condition for v in rule.condition.variables),
+            only_meter=meters[0] if len(meters) == 1 else None,
+        )
+
+    def _rules_of(self, action: Action) -> list[BoundRule]:
+        environment = self._environment(action)
+        bound: list[BoundRule] = []
+        for _, policy in sorted(self.catalog.policies.items()):
+            if policy.enforcement is Enforcement.OFF or not matches(policy.actions, action.name):
+                continue
+            for rule in policy.rules:
+                condition: Condition | None = None
+                broken = ""
+                if rule.when:
+                    try:
+                        condition = environment.compile(rule.when)
+                    except ConditionError as error:
+                        broken = str(error)
+                bound.append(
+                    BoundRule(
+                        name=f"{policy.name}/{rule.name}",
+                        effect=rule.effect,
+                        condition=condition,
+                        approval=rule.approval,
+                        policy=policy.name,
+                        shadow=policy.enforcement is Enforcement.SHADOW,
+                        broken=broken,
+                    )
+                )
+        return bound
+
+    def _environment(self, action: Action) -> ConditionEnvironment:
+        key = tuple(sorted((name, spec.type.value) for name, spec in action.attributes.items()))
+        environment = self._environments.get(key)
+        if environment is None:
+            environment = self._environments[key] = ConditionEnvironment(action.attributes)
+        return environment
+
+
+def rollout_includes(flag: Flag, holder: str) -> bool:
+    """Whether the flag's rollout includes ``holder`` (a tenant or subject id): the same answer every time."""
+    digest = hashlib.blake2b(f"{flag.name}\0{holder}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % ROLLOUT_STEPS < round(flag.percent * ROLLOUT_STEPS / 100)

@@ -1,0 +1,91 @@
+"""What the sidecar needs from outside, named for its role. Adapters and fakes pass one contract suite each.
+
+Every method raises ``LinkDown`` when the other side cannot be reached or answers that it cannot serve just now (then
+nothing is known of whether the call took effect: repeat it verbatim), and ``LinkRefused`` when trying again will not
+help until somebody changes something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from licet.wire.registers import Pair
+from licet_sidecar.core.leases import SettleAnswer, SettleCall
+
+
+class LinkDown(Exception):
+    """Transient: Redis cannot be reached, is loading, is read-only, or is out of memory."""
+
+
+class LinkRefused(Exception):
+    """Permanent until configuration changes: wrong password, missing permission. The message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One entry of the change stream. ``kind`` is ``bundle``, ``license`` or ``resync``; ``key`` says of what."""
+
+    revision: int
+    kind: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class PulseReport:
+    """What one pulse brought back. Bytes are signed documents, not verified yet; ``None`` where there is none."""
+
+    head: bytes | None
+    acks: Mapping[str, bytes]
+    run_id: str
+
+
+class LeaseStore(Protocol):
+    """Quota registers."""
+
+    async def settle(self, calls: Sequence[SettleCall], live: int) -> list[SettleAnswer | Exception]:
+        """Carries out calls, each atomically; one answer (or what prevented it) for each, in order."""
+
+    async def ask(self, tenant: str, why: str) -> None:
+        """Asks the control plane to look at a tenant's mark."""
+
+    async def recall(self, tenant: str, quotas: Sequence[str]) -> None:
+        """Tells the other sidecars that units of these quotas are wanted. May be lost."""
+
+    def recalls(self) -> AsyncIterator[tuple[str, list[str]]]:
+        """What the other sidecars want: (tenant, quotas), as it comes, until the link breaks."""
+
+
+class StateSource(Protocol):
+    """Published state, as signed documents."""
+
+    async def read_head(self) -> tuple[bytes | None, str]:
+        """The newest head and the run id of the server it was read from."""
+
+    async def read_manifest(self) -> bytes | None:
+        """The signed manifest of the newest bundle."""
+
+    async def read_chunks(self, digests: Sequence[str]) -> list[bytes | None]:
+        """Chunks by digest, in order."""
+
+    async def read_license(self, tenant: str) -> tuple[bytes | None, Pair, bytes | None, str]:
+        """Of one read of one server: license, pair of the tenant's mark, head, and run id."""
+
+    async def read_licenses(self, tenants: Sequence[str]) -> list[bytes | None]:
+        """Licenses, in order."""
+
+    async def read_changes(self, after: int, block_ms: int) -> list[Change]:
+        """Entries after revision ``after``, in order; waits up to ``block_ms`` for the first."""
+
+
+class UsageSink(Protocol):
+    """Where batches of usage events go, and where word comes from that the ledger has them."""
+
+    async def pulse(self, heartbeat: tuple[str, bytes], logs: Sequence[str], batches: Sequence[bytes]) -> PulseReport:
+        """Once a second, one round trip: hands batches over, leaves a heartbeat, fetches the head and the
+        acknowledgements of ``logs``. May be repeated.
+        """
+
+    async def deregister(self, sidecar: str) -> None:
+        """Takes the heartbeat out: this sidecar has returned what it held and stops."""

@@ -1,0 +1,107 @@
+"""From decisions to encoded ``CheckResponse`` messages.
+
+An answer is put together from encoded pieces: protobuf defines the concatenation of encoded messages as their merge,
+so what answers have in common (revision, age, effect and reason, the unchanging part of a quota) is encoded once.
+Building the message object for every answer would cost more than deciding.
+Source: https://protobuf.dev/programming-guides/encoding/#last-one-wins (fields may be split over several encodings).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from licet.domain.outcomes import Effect, Reason
+from licet.v1 import approval_pb2 as pb
+from licet_sidecar.core.engine import Decision, Engine
+from licet_sidecar.core.leases import Lease
+from licet_sidecar.services.link import LinkState
+
+_DECISION_ID_TAG: Final = b"\x0a\x20"  # field 1, 32 bytes
+_QUOTAS_TAG: Final = b"\x52"  # field 10, length-delimited
+_REMAINING_TAG: Final = b"\x20"  # field 4 of QuotaState, varint
+_QUOTA_FRAGMENTS_MAX: Final = 50_000
+
+
+class Answers:
+    """Encodes answers. Owned by one event loop."""
+
+    def __init__(self, engine: Engine, link: LinkState) -> None:
+        self._engine = engine
+        self._link = link
+        self._state_key: tuple[int, int, bool, bool] = (-1, -1, False, False)
+        self._state = b""
+        self._outcomes: dict[tuple[Effect, Reason], bytes] = {}
+        self._quotas: dict[tuple[str, int], bytes] = {}
+
+    def encode(self, decision: Decision, decision_id: str) -> bytes:
+        """The answer to a decision. ``decision_id``: 32 hex digits, or empty when it was not recorded."""
+        engine = self._engine
+        degraded = decision.degraded or not self._link.up
+        key = (engine.revision, engine.as_of_us, decision.stale, degraded)
+        if key != self._state_key:
+            self._state_key = key
+            self._state = _encode_state(*key)
+        effect = Effect.APPROVED if decision.observed else decision.effect
+        outcome = self._outcomes.get((effect, decision.reason))
+        if outcome is None:
+            outcome = pb.CheckResponse(effect=int(effect), reason=int(decision.reason)).SerializeToString()  # type: ignore[arg-type]  # same numbers
+            self._outcomes[(effect, decision.reason)] = outcome
+        parts = [outcome, self._state]
+        if decision_id:
+            parts += (_DECISION_ID_TAG, decision_id.encode())
+        for lease, _ in decision.spends:
+            parts.append(self._quota(lease))
+        if decision.cost_nanos:
+            parts.append(
+                pb.CheckResponse(
+                    cost=pb.Cost(amount_nanos=decision.cost_nanos, currency=decision.currency)
+                ).SerializeToString()
+            )
+        if decision.message or decision.rule or decision.retry_after_s or decision.observed:
+            parts.append(_encode_explanation(decision))
+        return b"".join(parts)
+
+    def _quota(self, lease: Lease) -> bytes:
+        key = (lease.quota, lease.amount)
+        fragment = self._quotas.get(key)
+        if fragment is None:
+            if len(self._quotas) >= _QUOTA_FRAGMENTS_MAX:
+                self._quotas.clear()
+            feature, _, window = lease.limit_key.partition(":")
+            state = pb.QuotaState(feature=feature, window=window, limit=lease.amount)
+            state.resets_at.seconds = lease.end
+            fragment = self._quotas[key] = state.SerializeToString()
+        free = lease.cap - lease.used - lease.reserved
+        remaining = varint(lease.remaining + lease.idle_elsewhere + (free if free > 0 else 0))
+        return b"".join((_QUOTAS_TAG, varint(len(fragment) + 1 + len(remaining)), fragment, _REMAINING_TAG, remaining))
+
+
+def varint(number: int) -> bytes:
+    """Base-128 varint of a non-negative integer below 2^64."""
+    if number < 0x80:
+        return _SMALL[number]
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+_SMALL: Final = tuple(bytes((number,)) for number in range(0x80))
+
+
+def _encode_state(revision: int, as_of_us: int, stale: bool, degraded: bool) -> bytes:
+    response = pb.CheckResponse(revision=revision, stale=stale, degraded=degraded)
+    response.as_of.seconds, micros = divmod(as_of_us, 1_000_000)
+    response.as_of.nanos = micros * 1_000
+    return response.SerializeToString()
+
+
+def _encode_explanation(decision: Decision) -> bytes:
+    response = pb.CheckResponse(message=decision.message, rule=decision.rule)
+    if decision.retry_after_s:
+        response.retry_after.seconds = decision.retry_after_s
+    if decision.observed:
+        response.metadata["observed_effect"] = decision.effect.name
+    return response.SerializeToString()

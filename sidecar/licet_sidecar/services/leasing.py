@@ -1,0 +1,378 @@
+"""Runs the lease book's calls: at once for checks that wait, in batches for upkeep.
+
+Concurrency: everything runs on one event loop. ``LeaseBook`` allows one outstanding call a tenant; ``_sending`` says
+whose call is being sent right now, so that upkeep and waiting checks do not send it twice at a time. A call that was
+not answered is sent again verbatim, by whoever comes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+import structlog
+
+from licet.domain.windows import Period, window_at
+from licet.wire.registers import Pair
+from licet_sidecar.adapters.usage_log import UsageLog, UsageLogError, lease_record
+from licet_sidecar.clock import Clock
+from licet_sidecar.core.engine import Engine, LeaseWait
+from licet_sidecar.core.leases import PREFETCH_S, Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, TenantLeases
+from licet_sidecar.ports import LeaseStore, LinkDown, LinkRefused
+from licet_sidecar.services.link import LinkState
+from licet_sidecar.services.tally import Tally
+
+RECALL_WAITS_S: Final = (0.002, 0.005, 0.01, 0.02, 0.04)
+"""How long to wait for others to return idle units before asking again; after the last, the check is denied."""
+
+ASK_WAIT_S: Final = 0.05
+"""How long to wait for the control plane to look at a tenant before calling again."""
+
+RETRY_WAIT_S: Final = 0.2
+GIVE_BACK_ROUNDS_MAX: Final = 4
+"""An outstanding call, a learned pair, the return itself, and one to see that nothing is left."""
+
+UPKEEP_TENANTS_MAX: Final = 512
+"""Tenants settled in one round of upkeep: with a keepalive each 20 s, enough for 10,000 held tenants."""
+
+
+class LeasingService:
+    """Acquires, refills, keeps alive and returns leases."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: LeaseStore,
+        log: UsageLog,
+        clock: Clock,
+        link: LinkState,
+        tally: Tally,
+        *,
+        on_replaced: Callable[[str], None],
+    ) -> None:
+        self._engine = engine
+        self._book: LeaseBook = engine.leases
+        self._store = store
+        self._log = log
+        self._clock = clock
+        self._link = link
+        self._tally = tally
+        self._on_replaced = on_replaced
+        self._logger = structlog.get_logger("licet.leasing")
+        self._sending: dict[str, asyncio.Event] = {}
+        self._waiters: dict[str, list[asyncio.Future[None]]] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._recall_tries: dict[str, int] = {}
+        self._refills: set[str] = set()
+        self._ticked_ms = 0
+        self._to_assert: Pair | None = None
+        self.asserted = Pair(0, "")
+        self.live = 1
+
+    # For checks
+
+    async def acquire(self, wait: LeaseWait, timeout_s: float) -> None:
+        """Returns when it is worth deciding again: leases moved, or they cannot be had.
+
+        Raises:
+            LinkDown: Redis does not answer.
+            TimeoutError: nothing came in time.
+        """
+        if not self._link.up:
+            raise LinkDown(self._link.trouble)
+        held = self._book.of(wait.tenant)
+        for lease, units in wait.needs:
+            self._book.need(held, lease, units)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(wait.tenant, []).append(future)
+        self._start(wait.tenant)
+        async with asyncio.timeout(timeout_s):
+            await future
+
+    def refill_soon(self, tenant: str) -> None:
+        """A lease of the tenant runs low: refill it with the next upkeep, ahead of need."""
+        self._refills.add(tenant)
+
+    # For upkeep
+
+    def recalled(self, tenant: str, quotas: Iterable[str]) -> None:
+        """Another sidecar lacks units of these quotas: return what is idle, at once."""
+        held = self._book.tenants.get(tenant)
+        if held is None:
+            return
+        wanted = set(quotas)
+        found = False
+        for lease in held.all():
+            if lease.quota in wanted and lease.free > 0:
+                lease.wanted = True
+                found = True
+        if found:
+            self._start(tenant)
+
+    def assert_all(self, epoch: int, run: str) -> None:
+        """The server or the epoch changed: say what is held, for every tenant."""
+        pair = Pair(epoch, run)
+        if pair != self.asserted:
+            self._to_assert = pair
+
+    async def upkeep(self) -> None:
+        """One round: refills what runs low, keeps holds alive, returns what is idle, asserts after a loss."""
+        now_s, boot_ms = self._clock.now_us() // 1_000_000, self._clock.boot_ms()
+        due: dict[str, None] = dict.fromkeys(self._refills)
+        self._refills.clear()
+        if boot_ms - self._ticked_ms >= 1_000:
+            due.update(dict.fromkeys(self._tick(now_s, boot_ms)))
+        asserting = self._to_assert
+        if asserting is not None:
+            due.update(dict.fromkeys(t for t, held in self._book.tenants.items() if held.holds_units))
+        calls: list[tuple[TenantLeases, SettleCall]] = []
+        for tenant in list(due)[:UPKEEP_TENANTS_MAX]:
+            held = self._book.tenants.get(tenant)
+            if held is None or tenant in self._sending or tenant in self._tasks:
+                continue
+            call = held.outstanding or self._begin(held, now_s, boot_ms)
+            if call is not None:
+                calls.append((held, call))
+        again = await self._send_all(calls)
+        if asserting is not None and not again and len(due) <= UPKEEP_TENANTS_MAX:
+            self.asserted, self._to_assert = asserting, None
+
+    async def give_back_all(self) -> int:
+        """Returns everything that is not spent or reserved. How many tenants could not be told."""
+        await self.stop()
+        unfinished: list[TenantLeases] = []
+        for _ in range(GIVE_BACK_ROUNDS_MAX):
+            unfinished = [
+                held
+                for held in self._book.tenants.values()
+                if held.outstanding is not None or any(lease.free > 0 for lease in held.all())
+            ]
+            if not unfinished:
+                break
+            now_s, boot_ms = self._clock.now_us() // 1_000_000, self._clock.boot_ms()
+            calls: list[tuple[TenantLeases, SettleCall]] = []
+            for held in unfinished:
+                held.needs.clear()
+                call = held.outstanding or self._begin(held, now_s, boot_ms, giving_back=True)
+                if call is not None:
+                    calls.append((held, call))
+            await self._send_all(calls)
+        return len(unfinished)
+
+    def lease_records(self) -> list[bytes]:
+        """Records of everything held, for the head of a new log segment."""
+        return [
+            lease_record(tenant, lease)
+            for tenant, held in self._book.tenants.items()
+            for lease in held.all()
+            if lease.cap or lease.used
+        ]
+
+    async def stop(self) -> None:
+        """Ends all calls under way."""
+        for task in list(self._tasks.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    # Inside
+
+    def _start(self, tenant: str) -> None:
+        if tenant not in self._tasks:
+            task = asyncio.get_running_loop().create_task(self._serve(tenant), name=f"lease {tenant}")
+            self._tasks[tenant] = task
+            task.add_done_callback(lambda done: self._ended(tenant, done))
+
+    def _ended(self, tenant: str, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(tenant, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._logger.error("leasing failed", tenant=tenant, error=repr(error))
+            self._wake(tenant, LinkDown(str(error)))
+        held = self._book.tenants.get(tenant)
+        if held is not None and held.needs and self._waiters.get(tenant) and self._link.up:
+            self._start(tenant)
+
+    async def _serve(self, tenant: str) -> None:
+        """Calls for one tenant until no check waits any more."""
+        while True:
+            held = self._book.tenants.get(tenant)
+            if held is None:
+                self._wake(tenant)
+                return
+            if (sending := self._sending.get(tenant)) is not None:
+                await sending.wait()  # upkeep is sending this tenant's call
+                continue
+            now_s, boot_ms = self._clock.now_us() // 1_000_000, self._clock.boot_ms()
+            call = held.outstanding or self._begin(held, now_s, boot_ms)
+            if call is None:
+                self._wake(tenant)
+                return
+            try:
+                outcome = await self._send_one(held, call)
+            except (LinkDown, LinkRefused) as error:
+                self._wake(tenant, LinkDown(str(error)))
+                return  # upkeep sends the call again
+            await self._follow(held, call, outcome)
+            self._wake(tenant)
+            await asyncio.sleep(0)  # woken checks decide, and say what they still need
+            if not held.needs and not any(lease.wanted and lease.free for lease in held.all()):
+                return
+
+    async def _follow(self, held: TenantLeases, call: SettleCall, outcome: Outcome | None) -> None:
+        tenant = held.tenant
+        if outcome is Outcome.RECALL:
+            tries = self._recall_tries.get(tenant, 0)
+            if tries >= len(RECALL_WAITS_S):
+                self._recall_tries.pop(tenant, None)
+                self._book.give_up_recall(call.asks, self._clock.boot_ms())
+                return
+            self._recall_tries[tenant] = tries + 1
+            self._tally.recalls += 1
+            await self._quietly(self._store.recall(tenant, [ask.lease.quota for ask in call.asks if ask.min]))
+            await asyncio.sleep(RECALL_WAITS_S[tries])
+            # What is idle elsewhere is on its way: until Redis was asked again nothing is known to be short.
+            for ask in call.asks:
+                ask.lease.short_until_ms = 0
+            return
+        self._recall_tries.pop(tenant, None)
+        if outcome is Outcome.ASK_CONTROL_PLANE:
+            await self._quietly(self._store.ask(tenant, held.why))
+            await asyncio.sleep(ASK_WAIT_S)
+        elif outcome is Outcome.CLOCK:
+            self._logger.error(
+                "the clocks of this machine and of Redis differ by more than the grace; no lease can be had",
+                tenant=tenant,
+            )
+            await asyncio.sleep(ASK_WAIT_S)
+        elif outcome is Outcome.REPLACED:
+            self._on_replaced(f"the registers of this sidecar for tenant {tenant} were sealed or taken over")
+
+    async def _send_one(self, held: TenantLeases, call: SettleCall) -> Outcome | None:
+        with self._marked_sending([held]):
+            (answer,) = await self._settle([call])
+        if isinstance(answer, Exception):
+            self._tally.settle_failures += 1
+            self._link.failed(answer, refused=isinstance(answer, LinkRefused))
+            raise answer
+        return self._take(held, call, answer)
+
+    async def _send_all(self, calls: Sequence[tuple[TenantLeases, SettleCall]]) -> list[str]:
+        """Sends calls of upkeep. Tenants for which more has to be said."""
+        if not calls:
+            return []
+        again: list[str] = []
+        try:
+            with self._marked_sending([held for held, _ in calls]):
+                answers = await self._settle([call for _, call in calls])
+        except (LinkDown, LinkRefused):
+            return [held.tenant for held, _ in calls]
+        for (held, call), answer in zip(calls, answers, strict=True):
+            if isinstance(answer, Exception):
+                self._tally.settle_failures += 1
+                again.append(held.tenant)
+                continue
+            outcome = self._take(held, call, answer)
+            if outcome is Outcome.REPLACED:
+                self._on_replaced(f"the registers of this sidecar for tenant {held.tenant} were sealed or taken over")
+            elif outcome is Outcome.ASK_CONTROL_PLANE:
+                await self._quietly(self._store.ask(held.tenant, held.why))
+                again.append(held.tenant)
+            elif outcome is Outcome.AGAIN:
+                again.append(held.tenant)
+                self._refills.add(held.tenant)
+        return again
+
+    @contextmanager
+    def _marked_sending(self, tenants: Sequence[TenantLeases]) -> Iterator[None]:
+        sent = asyncio.Event()
+        self._sending.update((held.tenant, sent) for held in tenants)
+        try:
+            yield
+        finally:
+            for held in tenants:
+                self._sending.pop(held.tenant, None)
+            sent.set()
+
+    async def _settle(self, calls: Sequence[SettleCall]) -> list[SettleAnswer | Exception]:
+        self._tally.settle_calls += len(calls)
+        try:
+            answers = await self._store.settle(calls, self.live)
+        except (LinkDown, LinkRefused) as error:
+            self._tally.settle_failures += 1
+            if self._link.failed(error, refused=isinstance(error, LinkRefused)):
+                self._logger.warning("Redis does not answer; leases and cache carry on", error=str(error))
+            raise
+        self._link.succeeded()
+        return answers
+
+    def _begin(self, held: TenantLeases, now_s: int, boot_ms: int, *, giving_back: bool = False) -> SettleCall | None:
+        caps = {lease: lease.cap for lease in held.all()}
+        call = self._book.begin_call(
+            held, revision=self._engine.revision, now_s=now_s, boot_ms=boot_ms, giving_back=giving_back
+        )
+        if call is not None:
+            lowered = [ask.lease for ask in call.asks if ask.cap < caps.get(ask.lease, 0)]
+            if lowered and not self._logged(held, lowered):
+                # A return that is not in the log must not be sent: a restart would spend the units again.
+                for lease in lowered:
+                    lease.cap = caps[lease]
+                self._book.abandon_call(held, call)
+                return None
+        return call
+
+    def _take(self, held: TenantLeases, call: SettleCall, answer: SettleAnswer) -> Outcome | None:
+        caps = {ask.lease: ask.lease.cap for ask in call.asks}
+        outcome = self._book.end_call(held, call, answer, self._clock.boot_ms())
+        # A raised cap that is not logged costs nothing but units: a restart knows less than it holds, and is told.
+        self._logged(held, [lease for lease, cap in caps.items() if lease.cap != cap])
+        return outcome
+
+    def _logged(self, held: TenantLeases, leases: Sequence[Lease]) -> bool:
+        if not leases:
+            return True
+        try:
+            self._log.append(b"".join(lease_record(held.tenant, lease) for lease in leases), 0)
+        except UsageLogError:
+            self._tally.log_failures += 1
+            return False
+        return True
+
+    def _tick(self, now_s: int, boot_ms: int) -> list[str]:
+        elapsed_s = max(1.0, (boot_ms - self._ticked_ms) / 1_000) if self._ticked_ms else 1.0
+        self._ticked_ms = boot_ms
+        due = []
+        for tenant, held in list(self._book.tenants.items()):
+            for lease in list(held.leases.values()):
+                if lease.end - PREFETCH_S <= now_s < lease.end and lease.rate > 0:
+                    following = _window_after(lease.start, lease.end)
+                    if following is not None:
+                        self._book.prefetch(held, lease, *following)
+            if self._book.tick(held, now_s, boot_ms, elapsed_s) or held.outstanding is not None or held.needs:
+                due.append(tenant)
+            elif not held.holds_units and tenant not in self._engine.tenants and tenant not in self._waiters:
+                self._book.forget(tenant)
+        return due
+
+    def _wake(self, tenant: str, error: Exception | None = None) -> None:
+        for future in self._waiters.pop(tenant, ()):
+            if not future.done():
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
+
+    async def _quietly(self, call: Awaitable[None]) -> None:
+        """Awaits something whose loss costs only time."""
+        try:
+            await call
+        except (LinkDown, LinkRefused) as error:
+            self._link.failed(error)
+
+
+def _window_after(start: int, end: int) -> tuple[int, int] | None:
+    """The window of the same period that begins where this one ends."""
+    for period in Period:
+        if window_at(period, start) == (start, end):
+            return window_at(period, end)
+    return None

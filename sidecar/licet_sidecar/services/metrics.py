@@ -1,0 +1,131 @@
+"""Metrics: opentelemetry-sdk instruments that read plain counters when somebody scrapes.
+
+Recording into instruments on the hot path would cost more than deciding; observing costs a check under 1 µs. The
+latency histogram has no observable form in the SDK, so it is handed to the Prometheus registry as what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.resources import Resource
+from prometheus_client import CollectorRegistry, exposition
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import REGISTRY, Collector
+
+from licet_sidecar.adapters.usage_log import UsageLog
+from licet_sidecar.clock import Clock
+from licet_sidecar.core.engine import Engine
+from licet_sidecar.services.link import LinkState
+from licet_sidecar.services.shipping import ShippingService
+from licet_sidecar.services.tally import LATENCY_BUCKETS_US, Tally
+
+CONTENT_TYPE: Final = exposition.CONTENT_TYPE_LATEST
+
+
+class Metrics:
+    """``/metrics`` of a sidecar."""
+
+    def __init__(
+        self, engine: Engine, log: UsageLog, shipping: ShippingService, link: LinkState, clock: Clock, tally: Tally
+    ) -> None:
+        self._provider = MeterProvider(
+            metric_readers=[PrometheusMetricReader(disable_target_info=True)],
+            resource=Resource.get_empty(),
+            shutdown_on_exit=False,
+        )
+        meter = self._provider.get_meter("licet.sidecar")
+        self._registry: CollectorRegistry = REGISTRY
+
+        def counter(name: str, description: str, read: Callable[[], float]) -> None:
+            meter.create_observable_counter(name, [_single(read)], description=description)
+
+        def gauge(name: str, description: str, read: Callable[[], float], unit: str = "") -> None:
+            meter.create_observable_gauge(name, [_single(read)], description=description, unit=unit)
+
+        meter.create_observable_counter(
+            "licet_checks", [lambda _: _answers(tally)], description="Answers, by effect and reason."
+        )
+        counter("licet_check_waits", "Checks that waited for a license or a lease.", lambda: tally.lease_waits)
+        counter("licet_check_wait_seconds", "Time they waited.", lambda: tally.lease_wait_sum_us / 1e6)
+        counter("licet_checks_stale", "Answers marked stale.", lambda: tally.stale_answers)
+        counter("licet_settle_calls", "Calls to the quota registers.", lambda: tally.settle_calls)
+        counter("licet_settle_failures", "Those that were not answered.", lambda: tally.settle_failures)
+        counter("licet_recalls", "Times idle units were called back from other sidecars.", lambda: tally.recalls)
+        counter("licet_license_loads", "Licenses read on a tenant's first check.", lambda: tally.license_loads)
+        counter("licet_resyncs", "Times the whole state was read again.", lambda: tally.resyncs)
+        counter(
+            "licet_documents_rejected",
+            "Documents, heads and acknowledgements that were unsigned, wrongly signed, damaged or older.",
+            lambda: tally.documents_rejected,
+        )
+        counter("licet_heads_ignored", "Heads of another server, or older ones.", lambda: tally.heads_ignored)
+        counter("licet_log_failures", "Times the usage log could not take a record.", lambda: tally.log_failures)
+        counter(
+            "licet_units_unlogged", "Units approved although they could not be logged.", lambda: tally.units_unlogged
+        )
+        counter("licet_batches_shipped", "Batches of usage events handed over.", lambda: tally.batches_shipped)
+        counter("licet_events_resent", "Events handed over again.", lambda: tally.events_resent)
+        counter("licet_idempotent_repeats", "Calls answered from an earlier answer.", lambda: tally.idempotent_repeats)
+        counter(
+            "licet_idempotent_evicted", "Answers forgotten early for want of room.", lambda: tally.idempotent_evicted
+        )
+        gauge("licet_revision", "Revision in force.", lambda: engine.revision)
+        gauge(
+            "licet_state_age_seconds",
+            "Age of the last confirmation that the state in force is current; -1 before the first.",
+            lambda: max(0.0, (clock.now_us() - engine.as_of_us) / 1e6) if engine.as_of_us else -1.0,
+        )
+        gauge("licet_redis_up", "1 when Redis answered last.", lambda: int(link.up))
+        gauge("licet_tenants_loaded", "Licenses in memory.", lambda: len(engine.tenants))
+        gauge("licet_tenants_held", "Tenants with leases.", lambda: len(engine.leases.tenants))
+        gauge(
+            "licet_log_events_unacknowledged",
+            "Events the ledger has not acknowledged.",
+            lambda: shipping.unacked_events,
+        )
+        gauge("licet_log_bytes", "Size of the usage log on disk.", lambda: log.total_bytes)
+        self._latency = _Latency(tally)
+        self._registry.register(self._latency)
+
+    def page(self) -> bytes:
+        """All metrics, in the Prometheus text format."""
+        return exposition.generate_latest(self._registry)
+
+    def close(self) -> None:
+        """Frees the registry."""
+        self._registry.unregister(self._latency)
+        self._provider.shutdown()
+
+
+class _Latency(Collector):
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def collect(self) -> Iterator[Metric]:
+        counts = list(self._tally.latency_counts)
+        buckets = []
+        total = 0
+        for upper_us, count in zip((*LATENCY_BUCKETS_US, None), counts, strict=True):
+            total += count
+            buckets.append(("+Inf" if upper_us is None else str(upper_us / 1e6), total))
+        family = HistogramMetricFamily(
+            "licet_check_duration_seconds", "Time from request bytes to response bytes, waits included."
+        )
+        family.add_metric([], buckets, self._tally.latency_sum_us / 1e6)
+        yield family
+
+
+def _single(read: Callable[[], float]) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    return lambda _: [Observation(read())]
+
+
+def _answers(tally: Tally) -> list[Observation]:
+    return [
+        Observation(count, {"effect": effect.name, "reason": reason.name})
+        for effect, reason, count in tally.by_effect_and_reason()
+    ]

@@ -1,0 +1,450 @@
+"""Keeps the engine's state in step with what is published: the change stream, resyncs, loads on demand, the disk.
+
+Concurrency: one event loop. ``run`` is the only writer of the bundle and of the revision; loads run beside it and
+install only licenses that are not newer than the revision in force. Between the reads and the installation of a
+change nothing awaits, so that no check sees half of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+from licet.domain.catalog import Catalog, license_from_wire
+from licet.wire import documents, envelope
+from licet.wire.documents import Head, Manifest, catalog_of_chunks
+from licet.wire.registers import Pair
+from licet.wire.signing import Statement, VerificationError, Verifier
+from licet_sidecar.adapters.state_directory import StateDirectory, StateDirectoryError
+from licet_sidecar.adapters.usage_log import UsageLog, UsageLogError, floor_record
+from licet_sidecar.clock import Clock
+from licet_sidecar.core.engine import Engine, Tenant
+from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.core.rulebook import Rulebook
+from licet_sidecar.core.sync import Changes, HeadVerdict, SyncState
+from licet_sidecar.ports import LinkDown, LinkRefused, PulseReport, StateSource
+from licet_sidecar.services.link import LinkState
+from licet_sidecar.services.tally import Tally
+
+BLOCK_MS: Final = 5_000
+RETRY_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0)
+RESYNC_JITTER_S: Final = 0.2
+"""Resyncs of many sidecars at once are spread over this long."""
+CATCH_UP_READS_MAX: Final = 50
+SNAPSHOT_FILE: Final = "snapshot"
+SNAPSHOT_EVERY_S: Final = 1.0
+_SNAPSHOT_KIND: Final = "snapshot"
+
+
+class Inconsistent(Exception):
+    """What was read does not fit together (lost, altered, or being changed): read everything again."""
+
+
+@dataclass(slots=True)
+class _Bundle:
+    statement: Statement
+    document: bytes
+    chunks: dict[str, bytes]
+    rulebook: Rulebook
+
+
+class SyncService:
+    """Applies published state. Ready once a first state is in force that is not older than one acted on before."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        source: StateSource,
+        verifier: Verifier,
+        directory: StateDirectory,
+        log: UsageLog,
+        clock: Clock,
+        link: LinkState,
+        tally: Tally,
+        *,
+        on_head: Callable[[Head], None],
+    ) -> None:
+        self._engine = engine
+        self._source = source
+        self._verifier = verifier
+        self._directory = directory
+        self._log = log
+        self._clock = clock
+        self._link = link
+        self._tally = tally
+        self._on_head = on_head
+        self._logger = structlog.get_logger("licet.sync")
+        self.state = SyncState()
+        self.ready = asyncio.Event()
+        self.problem = "nothing has been synced yet"
+        self._bundle: _Bundle | None = None
+        self._head_document: bytes | None = None
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._dirty: set[str] = set()
+        self._advanced = asyncio.Condition()
+        self._resync_wanted = True
+        self._snapshot_due = False
+
+    # For checks
+
+    async def load(self, tenant: str, timeout_s: float) -> None:
+        """Loads a tenant's license, once however many wait for it.
+
+        Raises:
+            LinkDown: it could not be read, or what was read cannot be trusted now.
+            TimeoutError: not in time; the load goes on.
+        """
+        if not self._link.up:
+            raise LinkDown(self._link.trouble)
+        task = self._loads.get(tenant)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._load(tenant), name=f"load {tenant}")
+            self._loads[tenant] = task
+            task.add_done_callback(lambda done: self._loaded(tenant, done))
+        async with asyncio.timeout(timeout_s):
+            await asyncio.shield(task)
+
+    # For upkeep
+
+    def take_head(self, report: PulseReport) -> None:
+        """Judges the head a pulse brought."""
+        if report.head is None:
+            return
+        try:
+            statement = self._verifier.verify(report.head, kind=documents.HEAD, key=documents.HEAD_KEY)
+            head = Head.from_payload(statement.payload)
+        except (VerificationError, KeyError, TypeError) as error:
+            self._reject(error)
+            return
+        verdict = self.state.head_read(statement, head, report.run_id)
+        if verdict is HeadVerdict.IGNORED:
+            self._tally.heads_ignored += 1
+            return
+        self._on_head(head)
+        if verdict is HeadVerdict.CURRENT:
+            self._engine.as_of_us = max(self._engine.as_of_us, head.at_us)
+            self._head_document = report.head
+        elif verdict is HeadVerdict.RESYNC:
+            self._resync_wanted = True
+
+    async def save_snapshot(self) -> None:
+        """Writes the last good state to disk when it changed."""
+        bundle = self._bundle
+        if not self._snapshot_due or bundle is None:
+            return
+        self._snapshot_due = False
+        data = envelope.pack(
+            _SNAPSHOT_KIND,
+            {
+                "head": self._head_document or b"",
+                "manifest": bundle.document,
+                "chunks": bundle.chunks,
+                "generation": self.state.generation,
+                "revision": self.state.revision,
+                "licenses": [tenant.document for tenant in self._engine.tenants.values()],
+            },
+        )
+        try:
+            await asyncio.to_thread(self._directory.write_atomically, SNAPSHOT_FILE, data)
+        except StateDirectoryError as error:
+            self._snapshot_due = True
+            self._logger.error(
+                "the snapshot cannot be written; a restart without Redis would know less", error=str(error)
+            )
+
+    def restore(self, floor: tuple[int, int]) -> None:
+        """Starts from the snapshot on disk, when it is not older than what was acted on before (``floor``)."""
+        self.state.floor = floor
+        data = self._directory.read(SNAPSHOT_FILE)
+        if data is None:
+            return
+        try:
+            body = envelope.unpack(_SNAPSHOT_KIND, data)
+            version = (int(body["generation"]), int(body["revision"]))
+            if version < floor:
+                self._logger.warning(
+                    "the snapshot on disk is older than what was acted on; waiting for Redis",
+                    snapshot=version[1],
+                    acted_on=floor[1],
+                )
+                return
+            bundle = self._verified_bundle(body["manifest"], body["chunks"])
+            licenses = []
+            for document in body["licenses"]:
+                tenant = self._verified_license(document, key=None)
+                if (tenant.generation, tenant.revision) <= version:
+                    licenses.append(tenant)
+            as_of_us = 0
+            if body["head"]:
+                statement = self._verifier.verify(body["head"], kind=documents.HEAD, key=documents.HEAD_KEY)
+                as_of_us = Head.from_payload(statement.payload).at_us
+                self._head_document = body["head"]
+        except (ValueError, KeyError, TypeError) as error:
+            self._reject(error)
+            return
+        self._engine.as_of_us = as_of_us
+        self._install(bundle, licenses, *version)
+
+    async def run(self) -> None:
+        """Follows the published state for ever."""
+        failures = 0
+        while True:
+            try:
+                if self._resync_wanted:
+                    if self.ready.is_set():
+                        await asyncio.sleep(random.uniform(0, RESYNC_JITTER_S))
+                    await self._resync()
+                    self._resync_wanted = False
+                cursor = self.state.revision
+                changes = await self._source.read_changes(cursor, BLOCK_MS)
+                self._link.succeeded()
+                if changes and not await self._apply(changes):
+                    self._resync_wanted = True
+                failures = 0
+            except (LinkDown, LinkRefused) as error:
+                if self._link.failed(error, refused=isinstance(error, LinkRefused)):
+                    level = self._logger.error if isinstance(error, LinkRefused) else self._logger.warning
+                    level("Redis does not answer", error=str(error))
+                if not self.ready.is_set():
+                    self.problem = str(error)
+                failures = await self._back_off(failures)
+            except (Inconsistent, VerificationError, ValueError, KeyError) as error:
+                self._reject(error)
+                self._resync_wanted = True
+                failures = await self._back_off(failures)
+
+    # Inside
+
+    async def _back_off(self, failures: int) -> int:
+        delay_s = RETRY_S[min(failures, len(RETRY_S) - 1)]
+        await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+        return failures + 1
+
+    async def _resync(self) -> None:
+        """Reads everything again: the head says which revision is complete, the stream what came since."""
+        self._tally.resyncs += 1
+        head_document, run_id = await self._source.read_head()
+        self._link.succeeded()
+        if head_document is None:
+            raise Inconsistent("the control plane has published nothing here yet (no head)")
+        statement = self._verifier.verify(head_document, kind=documents.HEAD, key=documents.HEAD_KEY)
+        head = Head.from_payload(statement.payload)
+        if head.run_id != run_id:
+            raise Inconsistent("the control plane has not checked this Redis server yet")
+        if statement.version < max(self.state.floor, (self.state.generation, self.state.revision)):
+            raise Inconsistent(
+                f"Redis is at revision {statement.revision}, this sidecar acted on {self.state.floor[1]} before"
+            )
+        if statement.revision == 0:
+            raise Inconsistent("no bundle was pushed yet: run `licet policy push`")
+        generation_changed = statement.generation != self.state.generation
+        self._engine.forget_absences()
+        touched = Changes(statement.revision, bundle=True, tenants=set(self._engine.tenants))
+        self._dirty.update(self._loads)
+        await self._take(touched, statement.generation)
+        if self.state.head_read(statement, head, run_id) is HeadVerdict.CURRENT:
+            self._engine.as_of_us = max(self._engine.as_of_us, head.at_us)
+            self._head_document = head_document
+        self._on_head(head)
+        if generation_changed:
+            self._logger.info("synced", generation=self.state.generation, revision=self.state.revision)
+
+    async def _apply(self, changes: Iterable[Any]) -> bool:
+        """Takes entries of the stream. False when they do not follow on what is known."""
+        touched = Changes(self.state.revision)
+        if not self._note(touched, changes):
+            return False
+        await self._take(touched, self.state.generation)
+        return True
+
+    def _note(self, touched: Changes, changes: Iterable[Any]) -> bool:
+        changes = list(changes)
+        if not self.state.follow(touched.cursor, [change.revision for change in changes]):
+            return False
+        for change in changes:
+            touched.cursor = change.revision
+            if change.kind == documents.BUNDLE:
+                touched.bundle = True
+            elif change.kind == documents.LICENSE:
+                self._engine.forget_absence(change.key)
+                if change.key in self._loads:
+                    self._dirty.add(change.key)
+                if change.key in self._engine.tenants:
+                    touched.tenants.add(change.key)
+            else:
+                return False
+        return True
+
+    async def _take(self, touched: Changes, generation: int) -> None:
+        """Reads what was touched until nothing read is newer than the changes read, then installs it in one step."""
+        bundle: _Bundle | None = None
+        licenses: dict[str, Tenant] = {}
+        read_bundle, read_tenants = touched.bundle, set(touched.tenants)
+        for _ in range(CATCH_UP_READS_MAX):
+            if read_bundle:
+                bundle = await self._read_bundle(generation)
+            if read_tenants:
+                licenses.update(await self._read_licenses(sorted(read_tenants)))
+            newest = max(
+                [touched.cursor, *(tenant.revision for tenant in licenses.values())]
+                + ([bundle.statement.revision] if bundle else [])
+            )
+            if newest <= touched.cursor:
+                break
+            more = Changes(touched.cursor)
+            if not self._note(more, await self._source.read_changes(touched.cursor, BLOCK_MS)):
+                raise Inconsistent("the change stream has a gap")
+            touched.cursor = more.cursor
+            read_bundle, read_tenants = more.bundle, more.tenants
+        else:
+            raise Inconsistent("changes come faster than they can be read")
+        self._install(bundle, licenses.values(), generation, touched.cursor)
+        async with self._advanced:
+            self._advanced.notify_all()
+
+    def _install(self, bundle: _Bundle | None, licenses: Iterable[Tenant], generation: int, revision: int) -> None:
+        """Puts what was read in force, in one step, and notes durably that it was."""
+        try:
+            self._log.append(floor_record(generation, revision), 0)
+        except UsageLogError as error:
+            # Without the note a restart might answer from an older state. Better to stay where we are, and say so.
+            raise Inconsistent(f"revision {revision} cannot be noted: {error}") from error
+        if bundle is not None:
+            self.state.deployment = bundle.statement.deployment
+            self._bundle = bundle
+            self._engine.install_bundle(bundle.rulebook)
+        for tenant in licenses:
+            self._engine.install_license(tenant)
+        self.state.reached(generation, revision)
+        self._engine.revision, self._engine.generation = revision, generation
+        self._snapshot_due = True
+        if self._engine.rulebook is not None and self.state.may_serve() and not self.ready.is_set():
+            self.problem = ""
+            self.ready.set()
+
+    async def _read_bundle(self, generation: int) -> _Bundle:
+        document = await self._source.read_manifest()
+        if document is None:
+            raise Inconsistent("no bundle is in Redis: run `licet policy push`, or wait for the control plane")
+        statement = self._verifier.verify(document, kind=documents.BUNDLE, key=documents.BUNDLE_KEY)
+        if statement.generation > generation:
+            raise Inconsistent("a new generation has begun")
+        known = self._bundle.chunks if self._bundle else {}
+        missing = [digest for digest in Manifest.from_payload(statement.payload).chunks if digest not in known]
+        fetched = await self._source.read_chunks(missing) if missing else []
+        chunks = dict(known)
+        for digest, chunk in zip(missing, fetched, strict=True):
+            if chunk is None:
+                raise Inconsistent(f"chunk {digest[:12]}… of the bundle is missing in Redis")
+            chunks[digest] = chunk
+        return self._verified_bundle(document, chunks)
+
+    def _verified_bundle(self, document: bytes, chunks: dict[str, bytes]) -> _Bundle:
+        statement = self._verifier.verify(document, kind=documents.BUNDLE, key=documents.BUNDLE_KEY)
+        held = self._bundle
+        if not self.state.accepts(statement, held.statement.version if held else (0, 0)):
+            raise Inconsistent(f"the bundle of revision {statement.revision} is older than the one in force")
+        if held is not None and held.document == document:
+            return held
+        manifest = Manifest.from_payload(statement.payload)
+        catalog: Catalog = catalog_of_chunks((chunks[digest] for digest in manifest.chunks), manifest.chunks)
+        rulebook = Rulebook(
+            catalog, generation=statement.generation, revision=statement.revision, observe=manifest.observe
+        )
+        return _Bundle(statement, document, {digest: chunks[digest] for digest in manifest.chunks}, rulebook)
+
+    async def _read_licenses(self, tenants: list[str]) -> dict[str, Tenant]:
+        found: dict[str, Tenant] = {}
+        for name, document in zip(tenants, await self._source.read_licenses(tenants), strict=True):
+            if document is None:
+                raise Inconsistent(f"the license of {name} is missing in Redis")
+            found[name] = self._verified_license(document, key=name)
+        return found
+
+    def _verified_license(self, document: bytes, *, key: str | None) -> Tenant:
+        """The license in ``document``. ``key`` ``None``: of whatever tenant it is, as on disk."""
+        if key is None:
+            key = _key_of(document)
+        held = self._engine.tenants.get(key)
+        if held is not None and held.document == document:
+            return held
+        statement = self._verifier.verify(document, kind=documents.LICENSE, key=key)
+        if not self.state.accepts(statement, (held.generation, held.revision) if held else (0, 0)):
+            raise Inconsistent(f"the license of {key} of revision {statement.revision} is older than the one in force")
+        return Tenant(
+            license_from_wire(statement.payload),
+            generation=statement.generation,
+            revision=statement.revision,
+            document=document,
+        )
+
+    async def _load(self, tenant: str) -> None:
+        self._tally.license_loads += 1
+        while True:
+            self._dirty.discard(tenant)
+            document, pair, head_document, run_id = await self._source.read_license(tenant)
+            self._link.succeeded()
+            if head_document is None:
+                raise LinkDown("the control plane has not checked this Redis server")
+            statement = self._verifier.verify(head_document, kind=documents.HEAD, key=documents.HEAD_KEY)
+            head = Head.from_payload(statement.payload)
+            if head.run_id != run_id or statement.version < (self.state.generation, self.state.revision):
+                raise LinkDown("the control plane has not checked this Redis server")
+            if document is None:
+                await self._until(statement.revision)
+                if tenant not in self._dirty:
+                    self._engine.install_absence(tenant, self._clock.boot_ms())
+                    return
+                continue
+            loaded = self._verified_license(document, key=tenant)
+            await self._until(loaded.revision)
+            if tenant in self._dirty:
+                continue
+            for evicted in self._engine.install_license(loaded):
+                self._evicted(evicted)
+            held = self._engine.leases.of(tenant)
+            if held.pair == Pair(0, "") and pair.epoch:
+                held.pair = pair
+            self._snapshot_due = True
+            return
+
+    async def _until(self, revision: int) -> None:
+        """Waits until that revision is in force."""
+        if self.state.revision >= revision:
+            return
+        async with self._advanced:
+            await self._advanced.wait_for(lambda: self.state.revision >= revision)
+
+    def _evicted(self, tenant: str) -> None:
+        """A tenant made room: what it holds goes back with the next upkeep."""
+        book: LeaseBook = self._engine.leases
+        held = book.tenants.get(tenant)
+        if held is not None:
+            for lease in held.all():
+                lease.wanted = True
+        self._snapshot_due = True
+
+    def _loaded(self, tenant: str, task: asyncio.Task[None]) -> None:
+        self._loads.pop(tenant, None)
+        self._dirty.discard(tenant)
+        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, LinkDown):
+            self._reject(error)
+
+    def _reject(self, error: BaseException) -> None:
+        self._tally.documents_rejected += 1
+        if not self.ready.is_set():
+            self.problem = str(error)
+        self._logger.error("published state was not taken; what is in force stays", error=str(error))
+
+
+def _key_of(document: bytes) -> str:
+    """The key a signed document claims, to be verified."""
+    import msgpack
+
+    _, _, body = envelope.unpack("signed", document)
+    return str(msgpack.unpackb(body, raw=False, strict_map_key=False)[2])

@@ -1,0 +1,112 @@
+"""grpc.aio over ``ApprovalService``: bytes in, bytes out. The one place that knows gRPC status codes.
+
+A faster transport can take this module's place without touching the service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import structlog
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from licet_sidecar.services.approval import ApprovalService, Malformed, NotReady
+
+SERVICE: Final = "licet.v1.ApprovalService"
+DEADLINE_DEFAULT_S: Final = 5.0
+"""For callers that set none."""
+
+
+class ListenError(Exception):
+    """An address cannot be served. The message says which, why and what to do."""
+
+
+class GrpcEdge:
+    """The gRPC server of a sidecar."""
+
+    def __init__(self, service: ApprovalService, *, message_bytes_max: int) -> None:
+        self._service = service
+        self._logger = structlog.get_logger("licet.grpc")
+        self._server = aio.server(
+            options=[
+                ("grpc.max_receive_message_length", message_bytes_max),
+                ("grpc.so_reuseport", 0),  # a taken port must be an error, not a second server that steals calls
+            ]
+        )
+        self._health = health_aio.HealthServicer()
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Check": grpc.unary_unary_rpc_method_handler(self._check),
+            "CheckBatch": grpc.unary_unary_rpc_method_handler(self._check_batch),
+            "CheckStream": grpc.stream_stream_rpc_method_handler(self._check_stream),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
+
+    async def start(self, addresses: Sequence[str]) -> list[str]:
+        """Serves the addresses; returns them with the ports that were chosen for port 0.
+
+        Raises:
+            ListenError: one of them cannot be served.
+        """
+        served = []
+        for address in addresses:
+            if address.startswith("unix:"):
+                _clear_stale_socket(Path(address.removeprefix("unix:")))
+            try:
+                port = self._server.add_insecure_port(address)
+            except RuntimeError as error:
+                raise ListenError(
+                    f"cannot listen on {address}: the port is taken or the address is not of this machine;"
+                    " stop what uses it, or choose another with --listen"
+                ) from error
+            served.append(address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}")
+        await self._server.start()
+        return served
+
+    async def set_ready(self, ready: bool) -> None:
+        """What gRPC health checks are told."""
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set("", status)
+        await self._health.set(SERVICE, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no new calls, and lets those under way finish for ``grace_s`` seconds."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def _check(self, request: bytes, context: aio.ServicerContext[bytes, bytes]) -> bytes:
+        return await self._answer("Check", request, context)
+
+    async def _check_batch(self, request: bytes, context: aio.ServicerContext[bytes, bytes]) -> bytes:
+        return await self._answer("CheckBatch", request, context)
+
+    async def _check_stream(
+        self, requests: AsyncIterator[bytes], context: aio.ServicerContext[bytes, bytes]
+    ) -> AsyncIterator[bytes]:
+        async for request in requests:
+            yield await self._answer("CheckStream", request, context)
+
+    async def _answer(self, method: str, request: bytes, context: Any) -> bytes:
+        try:
+            remaining_s = context.time_remaining()
+            answer = self._service.handle(method, request, DEADLINE_DEFAULT_S if remaining_s is None else remaining_s)
+            return answer if isinstance(answer, bytes) else await answer
+        except Malformed as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except NotReady as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        raise AssertionError("abort raises")
+
+
+def _clear_stale_socket(path: Path) -> None:
+    """Removes a socket that a killed process left; the state directory's lock keeps a living one from this."""
+    if path.is_socket():
+        path.unlink()
