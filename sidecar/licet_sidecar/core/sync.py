@@ -76,7 +76,7 @@ class SyncState:
 
     def may_serve(self) -> bool:
         """Whether what is in force is not older than what was acted on before."""
-        return self.revision > 0 and (self.generation, self.revision) >= self.floor
+        return self.generation > 0 and (self.generation, self.revision) >= self.floor
 
     def head_read(self, statement: Statement, head: Head, run_id: str) -> HeadVerdict:
         """Judges a verified head that was read from the server ``run_id``. Keeps it when it says something new."""

@@ -7,6 +7,7 @@ being decided is joined. After a restart the answers of the latest events in the
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Coroutine
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ class RecentAnswers:
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
         self._answers: dict[Key, tuple[int, bytes, int]] = {}
+        self._order: deque[Key] = deque()  # oldest first: deleting a dict's first key over and over is quadratic
         self._under_way: dict[Key, tuple[int, asyncio.Task[bytes]]] = {}
 
     def find(self, key: Key) -> tuple[int, bytes | Awaitable[bytes]] | None:
@@ -44,9 +46,11 @@ class RecentAnswers:
 
     def remember(self, key: Key, print_: int, response: bytes, boot_ms: int) -> None:
         """Keeps an answer."""
+        if key not in self._answers:
+            self._order.append(key)
         self._answers[key] = (print_, response, boot_ms)
-        if len(self._answers) > ANSWERS_MAX:
-            del self._answers[next(iter(self._answers))]
+        if len(self._order) > ANSWERS_MAX:
+            del self._answers[self._order.popleft()]
             self._tally.idempotent_evicted += 1
 
     def join(self, key: Key, print_: int, waiting: Coroutine[Any, Any, bytes], clock: Clock) -> Awaitable[bytes]:
@@ -65,11 +69,8 @@ class RecentAnswers:
     def expire(self, boot_ms: int) -> None:
         """Forgets what is older than ``KEPT_MS``."""
         before_ms = boot_ms - KEPT_MS
-        while self._answers:
-            key = next(iter(self._answers))
-            if self._answers[key][2] > before_ms:
-                return
-            del self._answers[key]
+        while self._order and self._answers[self._order[0]][2] <= before_ms:
+            del self._answers[self._order.popleft()]
 
     def recover(self, events: list[tuple[bytes, bytes]], boot_ms: int) -> None:
         """Takes up (decision prefix, packed event) pairs from the log of an earlier incarnation, oldest first."""

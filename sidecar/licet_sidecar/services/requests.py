@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from licet.domain.catalog import AttributeValue
-from licet.domain.ids import NAME_CHARS_MAX, TENANT_PATTERN
+from licet.domain.ids import NAME_CHARS_MAX, TENANT_PATTERN, UNITS_MAX
 from licet.v1 import approval_pb2 as pb
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, check_units
 
@@ -39,9 +39,11 @@ def parse_check(request: pb.CheckRequest) -> Inquiry:
     if request.HasField("quantity"):
         inquiry.quantity = check_units("quantity", request.quantity)
     if request.quantities:
-        inquiry.quantities = {
-            meter: check_units(f"quantities[{meter!r}]", units) for meter, units in request.quantities.items()
-        }
+        quantities = request.quantities
+        inquiry.quantities = parsed = {meter: quantities[meter] for meter in quantities}
+        for meter, units in parsed.items():
+            if not 0 <= units <= UNITS_MAX:
+                check_units(f"quantities[{meter!r}]", units)
         if len(inquiry.quantities) > ENTRIES_MAX:
             raise InvalidInquiry("quantities", f"has more than {ENTRIES_MAX} entries")
     if request.HasField("subject"):
@@ -107,7 +109,8 @@ def _values(field: str, values: Mapping[str, pb.Value]) -> dict[str, AttributeVa
         raise InvalidInquiry(field, f"has {len(values)} entries; at most {ENTRIES_MAX} are accepted")
     parsed: dict[str, AttributeValue] = {}
     room = CONTEXT_BYTES_MAX
-    for name, value in values.items():
+    for name in values:  # not .items(): the map's is several times slower
+        value = values[name]
         kind = value.WhichOneof("kind")
         plain: Any
         if kind == "string_value":

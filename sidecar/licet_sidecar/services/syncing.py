@@ -240,11 +240,13 @@ class SyncService:
             raise Inconsistent(
                 f"Redis is at revision {statement.revision}, this sidecar acted on {self.state.floor[1]} before"
             )
-        if statement.revision == 0:
-            raise Inconsistent("no bundle was pushed yet: run `licet policy push`")
         generation_changed = statement.generation != self.state.generation
         self._engine.forget_absences()
-        touched = Changes(statement.revision, bundle=True, tenants=set(self._engine.tenants))
+        if statement.revision == 0:
+            # Nothing was ever pushed, and the control plane says so itself: an empty state is a state.
+            empty = Rulebook(Catalog(), generation=statement.generation, revision=0, observe=False)
+            self._engine.install_bundle(empty)
+        touched = Changes(statement.revision, bundle=statement.revision > 0, tenants=set(self._engine.tenants))
         self._dirty.update(self._loads)
         await self._take(touched, statement.generation)
         if self.state.head_read(statement, head, run_id) is HeadVerdict.CURRENT:
@@ -393,7 +395,9 @@ class SyncService:
                 raise LinkDown("the control plane has not checked this Redis server")
             statement = self._verifier.verify(head_document, kind=documents.HEAD, key=documents.HEAD_KEY)
             head = Head.from_payload(statement.payload)
-            if head.run_id != run_id or statement.version < (self.state.generation, self.state.revision):
+            # The head may be a second behind the stream. What matters is that the contents of this very server were
+            # checked: after a failover or a wipe they may be older, or gone, and absence would mean nothing.
+            if head.run_id != run_id or statement.generation < self.state.generation:
                 raise LinkDown("the control plane has not checked this Redis server")
             if document is None:
                 await self._until(statement.revision)
