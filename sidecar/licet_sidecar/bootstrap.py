@@ -12,8 +12,6 @@ from collections.abc import Coroutine
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
-import structlog
-
 from licet.wire.documents import Head, Heartbeat
 from licet.wire.names import RedisNames
 from licet.wire.registers import Pair
@@ -28,6 +26,7 @@ from licet_sidecar.clock import Clock, SystemClock
 from licet_sidecar.config import Config
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown, LinkRefused
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.idempotency import ANSWERS_MAX, RecentAnswers
@@ -58,7 +57,7 @@ class Sidecar:
         """
         self.config = config
         self.clock: Clock = clock or SystemClock()
-        self._logger = structlog.get_logger("licet.sidecar")
+        self._logger = Logger("sidecar")
         self._started_us = self.clock.now_us()
         self._directory = StateDirectory(config.state_dir)
         self.identity = self._directory.claim_identity()

@@ -32,6 +32,8 @@ class HeadVerdict(Enum):
     CURRENT = auto()
     BEHIND = auto()
     RESYNC = auto()
+    LATE = auto()
+    """Written before the change that is already in force was published: says nothing new, and nothing is wrong."""
     IGNORED = auto()
 
 
@@ -82,8 +84,10 @@ class SyncState:
         """Judges a verified head that was read from the server ``run_id``. Keeps it when it says something new."""
         if head.run_id != run_id or (self.deployment and statement.deployment != self.deployment):
             return HeadVerdict.IGNORED
-        if statement.version < max(self._head_version, (self.generation, self.revision)):
+        if statement.version < self._head_version or statement.generation < self.generation:
             return HeadVerdict.IGNORED
+        if statement.version < (self.generation, self.revision):
+            return HeadVerdict.LATE
         if self.head is not None and statement.version == self._head_version and head.at_us < self.head.at_us:
             return HeadVerdict.IGNORED
         self.head = head

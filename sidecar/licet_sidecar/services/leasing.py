@@ -12,14 +12,13 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-import structlog
-
 from licet.domain.windows import Period, window_at
 from licet.wire.registers import Pair
 from licet_sidecar.adapters.usage_log import UsageLog, UsageLogError, lease_record
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import Engine, LeaseWait
 from licet_sidecar.core.leases import PREFETCH_S, Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, TenantLeases
+from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LeaseStore, LinkDown, LinkRefused
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.tally import Tally
@@ -60,7 +59,7 @@ class LeasingService:
         self._link = link
         self._tally = tally
         self._on_replaced = on_replaced
-        self._logger = structlog.get_logger("licet.leasing")
+        self._logger = Logger("leasing")
         self._sending: dict[str, asyncio.Event] = {}
         self._waiters: dict[str, list[asyncio.Future[None]]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}

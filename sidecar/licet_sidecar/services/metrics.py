@@ -34,7 +34,7 @@ class Metrics:
         self, engine: Engine, log: UsageLog, shipping: ShippingService, link: LinkState, clock: Clock, tally: Tally
     ) -> None:
         self._provider = MeterProvider(
-            metric_readers=[PrometheusMetricReader(disable_target_info=True)],
+            metric_readers=[PrometheusMetricReader(disable_target_info=True, scope_info_enabled=False)],
             resource=Resource.get_empty(),
             shutdown_on_exit=False,
         )

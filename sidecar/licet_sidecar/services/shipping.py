@@ -12,13 +12,12 @@ import asyncio
 from dataclasses import dataclass
 from typing import Final
 
-import structlog
-
 from licet.wire import documents
 from licet.wire.signing import VerificationError, Verifier
 from licet.wire.usage import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, UsageBatch, log_id
 from licet_sidecar.adapters.usage_log import LogHeader, UsageLog, UsageLogError
 from licet_sidecar.clock import Clock
+from licet_sidecar.logs import Logger
 from licet_sidecar.ports import PulseReport
 from licet_sidecar.services.tally import Tally
 
@@ -48,7 +47,7 @@ class ShippingService:
         self._verifier = verifier
         self._clock = clock
         self._tally = tally
-        self._logger = structlog.get_logger("licet.shipping")
+        self._logger = Logger("shipping")
         self._deliveries: dict[str, Delivery] = {}
         self._proposed: list[tuple[Delivery, int]] = []
 

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-import structlog
-
 from licet.domain.catalog import Catalog, license_from_wire
 from licet.wire import documents, envelope
 from licet.wire.documents import Head, Manifest, catalog_of_chunks
@@ -27,6 +25,7 @@ from licet_sidecar.core.engine import Engine, Tenant
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.sync import Changes, HeadVerdict, SyncState
+from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown, LinkRefused, PulseReport, StateSource
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.tally import Tally
@@ -78,7 +77,7 @@ class SyncService:
         self._link = link
         self._tally = tally
         self._on_head = on_head
-        self._logger = structlog.get_logger("licet.sync")
+        self._logger = Logger("sync")
         self.state = SyncState()
         self.ready = asyncio.Event()
         self.problem = "nothing has been synced yet"
@@ -124,6 +123,8 @@ class SyncService:
         verdict = self.state.head_read(statement, head, report.run_id)
         if verdict is HeadVerdict.IGNORED:
             self._tally.heads_ignored += 1
+            return
+        if verdict is HeadVerdict.LATE:
             return
         self._on_head(head)
         if verdict is HeadVerdict.CURRENT:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
-import structlog
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from licet_sidecar.logs import Logger
 from licet_sidecar.services.approval import ApprovalService, Malformed, NotReady
 
 SERVICE: Final = "licet.v1.ApprovalService"
@@ -33,7 +33,7 @@ class GrpcEdge:
 
     def __init__(self, service: ApprovalService, *, message_bytes_max: int) -> None:
         self._service = service
-        self._logger = structlog.get_logger("licet.grpc")
+        self._logger = Logger("grpc")
         self._server = aio.server(
             options=[
                 ("grpc.max_receive_message_length", message_bytes_max),
