@@ -57,5 +57,10 @@ def window_at(period: Period, at_s: int) -> Window:
     return Window(_epoch_s(at.year, at.month), _epoch_s(*following))
 
 
+def period_of(start_s: int, end_s: int) -> Period | None:
+    """The period whose window is exactly ``[start_s, end_s)``; ``None`` when there is none."""
+    return next((period for period in Period if window_at(period, start_s) == (start_s, end_s)), None)
+
+
 def _epoch_s(year: int, month: int) -> int:
     return calendar.timegm((year, month, 1, 0, 0, 0))

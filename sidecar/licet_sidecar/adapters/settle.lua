@@ -15,9 +15,9 @@
 -- Answer: status, sidecar, incarnation, op, epoch, run, phase, Redis time in ms, then
 --         OK:     for each quota  g, granted by this call, u, amount, sum, used, wanted (1 when others lack units)
 --         else:   the number of the quota it is about (1…), or 0
--- Status: OK | LEARN (no mark, or a quota hash is lost) | STALE (the pair is not the mark's) | UNPUBLISHED (the mark
---         is older than the caller's revision) | CLOSED (the window is over) | EARLY (the caller's clock is ahead) |
---         SEALED (take a new sidecar id) | FENCED (a newer call was seen)
+-- Status: OK | LEARN (no mark, or a quota hash is lost) | STALE (the pair is not the mark's) | UNPUBLISHED (the mark is
+--         older than the caller's revision, so nothing can be granted) | CLOSED (the window is over) | EARLY (the
+--         caller's clock is ahead) | SEALED (take a new sidecar id) | FENCED (a newer call was seen)
 --
 -- Units are integers in [0, 2^53). Invariants: sum = base + Σ g; used = base + Σ (u + h); u + h <= g for each
 -- register; a grant implies sum <= amount.
@@ -66,7 +66,7 @@ if ARGV[4] ~= epoch or ARGV[5] ~= run then return answer('STALE', 0) end
 
 -- 2. Each quota: read and check, write nothing.
 local quotas = {}
-local short, adopting, repeating = false, false, false
+local repeated = 0
 for i = 2, #KEYS do
   local at = ARGUMENTS_BEFORE + (i - 2) * ARGUMENTS_EACH
   local q = {
@@ -114,7 +114,8 @@ for i = 2, #KEYS do
     if r_incarnation > incarnation or (r_incarnation == incarnation and r_op > op) then
       return answer('FENCED', i - 1)
     end
-    if r_incarnation == incarnation and r_op == op then repeating = true end
+    q.repeated = r_incarnation == incarnation and r_op == op
+    if q.repeated then repeated = repeated + 1 end
     q.g, q.old_g, q.old_used, q.d = tonumber(g), tonumber(g), tonumber(u) + tonumber(h), tonumber(d)
     -- What was spent stays spent: a sidecar that forgot (its clock stepped back over a window's end) is told.
     q.u = math.max(q.u, tonumber(u))
@@ -140,53 +141,63 @@ local function result()
 end
 
 -- 3. The same call again: the same answer.
-if repeating then return result() end
+if repeated == #quotas then return result() end
 
--- 4. What each register becomes, computed before anything is written.
-for i, q in ipairs(quotas) do
-  local floor = q.u + q.h
-  local acquiring = q.want > 0 or q.min > 0
-  q.d = 0
-  if not q.asserted then
-    q.g = math.max(q.cap, floor) -- exactly, even past the limit: these units were spent or may be
-    adopting = adopting or acquiring
-  elseif not acquiring then
-    q.g = math.max(q.cap, floor)
-  elseif q.g > q.cap then
-    q.g = math.max(q.g, floor) -- the reply to an earlier grant was lost: the answer tells, and grants nothing
-    adopting = true
-  else
-    q.g = math.max(q.cap, floor)
-  end
-  q.sum = q.sum + q.g - q.old_g
-  q.used = q.used + floor - q.old_used
-  if acquiring then
-    local amount = units(redis.call('HGET', mark_key, 'l|' .. q.limit) or '')
-    if mark_revision < revision and amount ~= q.believed then return answer('UNPUBLISHED', i) end
-    local remaining = math.max(0, (amount or 0) - q.sum)
-    if remaining < q.min then
-      q.short, short = true, true
+-- 4. What each register becomes, computed before anything is written. A register that has this call already stays as
+-- it is: one of the others was lost since, while learning, and only that one is said again.
+local granting = phase == 'open' and repeated == 0
+for _, q in ipairs(quotas) do
+  if not q.repeated then
+    local floor = q.u + q.h
+    q.acquiring = q.want > 0 or q.min > 0
+    q.d = 0
+    if q.asserted and q.acquiring and q.g > q.cap then
+      q.g = math.max(q.g, floor) -- the reply to an earlier grant was lost: the answer tells, and grants nothing
+      granting = false
     else
-      local share = math.max(q.want, math.floor(remaining / (GENEROUS_SHARE * live)))
-      share = math.min(share, math.floor(remaining / (FAIR_SHARE * live)))
-      q.grant = math.min(math.max(q.min, share), remaining)
+      -- Not asserted: exactly, even past the limit, because these units were spent or may be; and grants nothing.
+      if not q.asserted and q.acquiring then granting = false end
+      q.g = math.max(q.cap, floor)
+    end
+    q.sum = q.sum + q.g - q.old_g
+    q.used = q.used + floor - q.old_used
+  end
+end
+
+-- 5. What is granted: to every quota what it must have, or nothing to any.
+local short = false
+if granting then
+  for i, q in ipairs(quotas) do
+    if q.acquiring then
+      local amount = units(redis.call('HGET', mark_key, 'l|' .. q.limit) or '')
+      if mark_revision < revision and amount ~= q.believed then return answer('UNPUBLISHED', i) end
+      local remaining = math.max(0, (amount or 0) - q.sum)
+      if remaining < q.min then
+        q.short, short = true, true
+      else
+        local share = math.max(q.want, math.floor(remaining / (GENEROUS_SHARE * live)))
+        share = math.min(share, math.floor(remaining / (FAIR_SHARE * live)))
+        q.grant = math.max(q.min, share)
+      end
     end
   end
 end
 
--- 5. Write.
+-- 6. Write.
 for _, q in ipairs(quotas) do
-  if q.grant and phase == 'open' and not short and not adopting then
+  if q.grant and not short then
     q.d = q.grant
     q.g = q.g + q.d
     q.sum = q.sum + q.d
   end
   if q.short then q.wanted = now_ms + WANTED_MS end
-  local register = table.concat({text(q.g), text(q.u), text(q.h), text(incarnation), text(op), epoch, run,
-    text(now_ms), '0', text(q.d)}, '|')
-  redis.call('HSET', q.key, 'base', text(q.base), 'sum', text(q.sum), 'used', text(q.used), 'wanted', text(q.wanted),
-    'r|' .. sidecar, register)
-  redis.call('EXPIREAT', q.key, q.ends + grace_s + kept_s)
-  if q.new_marker then redis.call('HSET', mark_key, 'm|' .. q.marker, q.new_marker) end
+  if not q.repeated then
+    local register = table.concat({text(q.g), text(q.u), text(q.h), text(incarnation), text(op), epoch, run,
+      text(now_ms), '0', text(q.d)}, '|')
+    redis.call('HSET', q.key, 'base', text(q.base), 'sum', text(q.sum), 'used', text(q.used),
+      'wanted', text(q.wanted), 'r|' .. sidecar, register)
+    redis.call('EXPIREAT', q.key, q.ends + grace_s + kept_s)
+    if q.new_marker then redis.call('HSET', mark_key, 'm|' .. q.marker, q.new_marker) end
+  end
 end
 return result()

@@ -39,6 +39,12 @@ BOUND_ACTIONS_MAX: Final = 1_000
 """Actions remembered for each tenant; more than any catalog has, against callers that invent names."""
 
 
+_NEVER_US: Final = 2**63
+_APPROVED: Final = Effect.APPROVED
+_OK: Final = Reason.OK
+_NOTHING: Final[dict[str, Any]] = {}
+
+
 class Decision:
     """What was decided. ``units`` are the units asked, by feature; ``spends`` what is to be taken from which lease.
 
@@ -67,12 +73,12 @@ class Decision:
         self.reason = reason
         self.message = message
         self.rule = rule
-        self.units: dict[str, int] = {}
+        self.units: Mapping[str, int] = _NOTHING
         self.cost_nanos = 0
         self.currency = ""
-        self.context: Mapping[str, AttributeValue] = {}
+        self.context: Mapping[str, AttributeValue] = _NOTHING
         self.spends: list[tuple[Lease, int]] = []
-        self.shadow: list[str] = []
+        self.shadow: Sequence[str] = ()
         self.retry_after_s = 0
         self.observed = False
         self.stale = False
@@ -100,11 +106,13 @@ Wait = LoadWait | LeaseWait
 class BoundLimit:
     """A limit of one of the action's features."""
 
-    __slots__ = ("feature", "limit", "scope")
+    __slots__ = ("amount", "feature", "key", "per", "scope")
 
     def __init__(self, feature: str, limit: Limit) -> None:
         self.feature = feature
-        self.limit = limit
+        self.key = limit.key
+        self.amount = limit.amount
+        self.per = limit.per
         self.scope = limit.scope
 
 
@@ -116,7 +124,8 @@ class TenantAction:
     def __init__(self, action: BoundAction, denial: tuple[Reason, str, str] | None) -> None:
         self.action = action
         self.denial = denial
-        self.prices: tuple[tuple[str, Price], ...] = ()
+        self.prices: tuple[tuple[str, Price, str], ...] = ()
+        """Feature, price, and the attribute that picks the amount (empty for none)."""
         self.limits: tuple[BoundLimit, ...] = ()
         self.subject_flags = tuple(flag for flag in action.flags if flag.by == "subject")
 
@@ -124,7 +133,18 @@ class TenantAction:
 class Tenant:
     """A loaded license, and what follows from it under the present bundle."""
 
-    __slots__ = ("actions", "document", "entitlements", "generation", "held", "license", "revision", "rulebook")
+    __slots__ = (
+        "_from_us",
+        "_until_us",
+        "actions",
+        "document",
+        "entitlements",
+        "generation",
+        "held",
+        "license",
+        "revision",
+        "rulebook",
+    )
 
     def __init__(self, license_: License, *, generation: int, revision: int, document: bytes) -> None:
         self.license = license_
@@ -136,6 +156,12 @@ class Tenant:
         self.entitlements: dict[str, Entitlement] = {}
         self.actions: dict[str, TenantAction] = {}
         self.held: TenantLeases | None = None
+        self._from_us = license_.starts_s * 1_000_000 if license_.status is LicenseStatus.ACTIVE else _NEVER_US
+        self._until_us = license_.ends_s * 1_000_000 or _NEVER_US
+
+    def in_term(self, now_us: int) -> bool:
+        """Whether the license is active and its term covers the instant."""
+        return self._from_us <= now_us < self._until_us
 
 
 class Engine:
@@ -211,7 +237,7 @@ class Engine:
             decision = self._with_license(rulebook, tenant, inquiry, now_us, boot_ms, patient, stale)
         if type(decision) is Decision:
             decision.stale = stale
-            if rulebook.observe and decision.effect is not Effect.APPROVED:
+            if rulebook.observe and decision.effect is not _APPROVED:
                 decision.observed = True
         return decision
 
@@ -225,8 +251,8 @@ class Engine:
         if bound is None:
             return _unknown_action(inquiry)
         decision = _unavailable(bound, "The tenant's license could not be read.")
-        decision.units = _feature_units(bound, inquiry)
-        decision.context = declared_context(bound.action, inquiry)
+        prepare(bound, inquiry)
+        decision.units, decision.context = inquiry.units, inquiry.declared
         return decision
 
     def _with_license(
@@ -252,10 +278,11 @@ class Engine:
             if len(tenant.actions) < BOUND_ACTIONS_MAX:
                 tenant.actions[inquiry.action] = plan
         bound = plan.action
-        units = _feature_units(bound, inquiry)
-        context = declared_context(bound.action, inquiry) if bound.action.attributes else {}
+        if inquiry.prepared_for is not bound:
+            prepare(bound, inquiry)
+        units, context = inquiry.units, inquiry.declared
 
-        decision = _license_problem(tenant.license, now_us)
+        decision = None if tenant.in_term(now_us) else _license_problem(tenant.license, now_us)
         if decision is None and stale and bound.action.on_unavailable.mode is UnavailableMode.DENY:
             decision = Decision(
                 Effect.DENIED,
@@ -265,10 +292,11 @@ class Engine:
         if decision is None and plan.denial is not None:
             reason, message, rule = plan.denial
             decision = Decision(Effect.DENIED, reason, message, rule)
-        shadow: list[str] = []
-        if decision is None:
+        shadow: Sequence[str] = ()
+        if decision is None and (plan.subject_flags or bound.roles is not None):
             decision = self._subject_denial(plan, inquiry)
         if decision is None and bound.rules:
+            shadow = []
             decision = _apply_rules(bound, tenant, inquiry, units, context, now_us, shadow)
         if decision is None:
             settled = self._quotas(plan, tenant, inquiry, units, context, now_us, boot_ms, patient)
@@ -279,11 +307,11 @@ class Engine:
         decision.context = context
         decision.shadow = shadow
         if plan.prices:
-            for feature, price in plan.prices:
+            for feature, price, attribute in plan.prices:
                 asked = units.get(feature)
                 if asked and (not decision.currency or decision.currency == price.currency):
-                    by = context.get(price.by[8:]) if price.by else None  # "context.<attribute>"
-                    decision.cost_nanos += price.cost_nanos(asked, by if isinstance(by, str) else "")
+                    by = context.get(attribute, "") if attribute else ""
+                    decision.cost_nanos += price.cost_nanos(asked, by if type(by) is str else str(by))
                     decision.currency = price.currency
         return decision
 
@@ -311,7 +339,7 @@ class Engine:
         boot_ms: int,
         patient: bool,
     ) -> Decision | Wait:
-        decision = Decision(Effect.APPROVED, Reason.OK)
+        decision = Decision(_APPROVED, _OK)
         if not plan.limits:
             return decision
         held = tenant.held
@@ -319,19 +347,19 @@ class Engine:
             held = tenant.held = self.leases.of(inquiry.tenant)
         now_s = now_us // 1_000_000
         needs: list[tuple[Lease, int]] | None = None
-        for bound_limit in plan.limits:
-            asked = units.get(bound_limit.feature, 0)
-            limit = bound_limit.limit
-            window = self._windows.get(limit.per)
+        windows, leases, spends = self._windows, held.leases, decision.spends
+        for limit in plan.limits:
+            asked = units.get(limit.feature, 0)
+            window = windows.get(limit.per)
             if window is None or not window[0] <= now_s < window[1]:
-                window = self._windows[limit.per] = window_at(limit.per, now_s)
+                window = windows[limit.per] = window_at(limit.per, now_s)
             scope = _scope_of(limit.scope, inquiry, context) if limit.scope else ""
-            lease = held.leases.get((limit.key, scope))
+            lease = leases.get((limit.key, scope))
             if lease is None or lease.start != window[0]:
                 lease = self.leases.lease(held, limit.key, scope, window[0], window[1], limit.amount)
             else:
                 lease.amount = limit.amount
-            decision.spends.append((lease, asked))
+            spends.append((lease, asked))
             if lease.used + lease.reserved + asked > lease.cap or boot_ms >= lease.hold_until_ms:
                 if asked == 0:
                     continue
@@ -339,7 +367,7 @@ class Engine:
                     denial = Decision(
                         Effect.DENIED,
                         Reason.QUOTA_EXHAUSTED,
-                        f"{asked:,} units of {bound_limit.feature} were asked; the limit of {limit.amount:,}"
+                        f"{asked:,} units of {limit.feature} were asked; the limit of {limit.amount:,}"
                         f" per {limit.per} has {lease.remaining + max(0, lease.free):,} left.",
                         limit.key,
                     )
@@ -371,7 +399,11 @@ def _bind_action(tenant: Tenant, bound: BoundAction) -> TenantAction:
     plan = TenantAction(bound, denial)
     if denial is None:
         granted = [(feature, tenant.entitlements[feature]) for feature in features]
-        plan.prices = tuple((feature, entitlement.price) for feature, entitlement in granted if entitlement.price)
+        plan.prices = tuple(
+            (feature, entitlement.price, entitlement.price.by.removeprefix("context."))
+            for feature, entitlement in granted
+            if entitlement.price
+        )
         plan.limits = tuple(
             BoundLimit(feature, limit) for feature, entitlement in granted for limit in entitlement.limits
         )
@@ -406,6 +438,17 @@ def _unavailable(bound: BoundAction, why: str) -> Decision:
         decision = Decision(Effect.DENIED, Reason.DEGRADED_DENY, f"{why} The action denies then.")
     decision.degraded = True
     return decision
+
+
+def prepare(bound: BoundAction, inquiry: Inquiry) -> None:
+    """Reads the inquiry as the action declares it: units by feature, and declared attributes with their defaults.
+
+    Raises:
+        InvalidInquiry: the quantities do not fit the action's meters, or an attribute has the wrong type.
+    """
+    inquiry.units = _feature_units(bound, inquiry)
+    inquiry.declared = declared_context(bound.action, inquiry) if bound.action.attributes else _NOTHING
+    inquiry.prepared_for = bound
 
 
 def _feature_units(bound: BoundAction, inquiry: Inquiry) -> dict[str, int]:
@@ -541,4 +584,4 @@ def _resource_value(inquiry: Inquiry, name: str) -> Any:
             return dict(inquiry.resource_attributes)
 
 
-__all__ = ["Decision", "Engine", "InvalidInquiry", "LeaseWait", "LoadWait", "Tenant", "Wait"]
+__all__ = ["Decision", "Engine", "InvalidInquiry", "LeaseWait", "LoadWait", "Tenant", "Wait", "prepare"]

@@ -25,9 +25,11 @@ class Inquiry:
     __slots__ = (
         "action",
         "context",
+        "declared",
         "idempotency_key",
         "on_behalf_of",
         "peek",
+        "prepared_for",
         "quantities",
         "quantity",
         "resource_attributes",
@@ -38,6 +40,7 @@ class Inquiry:
         "subject_id",
         "subject_type",
         "tenant",
+        "units",
     )
 
     def __init__(self, tenant: str, action: str) -> None:
@@ -56,6 +59,10 @@ class Inquiry:
         self.context: Mapping[str, AttributeValue] = _NONE
         self.idempotency_key = ""
         self.peek = False
+        self.prepared_for: object = None
+        """The action under which ``units`` (by feature) and ``declared`` (attributes) were read."""
+        self.units: Mapping[str, int] = _NONE
+        self.declared: Mapping[str, AttributeValue] = _NONE
 
 
 _ACCEPTED: Final[Mapping[AttributeType, tuple[type, ...]]] = {

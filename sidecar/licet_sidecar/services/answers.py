@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from licet.domain.outcomes import Effect, Reason
+from licet.domain.windows import period_of
 from licet.v1 import approval_pb2 as pb
 from licet_sidecar.core.engine import Decision, Engine
 from licet_sidecar.core.leases import Lease
@@ -19,6 +20,10 @@ from licet_sidecar.services.link import LinkState
 _DECISION_ID_TAG: Final = b"\x0a\x20"  # field 1, 32 bytes
 _QUOTAS_TAG: Final = b"\x52"  # field 10, length-delimited
 _REMAINING_TAG: Final = b"\x20"  # field 4 of QuotaState, varint
+_COST_TAG: Final = b"\x5a"  # field 11, length-delimited
+_AMOUNT_TAG: Final = b"\x08"  # field 1 of Cost, varint
+_APPROVED: Final = Effect.APPROVED
+_REASONS: Final = max(Reason) + 1
 _QUOTA_FRAGMENTS_MAX: Final = 50_000
 
 
@@ -30,8 +35,9 @@ class Answers:
         self._link = link
         self._state_key: tuple[int, int, bool, bool] = (-1, -1, False, False)
         self._state = b""
-        self._outcomes: dict[tuple[Effect, Reason], bytes] = {}
+        self._outcomes: dict[int, bytes] = {}
         self._quotas: dict[tuple[str, int], bytes] = {}
+        self._currencies: dict[str, bytes] = {}  # as many as the catalog has
 
     def encode(self, decision: Decision, decision_id: str) -> bytes:
         """The answer to a decision. ``decision_id``: 32 hex digits, or empty when it was not recorded."""
@@ -41,39 +47,48 @@ class Answers:
         if key != self._state_key:
             self._state_key = key
             self._state = _encode_state(*key)
-        effect = Effect.APPROVED if decision.observed else decision.effect
-        outcome = self._outcomes.get((effect, decision.reason))
+        effect = _APPROVED if decision.observed else decision.effect
+        number = effect * _REASONS + decision.reason
+        outcome = self._outcomes.get(number)
         if outcome is None:
             outcome = pb.CheckResponse(effect=int(effect), reason=int(decision.reason)).SerializeToString()  # type: ignore[arg-type]  # same numbers
-            self._outcomes[(effect, decision.reason)] = outcome
+            self._outcomes[number] = outcome
         parts = [outcome, self._state]
         if decision_id:
-            parts += (_DECISION_ID_TAG, decision_id.encode())
+            parts.append(_DECISION_ID_TAG)
+            parts.append(decision_id.encode())
         for lease, _ in decision.spends:
-            parts.append(self._quota(lease))
+            self._quota(lease, parts)
         if decision.cost_nanos:
-            parts.append(
-                pb.CheckResponse(
-                    cost=pb.Cost(amount_nanos=decision.cost_nanos, currency=decision.currency)
-                ).SerializeToString()
-            )
+            parts.append(self._cost(decision.cost_nanos, decision.currency))
         if decision.message or decision.rule or decision.retry_after_s or decision.observed:
             parts.append(_encode_explanation(decision))
         return b"".join(parts)
 
-    def _quota(self, lease: Lease) -> bytes:
+    def _quota(self, lease: Lease, parts: list[bytes]) -> None:
         key = (lease.quota, lease.amount)
         fragment = self._quotas.get(key)
         if fragment is None:
             if len(self._quotas) >= _QUOTA_FRAGMENTS_MAX:
                 self._quotas.clear()
-            feature, _, window = lease.limit_key.partition(":")
-            state = pb.QuotaState(feature=feature, window=window, limit=lease.amount)
+            feature, _, name = lease.limit_key.partition(":")
+            state = pb.QuotaState(feature=feature, window=period_of(lease.start, lease.end) or name, limit=lease.amount)
             state.resets_at.seconds = lease.end
             fragment = self._quotas[key] = state.SerializeToString()
         free = lease.cap - lease.used - lease.reserved
         remaining = varint(lease.remaining + lease.idle_elsewhere + (free if free > 0 else 0))
-        return b"".join((_QUOTAS_TAG, varint(len(fragment) + 1 + len(remaining)), fragment, _REMAINING_TAG, remaining))
+        parts.append(_QUOTAS_TAG)
+        parts.append(varint(len(fragment) + 1 + len(remaining)))
+        parts.append(fragment)
+        parts.append(_REMAINING_TAG)
+        parts.append(remaining)
+
+    def _cost(self, amount_nanos: int, currency: str) -> bytes:
+        text = self._currencies.get(currency)
+        if text is None:
+            text = self._currencies[currency] = pb.Cost(currency=currency).SerializeToString()
+        amount = varint(amount_nanos)
+        return b"".join((_COST_TAG, varint(1 + len(amount) + len(text)), _AMOUNT_TAG, amount, text))
 
 
 def varint(number: int) -> bytes:

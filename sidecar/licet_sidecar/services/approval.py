@@ -1,14 +1,15 @@
 """The service: from method and request bytes to response bytes, or, when a lease ran dry, an awaitable of them.
 
 A plain function owned by one event loop. It knows no transport: an edge hands it bytes and a deadline and sends back
-what it returns. A check that is served from a lease awaits nothing: it is decided, logged and answered in one step.
+what it returns. A check that is served from a lease awaits nothing: it is decided, its units are taken, its event is
+in the log and its answer is encoded in one step. Decisions of a batch share one write to the log.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgpack
 from google.protobuf.message import DecodeError
@@ -19,12 +20,12 @@ from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
 from licet_sidecar.adapters.usage_log import EVENT, UsageLog, UsageLogError, frame
 from licet_sidecar.clock import Clock
-from licet_sidecar.core.engine import Decision, Engine, LoadWait, Wait
-from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, declared_context, meter_units
+from licet_sidecar.core.engine import Decision, Engine, LeaseWait, LoadWait, Wait, prepare
+from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers, varint
-from licet_sidecar.services.idempotency import RecentAnswers, fingerprint
+from licet_sidecar.services.idempotency import Key, RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.requests import parse_check
@@ -39,6 +40,9 @@ DEADLINE_SLACK_S: Final = 0.02
 
 BATCH_CHECKS_MAX: Final = 1_000
 
+_APPROVED: Final = Effect.APPROVED
+_CHECKS_TAG: Final = b"\x0a"  # field 1 of CheckBatchResponse, length-delimited
+
 
 class NotReady(Exception):
     """Nothing was synced yet, so nothing can be decided: gRPC ``UNAVAILABLE``."""
@@ -49,6 +53,15 @@ class Malformed(Exception):
 
 
 Answer = bytes | Awaitable[bytes]
+StopOn = Callable[[int], bool]
+
+
+class Question(NamedTuple):
+    """One check under way: what is asked, as parsed and as sent. ``key``: what a repeat is recognized by, if at all."""
+
+    inquiry: Inquiry
+    data: bytes
+    key: Key | None
 
 
 class ApprovalService:
@@ -68,13 +81,13 @@ class ApprovalService:
         self._engine = engine
         self._log = log
         self._clock = clock
-        self._link = link
         self._leasing = leasing
         self._sync = sync
         self._recent = recent
         self._tally = tally
         self._answers = Answers(engine, link)
         self._pack: Callable[[Any], bytes] = msgpack.Packer(use_bin_type=True).pack
+        self._id_prefix = log.header.decision_prefix.hex()
         self._methods: dict[str, Callable[[bytes, float], Answer]] = {
             "Check": self.check,
             "CheckBatch": self.check_batch,
@@ -96,11 +109,17 @@ class ApprovalService:
         started_ns = time.perf_counter_ns()
         self._require_ready()
         try:
-            request = pb.CheckRequest.FromString(data)
-            inquiry = parse_check(request)
+            inquiry = parse_check(pb.CheckRequest.FromString(data))
         except (InvalidInquiry, DecodeError) as error:
             raise Malformed(str(error)) from error
-        return self._check(inquiry, started_ns, timeout_s)
+        question = Question(inquiry, data, _key_of(inquiry))
+        answer = self._earlier(question)
+        if answer is not None:
+            return answer
+        outcome = self._decide(inquiry, patient=True)
+        if isinstance(outcome, Decision):
+            return self._conclude([(question, outcome)], started_ns)[0]
+        return self._later(question, outcome, started_ns, timeout_s)
 
     def check_batch(self, data: bytes, timeout_s: float) -> Answer:
         """Many checks, each its own decision. All are verified before the first is decided."""
@@ -112,124 +131,195 @@ class ApprovalService:
             raise Malformed(str(error)) from error
         if not 1 <= len(request.checks) <= BATCH_CHECKS_MAX:
             raise Malformed(f"checks: {len(request.checks)} were sent; send 1 to {BATCH_CHECKS_MAX}")
-        inquiries = []
+        questions = []
         for position, check in enumerate(request.checks):
             try:
                 inquiry = parse_check(check)
                 self._verify(inquiry)
             except InvalidInquiry as error:
                 raise Malformed(f"checks[{position}].{error}") from error
-            inquiries.append(inquiry)
+            key = _key_of(inquiry)
+            questions.append(Question(inquiry, check.SerializeToString() if key else b"", key))
         stop_on = _STOP_ON.get(request.semantics)
-        return self._check_all(inquiries, stop_on, started_ns, timeout_s)
+        responses: list[bytes] = []
+        position, waiting = self._advance(questions, 0, responses, stop_on, started_ns)
+        if waiting is None:
+            return _join(responses)
+        return self._check_rest(questions, position, waiting, responses, stop_on, timeout_s)
 
-    # One check
+    # Deciding
 
-    def _check(self, inquiry: Inquiry, started_ns: int, timeout_s: float) -> Answer:
-        key: tuple[str, str, str] | None = None
-        print_ = 0
-        if inquiry.idempotency_key and not inquiry.peek:
-            key = (inquiry.tenant, inquiry.action, inquiry.idempotency_key)
-            print_ = fingerprint(inquiry)
-            earlier = self._earlier(key, print_)
-            if earlier is not None:
-                return earlier
-        outcome = self._decide(inquiry, patient=True)
-        if type(outcome) is Decision:
-            response = self._conclude(inquiry, outcome, started_ns)
-            if key is not None:
-                self._recent.remember(key, print_, response, self._clock.boot_ms())
-            return response
-        waiting = self._check_later(inquiry, outcome, started_ns, timeout_s)
-        return waiting if key is None else self._recent.join(key, print_, waiting, self._clock)
+    def _decide(self, inquiry: Inquiry, *, patient: bool) -> Decision | Wait:
+        """Decides, and takes the units of an approval: whoever gets a decision must conclude it before any await."""
+        boot_ms = self._clock.boot_ms()
+        try:
+            outcome = self._engine.decide(inquiry, now_us=self._clock.now_us(), boot_ms=boot_ms, patient=patient)
+        except InvalidInquiry as error:
+            raise Malformed(str(error)) from error
+        if isinstance(outcome, Decision) and outcome.effect is _APPROVED and not inquiry.peek:
+            for lease, units in outcome.spends:
+                if units and LeaseBook.spend(lease, units, boot_ms):
+                    self._leasing.refill_soon(inquiry.tenant)
+        return outcome
 
-    async def _check_later(self, inquiry: Inquiry, wait: Wait | Decision, started_ns: int, timeout_s: float) -> bytes:
-        decision = await self._resolve(inquiry, wait, timeout_s)
-        return self._conclude(inquiry, decision, started_ns)
+    def _later(self, question: Question, wait: Wait, started_ns: int, timeout_s: float) -> Awaitable[bytes]:
+        later = self._check_later(question, wait, started_ns, timeout_s)
+        return later if question.key is None else self._recent.join(question.key, question.data, later)
 
-    async def _resolve(self, inquiry: Inquiry, wait: Wait | Decision, timeout_s: float) -> Decision:
+    async def _check_later(self, question: Question, wait: Wait, started_ns: int, timeout_s: float) -> bytes:
         """Waits for what is missing and decides again, until decided or out of time."""
         started_ms = self._clock.boot_ms()
         deadline_ms = started_ms + int(1_000 * min(WAIT_S_MAX, max(0.0, timeout_s - DEADLINE_SLACK_S)))
         self._tally.lease_waits += 1
-        while type(wait) is not Decision:
+        outcome: Decision | Wait = wait
+        while not isinstance(outcome, Decision):
             left_s = (deadline_ms - self._clock.boot_ms()) / 1_000
+            patient = left_s > 0
             try:
-                if left_s <= 0:
-                    raise TimeoutError
-                if type(wait) is LoadWait:
-                    await self._sync.load(wait.tenant, left_s)
-                else:
-                    await self._leasing.acquire(wait, left_s)  # type: ignore[arg-type]  # the other of the two waits
-                patient = True
-            except (LinkDown, TimeoutError):
+                if patient and isinstance(outcome, LoadWait):
+                    await self._sync.load(outcome.tenant, left_s)
+                elif patient and isinstance(outcome, LeaseWait):
+                    await self._leasing.acquire(outcome, left_s)
+            except (LinkDown, TimeoutError, ValueError):  # ValueError: what is published does not verify
                 patient = False
-            except ValueError:  # what was published does not verify: as good as not there
-                patient = False
-            wait = self._decide(inquiry, patient=patient)
+            outcome = self._decide(question.inquiry, patient=patient)
         self._tally.lease_wait_sum_us += 1_000 * (self._clock.boot_ms() - started_ms)
-        return wait
-
-    def _decide(self, inquiry: Inquiry, *, patient: bool) -> Decision | Wait:
-        try:
-            return self._engine.decide(
-                inquiry, now_us=self._clock.now_us(), boot_ms=self._clock.boot_ms(), patient=patient
-            )
-        except InvalidInquiry as error:
-            raise Malformed(str(error)) from error
+        return self._conclude([(question, outcome)], started_ns)[0]
 
     def _verify(self, inquiry: Inquiry) -> None:
         """Raises ``InvalidInquiry`` when the inquiry does not fit the action it names; takes nothing."""
         assert self._engine.rulebook is not None
         bound = self._engine.rulebook.action(inquiry.action)
         if bound is not None:
-            meter_units(bound.action, bound.only_meter, inquiry)
-            declared_context(bound.action, inquiry)
+            prepare(bound, inquiry)
 
-    def _conclude(self, inquiry: Inquiry, decision: Decision, started_ns: int) -> bytes:
-        """Logs, takes the units, encodes the answer: one step, without an await."""
-        if inquiry.peek:
-            response = self._answers.encode(decision, "")
-            self._count(decision, started_ns)
-            return response
-        seq = self._log.last_seq + 1
-        record = self._record(inquiry, decision, seq)
-        try:
-            self._log.append(record, 1)
-        except UsageLogError as error:
-            return self._unlogged(inquiry, decision, str(error), started_ns)
-        self._take(inquiry, decision)
-        response = self._answers.encode(decision, usage.decision_id(self._log.header.decision_prefix, seq))
-        self._count(decision, started_ns)
-        return response
+    # Batches
 
-    def _take(self, inquiry: Inquiry, decision: Decision) -> None:
-        if decision.effect is Effect.APPROVED and decision.spends:
-            boot_ms = self._clock.boot_ms()
-            for lease, units in decision.spends:
-                if units and LeaseBook.spend(lease, units, boot_ms):
-                    self._leasing.refill_soon(inquiry.tenant)
+    def _advance(
+        self,
+        questions: Sequence[Question],
+        position: int,
+        responses: list[bytes],
+        stop_on: StopOn | None,
+        started_ns: int,
+    ) -> tuple[int, Wait | Awaitable[bytes] | None]:
+        """Answers the questions from ``position`` on, up to one that has to wait; that one's position, and its wait.
 
-    def _record(self, inquiry: Inquiry, decision: Decision, seq: int) -> bytes:
+        The wait is ``None`` when all were answered, or ``stop_on`` said to stop.
+        """
+        decided: list[tuple[Question, Decision]] = []
+        keys: set[Key] = set()
+        waiting: Wait | Awaitable[bytes] | None = None
+        stopped = False
+        while position < len(questions) and not stopped:
+            question = questions[position]
+            if question.key is not None:
+                if question.key in keys:
+                    responses.extend(self._conclude(decided, started_ns))  # so that the repeat finds its answer
+                    decided = []
+                    keys.clear()
+                keys.add(question.key)
+            earlier_answer = self._earlier(question)
+            if earlier_answer is None:
+                outcome = self._decide(question.inquiry, patient=True)
+                if not isinstance(outcome, Decision):
+                    waiting = outcome
+                    break
+                decided.append((question, outcome))
+                stopped = stop_on is not None and stop_on(_APPROVED if outcome.observed else outcome.effect)
+            elif isinstance(earlier_answer, bytes):
+                if decided:
+                    responses.extend(self._conclude(decided, started_ns))
+                    decided = []
+                responses.append(earlier_answer)
+                stopped = stop_on is not None and stop_on(_effect_of(earlier_answer))
+            else:
+                waiting = earlier_answer
+                break
+            position += 1
+        if decided:
+            responses.extend(self._conclude(decided, started_ns))
+        return position, waiting
+
+    async def _check_rest(
+        self,
+        questions: Sequence[Question],
+        position: int,
+        waiting: Wait | Awaitable[bytes] | None,
+        responses: list[bytes],
+        stop_on: StopOn | None,
+        timeout_s: float,
+    ) -> bytes:
+        """Goes on with a batch of which one question waits."""
+        deadline_ms = self._clock.boot_ms() + int(1_000 * timeout_s)
+        while waiting is not None:
+            if isinstance(waiting, LoadWait | LeaseWait):
+                left_s = (deadline_ms - self._clock.boot_ms()) / 1_000
+                waiting = self._later(questions[position], waiting, time.perf_counter_ns(), left_s)
+            responses.append(await waiting)
+            if stop_on is not None and stop_on(_effect_of(responses[-1])):
+                break
+            position, waiting = self._advance(questions, position + 1, responses, stop_on, time.perf_counter_ns())
+        return _join(responses)
+
+    # Concluding
+
+    def _conclude(self, decided: Sequence[tuple[Question, Decision]], started_ns: int) -> list[bytes]:
+        """Logs decisions with one write and encodes their answers; no await since the first of them was decided."""
+        log, now_us = self._log, self._clock.now_us()
+        first_seq = seq = log.last_seq + 1
+        records = []
+        for question, decision in decided:
+            if not question.inquiry.peek:
+                records.append(self._record(question.inquiry, decision, seq, now_us))
+                seq += 1
+        trouble = ""
+        if records:
+            try:
+                log.append(records[0] if len(records) == 1 else b"".join(records), len(records))
+            except UsageLogError as error:
+                trouble = str(error)
+                self._tally.log_failures += 1
+        responses = []
+        seq = first_seq
+        tally, boot_ms = self._tally, self._clock.boot_ms()
+        took_us = (time.perf_counter_ns() - started_ns) // (1_000 * len(decided))
+        for question, decision in decided:
+            decision_id = ""
+            if not question.inquiry.peek:
+                if trouble:
+                    decision = self._unlogged(question.inquiry, decision, trouble)
+                else:
+                    decision_id = f"{self._id_prefix}{seq:016x}"
+                    seq += 1
+            response = self._answers.encode(decision, decision_id)
+            if question.key is not None and decision_id:
+                self._recent.remember(question.key, question.data, response, boot_ms)
+            responses.append(response)
+            tally.answered(decision.effect, decision.reason, took_us)
+            if decision.stale:
+                tally.stale_answers += 1
+        return responses
+
+    def _record(self, inquiry: Inquiry, decision: Decision, seq: int, now_us: int) -> bytes:
         flags = (
             (usage.FLAG_STALE if decision.stale else 0)
             | (usage.FLAG_DEGRADED if decision.degraded else 0)
             | (usage.FLAG_OBSERVED if decision.observed else 0)
         )
-        approved = decision.effect is Effect.APPROVED
         return frame(
             EVENT,
             self._pack(
                 (
                     seq,
-                    self._clock.now_us(),
+                    now_us,
                     inquiry.tenant,
                     inquiry.subject_type,
                     inquiry.subject_id,
                     inquiry.on_behalf_of,
                     inquiry.action,
-                    int(decision.effect),
-                    int(decision.reason),
+                    decision.effect,
+                    decision.reason,
                     decision.rule,
                     self._engine.revision,
                     decision.units,
@@ -240,73 +330,39 @@ class ApprovalService:
                     inquiry.resource_type,
                     inquiry.resource_id,
                     decision.context,
-                    [(lease.quota, units) for lease, units in decision.spends if units] if approved else [],
+                    [(lease.quota, units) for lease, units in decision.spends if units]
+                    if decision.effect is _APPROVED
+                    else (),
                     decision.shadow,
                 )
             ),
         )
 
-    def _unlogged(self, inquiry: Inquiry, decision: Decision, why: str, started_ns: int) -> bytes:
+    def _unlogged(self, inquiry: Inquiry, decision: Decision, why: str) -> Decision:
         """The log does not take the event: a denial stands, an approval is the action's to decide. Takes nothing."""
-        self._tally.log_failures += 1
-        if decision.effect is Effect.APPROVED:
-            rulebook = self._engine.rulebook
-            bound = rulebook.action(inquiry.action) if rulebook else None
-            allowed = bound is not None and bound.action.on_unavailable.mode is UnavailableMode.ALLOW
-            self._tally.units_unlogged += sum(decision.units.values()) if allowed else 0
-            effect = Effect.APPROVED if allowed else Effect.DENIED
-            decision = Decision(effect, Reason.USAGE_LOG_FULL, f"The usage could not be recorded: {why}.")
-            decision.degraded = True
-        response = self._answers.encode(decision, "")
-        self._count(decision, started_ns)
-        return response
+        if decision.effect is not _APPROVED:
+            return decision
+        for lease, units in decision.spends:
+            LeaseBook.unspend(lease, units)
+        rulebook = self._engine.rulebook
+        bound = rulebook.action(inquiry.action) if rulebook else None
+        allowed = bound is not None and bound.action.on_unavailable.mode is UnavailableMode.ALLOW
+        if allowed:
+            self._tally.units_unlogged += sum(decision.units.values())
+        replaced = Decision(
+            _APPROVED if allowed else Effect.DENIED, Reason.USAGE_LOG_FULL, f"The usage could not be recorded: {why}."
+        )
+        replaced.degraded = True
+        return replaced
 
-    def _count(self, decision: Decision, started_ns: int) -> None:
-        if decision.stale:
-            self._tally.stale_answers += 1
-        self._tally.answered(decision.effect, decision.reason, (time.perf_counter_ns() - started_ns) // 1_000)
-
-    # Batches
-
-    def _check_all(
-        self, inquiries: Sequence[Inquiry], stop_on: Callable[[int], bool] | None, started_ns: int, timeout_s: float
-    ) -> Answer:
-        responses: list[bytes] = []
-        for position, inquiry in enumerate(inquiries):
-            answer = self._check(inquiry, started_ns, timeout_s)
-            if not isinstance(answer, bytes):
-                return self._check_rest(inquiries, position, answer, responses, stop_on, timeout_s)
-            responses.append(answer)
-            if stop_on is not None and stop_on(_effect_of(answer)):
-                break
-            started_ns = time.perf_counter_ns()
-        return _join(responses)
-
-    async def _check_rest(
-        self,
-        inquiries: Sequence[Inquiry],
-        position: int,
-        pending: Awaitable[bytes],
-        responses: list[bytes],
-        stop_on: Callable[[int], bool] | None,
-        timeout_s: float,
-    ) -> bytes:
-        deadline_ms = self._clock.boot_ms() + int(1_000 * timeout_s)
-        responses.append(await pending)
-        for inquiry in inquiries[position + 1 :]:
-            if stop_on is not None and stop_on(_effect_of(responses[-1])):
-                break
-            left_s = max(0.0, (deadline_ms - self._clock.boot_ms()) / 1_000)
-            answer = self._check(inquiry, time.perf_counter_ns(), left_s)
-            responses.append(answer if isinstance(answer, bytes) else await answer)
-        return _join(responses)
-
-    def _earlier(self, key: tuple[str, str, str], print_: int) -> Answer | None:
-        earlier = self._recent.find(key)
+    def _earlier(self, question: Question) -> Answer | None:
+        if question.key is None:
+            return None
+        earlier = self._recent.find(question.key)
         if earlier is None:
             return None
-        known, answer = earlier
-        if known not in (print_, 0):
+        data, answer = earlier
+        if data and data != question.data and not _same_request(data, question.data):
             raise Malformed(
                 "idempotency_key: it was used for another request; use a new key for each action, and the same one"
                 " only to repeat it"
@@ -319,19 +375,30 @@ class ApprovalService:
             raise NotReady(f"this sidecar has no state to decide from yet: {self._sync.problem}")
 
 
+def _key_of(inquiry: Inquiry) -> Key | None:
+    if not inquiry.idempotency_key or inquiry.peek:
+        return None
+    return (inquiry.tenant, inquiry.action, inquiry.idempotency_key)
+
+
+def _same_request(one: bytes, other: bytes) -> bool:
+    """Whether two encodings say the same; the order of map entries is the encoder's choice."""
+    return bool(pb.CheckRequest.FromString(one) == pb.CheckRequest.FromString(other))
+
+
 def _effect_of(response: bytes) -> int:
     return int(pb.CheckResponse.FromString(response).effect)
 
 
 def _join(responses: Sequence[bytes]) -> bytes:
-    """``CheckBatchResponse`` of encoded answers: field 1, length-delimited, repeated."""
+    """``CheckBatchResponse`` of encoded answers."""
     parts: list[bytes] = []
     for response in responses:
-        parts += (b"\x0a", varint(len(response)), response)
+        parts += (_CHECKS_TAG, varint(len(response)), response)
     return b"".join(parts)
 
 
-_STOP_ON: Final[dict[int, Callable[[int], bool]]] = {
+_STOP_ON: Final[dict[int, StopOn]] = {
     pb.DENY_ON_FIRST_DENY: lambda effect: effect != pb.EFFECT_APPROVED,
     pb.PERMIT_ON_FIRST_PERMIT: lambda effect: effect == pb.EFFECT_APPROVED,
 }

@@ -14,8 +14,6 @@ from typing import Any, Final
 from licet.domain.outcomes import Effect, Reason
 from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
-from licet_sidecar.clock import Clock
-from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.services.tally import Tally
 
 ANSWERS_MAX: Final = 32_768
@@ -30,12 +28,12 @@ class RecentAnswers:
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
-        self._answers: dict[Key, tuple[int, bytes, int]] = {}
+        self._answers: dict[Key, tuple[bytes, bytes, int]] = {}
         self._order: deque[Key] = deque()  # oldest first: deleting a dict's first key over and over is quadratic
-        self._under_way: dict[Key, tuple[int, asyncio.Task[bytes]]] = {}
+        self._under_way: dict[Key, tuple[bytes, asyncio.Task[bytes]]] = {}
 
-    def find(self, key: Key) -> tuple[int, bytes | Awaitable[bytes]] | None:
-        """(fingerprint of the request, its answer) when the key was used; a fingerprint 0 fits any request."""
+    def find(self, key: Key) -> tuple[bytes, bytes | Awaitable[bytes]] | None:
+        """(encoded request, its answer) when the key was used; the request is empty when it is not known any more."""
         answered = self._answers.get(key)
         if answered is not None:
             return answered[0], answered[1]
@@ -44,26 +42,20 @@ class RecentAnswers:
             return under_way[0], asyncio.shield(under_way[1])
         return None
 
-    def remember(self, key: Key, print_: int, response: bytes, boot_ms: int) -> None:
+    def remember(self, key: Key, request: bytes, response: bytes, boot_ms: int) -> None:
         """Keeps an answer."""
         if key not in self._answers:
             self._order.append(key)
-        self._answers[key] = (print_, response, boot_ms)
+        self._answers[key] = (request, response, boot_ms)
         if len(self._order) > ANSWERS_MAX:
             del self._answers[self._order.popleft()]
             self._tally.idempotent_evicted += 1
 
-    def join(self, key: Key, print_: int, waiting: Coroutine[Any, Any, bytes], clock: Clock) -> Awaitable[bytes]:
+    def join(self, key: Key, request: bytes, waiting: Coroutine[Any, Any, bytes]) -> Awaitable[bytes]:
         """Runs a decision that has to wait as a task that repeated calls join; a caller that leaves does not end it."""
         task = asyncio.get_running_loop().create_task(waiting, name="check")
-        self._under_way[key] = (print_, task)
-
-        def done(finished: asyncio.Task[bytes]) -> None:
-            self._under_way.pop(key, None)
-            if not finished.cancelled() and finished.exception() is None:
-                self.remember(key, print_, finished.result(), clock.boot_ms())
-
-        task.add_done_callback(done)
+        self._under_way[key] = (request, task)
+        task.add_done_callback(lambda _: self._under_way.pop(key, None))
         return asyncio.shield(task)
 
     def expire(self, boot_ms: int) -> None:
@@ -93,21 +85,4 @@ class RecentAnswers:
                 response.cost.amount_nanos = event.cost_nanos
                 response.cost.currency = event.currency
             key = (event.tenant, event.action, event.idempotency_key)
-            self.remember(key, 0, response.SerializeToString(), boot_ms)
-
-
-def fingerprint(inquiry: Inquiry) -> int:
-    """Tells whether a repeated key comes with the same request. Not 0; only meaningful within one process."""
-    return (
-        hash(
-            (
-                inquiry.quantity,
-                inquiry.subject_id,
-                inquiry.resource_id,
-                frozenset(inquiry.quantities.items()) if inquiry.quantities else 0,
-                len(inquiry.context),
-                *(str(inquiry.context[name]) for name in sorted(inquiry.context)),
-            )
-        )
-        or 1
-    )
+            self.remember(key, b"", response.SerializeToString(), boot_ms)

@@ -111,11 +111,16 @@ def _values(field: str, values: Mapping[str, pb.Value]) -> dict[str, AttributeVa
     room = CONTEXT_BYTES_MAX
     for name in values:  # not .items(): the map's is several times slower
         value = values[name]
-        kind = value.WhichOneof("kind")
-        plain: Any
-        if kind == "string_value":
-            plain = value.string_value
+        plain: Any = value.string_value
+        if plain:  # by far the most frequent: spare it the look at which kind it is
             room -= len(plain)
+            parsed[name] = plain
+            room -= len(name)
+            if room >= 0:
+                continue
+        kind = value.WhichOneof("kind")
+        if kind == "string_value":
+            pass
         elif kind == "int_value":
             plain = value.int_value
         elif kind == "double_value":
