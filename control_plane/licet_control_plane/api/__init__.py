@@ -1,0 +1,1 @@
+"""REST over the control plane: routes translate, and decide nothing."""

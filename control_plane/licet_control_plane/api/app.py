@@ -1,0 +1,24 @@
+"""The FastAPI application."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends, FastAPI
+
+from licet_control_plane.api import bundles, ledger, licenses, problems, status
+from licet_control_plane.api.auth import authenticate
+from licet_control_plane.api.limits import BodyLimit
+from licet_control_plane.control_plane import ControlPlane
+
+
+def make_app(plane: ControlPlane) -> FastAPI:
+    """The API over a control plane. Starts and ends nothing."""
+    app = FastAPI(title="Licet control plane", openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None)
+    app.state.plane = plane
+    app.add_middleware(BodyLimit)
+    problems.install(app)
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
+    for part in (bundles.router, licenses.router, ledger.router, status.router):
+        v1.include_router(part)
+    app.include_router(v1)
+    app.include_router(status.open_router)
+    return app

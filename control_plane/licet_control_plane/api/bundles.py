@@ -1,0 +1,134 @@
+"""``/v1/bundles`` and ``/v1/revisions``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.problems import Problem
+from licet_control_plane.api.times import format_us
+from licet_control_plane.core.documents import SourceFile, Validated, validate
+from licet_control_plane.core.fleet import Sidecar, rollout
+from licet_control_plane.store import bundles, revisions
+
+router = APIRouter()
+
+
+class DocumentFile(BaseModel):
+    """One file of a bundle."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(max_length=1_000)
+    content: str
+
+
+class BundlePush(BaseModel):
+    """A whole bundle. ``observe`` answers everything APPROVED and records what would have been."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: list[DocumentFile] = Field(max_length=10_000)
+    observe: bool = False
+    message: str = Field("", max_length=1_000)
+    dry_run: bool = False
+
+
+@router.post("/bundles")
+async def push_bundle(
+    request: Request, response: Response, push: BundlePush, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Validate a bundle as a whole and publish it; 201 for a new revision, 200 when it is the current one already."""
+    files = [(file.path, file.content) for file in push.documents]
+    validated = await asyncio.to_thread(_validated, files)
+    if validated.errors or validated.catalog is None:
+        errors = [
+            {
+                "file": error.file,
+                "line": error.line,
+                "column": error.column,
+                "path": error.path,
+                "message": error.message,
+                "fix": error.fix,
+            }
+            for error in validated.errors
+        ]
+        count = f"{len(errors)} error{'s' if len(errors) != 1 else ''}"
+        raise Problem(422, f"The bundle has {count}; nothing was published.", "Mend each of errors.", errors=errors)
+    pushed = await plane_of(request).changes.push(
+        validated.catalog,
+        files,
+        by=caller.name,
+        observe=push.observe,
+        message=push.message,
+        dry_run=push.dry_run,
+    )
+    response.status_code = 200 if pushed.unchanged or push.dry_run else 201
+    return {
+        "revision": pushed.revision,
+        "generation": pushed.generation,
+        "digest": pushed.digest,
+        "changed": {"added": pushed.added, "modified": pushed.modified, "removed": pushed.removed},
+        "unchanged": pushed.unchanged,
+        "warnings": [str(warning) for warning in validated.warnings],
+    }
+
+
+@router.get("/bundles/current")
+async def current_bundle(request: Request) -> dict[str, Any]:
+    """What is in force, or about to be."""
+    database = plane_of(request).database
+    bundle = await database.read(bundles.current)
+    if bundle is None:
+        raise Problem(404, "No bundle was pushed yet.", "Push one with licet policy push.")
+    generation, published_at_us = await database.read(bundles.facts, bundle.revision)
+    return {
+        "revision": bundle.revision,
+        "generation": generation,
+        "observe": bundle.observe,
+        "message": bundle.message,
+        "published_at": format_us(published_at_us),
+        "documents": [{"kind": kind, "name": name} for kind, name, _ in bundle.documents],
+    }
+
+
+@router.get("/revisions/{revision}/rollout")
+async def revision_rollout(request: Request, revision: int) -> dict[str, Any]:
+    """How far a revision has come: what ``push --wait`` waits for."""
+    plane = plane_of(request)
+    found = await plane.database.read(revisions.get, revision)
+    if found is None:
+        raise Problem(404, f"There is no revision {revision}.", "GET /v1/status tells the newest.")
+    now_s = plane.now_s()
+    stand = rollout(
+        plane.fleet.sidecars.values(),
+        generation=found.generation,
+        revision=revision,
+        published=found.published_at_us is not None,
+        staleness_s_max=plane.config.staleness_max_s,
+        now_s=now_s,
+    )
+
+    def described(sidecar: Sidecar) -> dict[str, Any]:
+        return {
+            "sidecar": sidecar.heartbeat.sidecar,
+            "revision": sidecar.heartbeat.revision,
+            "last_heard_s": round(now_s - sidecar.last_heard_s, 3),
+        }
+
+    return {
+        "revision": revision,
+        "published": found.published_at_us is not None,
+        "confirmed": [sidecar.heartbeat.sidecar for sidecar in stand.confirmed],
+        "waiting": [described(sidecar) for sidecar in stand.waiting],
+        "silent": [described(sidecar) for sidecar in stand.silent],
+        "done": stand.done,
+    }
+
+
+def _validated(files: list[tuple[str, str]]) -> Validated:
+    return validate([SourceFile(path, content) for path, content in files])

@@ -1,0 +1,108 @@
+"""``/v1/status``, ``/v1/sidecars``, and what needs no key: ``/healthz``, ``/readyz``, ``/metrics``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from licet_control_plane.api.auth import plane_of
+from licet_control_plane.api.times import format_us
+from licet_control_plane.store import meta
+from licet_control_plane.store.database import DatabaseUnavailable
+from licet_control_plane.telemetry import CONTENT_TYPE
+
+HEAD_AGE_S_MAX: Final = 10.0
+"""Heads go out each second; ten missed, and sidecars will soon answer stale."""
+
+open_router = APIRouter()
+router = APIRouter()
+
+
+@open_router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process serves."""
+    return {"status": "ok"}
+
+
+@open_router.get("/readyz")
+async def readyz(request: Request) -> JSONResponse:
+    """Whether changes are published and usage is drained; if not, why not, and what to do."""
+    plane = plane_of(request)
+    status = plane.publisher.status
+    checks: dict[str, dict[str, Any]] = {"database": {"ok": True}}
+    try:
+        await plane.database.read(meta.read)
+    except DatabaseUnavailable as error:
+        checks["database"] = {"ok": False, "reason": str(error)}
+    checks["redis"] = {"ok": status.connected}
+    if not status.connected:
+        checks["redis"] |= {"reason": status.reason, "fix": status.fix}
+    publishing = status.state == "publishing" and plane.now_s() - status.heads_at_s < HEAD_AGE_S_MAX
+    checks["publisher"] = {"ok": publishing, "state": status.state, "revision": status.revision}
+    if not publishing:
+        reason = status.reason or "the last head is more than ten seconds old"
+        checks["publisher"] |= {"reason": reason, "fix": status.fix}
+    checks["drain"] = {"ok": not plane.drain.trouble}
+    if plane.drain.trouble:
+        checks["drain"] |= {"reason": next(iter(plane.drain.trouble.values()))}
+    ready = all(check["ok"] for check in checks.values())
+    return JSONResponse({"ready": ready, "checks": checks}, 200 if ready else 503)
+
+
+@open_router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    return Response(await asyncio.to_thread(plane_of(request).metrics.render), media_type=CONTENT_TYPE)
+
+
+@router.get("/status")
+async def status(request: Request) -> dict[str, Any]:
+    """The deployment at a glance."""
+    plane = plane_of(request)
+    row = await plane.database.read(meta.read)
+    publisher = plane.publisher.status
+    return {
+        "deployment": row.deployment,
+        "generation": row.generation,
+        "revision": publisher.revision,
+        "redis": {"connected": publisher.connected, "run_id": publisher.run_id},
+        "epoch": row.epoch,
+        "sidecars_live": plane.fleet.live_count(plane.now_s()),
+        "drain": {"backlog": sum(plane.drain.backlog.values())},
+        "publisher": {"state": publisher.state, "reason": publisher.reason, "fix": publisher.fix},
+        "learning": {"tenants": len(plane.quotas.learning), "waiting_for": publisher.waited_for},
+    }
+
+
+@router.get("/sidecars")
+async def sidecars(request: Request) -> dict[str, Any]:
+    """Every sidecar that was ever heard of, by id."""
+    plane = plane_of(request)
+    now_s = plane.now_s()
+    items = []
+    for name, sidecar in sorted(plane.fleet.sidecars.items()):
+        beat = sidecar.heartbeat
+        items.append(
+            {
+                "sidecar": name,
+                "address": beat.address,
+                "hostname": beat.hostname,
+                "version": beat.version,
+                "revision": beat.revision,
+                "generation": beat.generation,
+                "as_of": format_us(beat.as_of_us) if beat.as_of_us else None,
+                "ready": beat.ready,
+                "draining": beat.draining,
+                "last_heard_s": round(now_s - sidecar.last_heard_s, 3),
+                "incarnation": beat.incarnation,
+                "log_last_seq": beat.log_last_seq,
+                "log_acked_seq": beat.log_acked_seq,
+                "log_bytes": beat.log_bytes,
+                "tenants_held": beat.tenants_held,
+                "state": sidecar.state(now_s).value,
+            }
+        )
+    return {"items": items}

@@ -1,0 +1,72 @@
+"""The command tree. Each module below defines commands whose bodies import what they need when they run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from licet_control_plane.cli import ask, bundles, fleet, licenses, run, usage
+from licet_control_plane.cli.dev import command as dev
+from licet_control_plane.cli.failure import EXIT_CODES_HELP
+from licet_control_plane.cli.replay import command as replay
+
+app = typer.Typer(
+    name="licet",
+    help="Just-in-time license approval: may this tenant do this, now, at this cost?\n\nFirst hour:  licet dev",
+    epilog=EXIT_CODES_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # examples keep their lines, and --help need not load Rich
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"licet {version('licet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Options that come before a command."""
+
+
+def _group(name: str, help_: str) -> typer.Typer:
+    group = typer.Typer(help=help_, no_args_is_help=True, epilog=EXIT_CODES_HELP, rich_markup_mode=None)
+    app.add_typer(group, name=name)
+    return group
+
+
+app.command("dev", epilog=EXIT_CODES_HELP)(dev.dev)
+app.command("server", epilog=EXIT_CODES_HELP)(run.server)
+app.command("check", epilog=EXIT_CODES_HELP)(ask.check)
+app.command("replay", epilog=EXIT_CODES_HELP)(replay.replay)
+app.command("status", epilog=EXIT_CODES_HELP)(fleet.status)
+
+_policy = _group("policy", "Plans, policies and the rest of the catalog, kept as files in a directory.")
+_policy.command("validate", epilog=EXIT_CODES_HELP)(bundles.validate)
+_policy.command("push", epilog=EXIT_CODES_HELP)(bundles.push)
+
+_license = _group("license", "What each tenant holds.")
+_license.command("create", epilog=EXIT_CODES_HELP)(licenses.create)
+_license.command("get", epilog=EXIT_CODES_HELP)(licenses.get)
+_license.command("list", epilog=EXIT_CODES_HELP)(licenses.list_)
+_license.command("update", epilog=EXIT_CODES_HELP)(licenses.update)
+
+_usage = _group("usage", "What was used, and what it costs.")
+_usage.command("summary", epilog=EXIT_CODES_HELP)(usage.summary)
+
+_ledger = _group("ledger", "The system of record of every decision.")
+_ledger.command("verify", epilog=EXIT_CODES_HELP)(usage.verify)
+
+_sidecar = _group("sidecar", "The sidecars that are connected.")
+_sidecar.command("list", epilog=EXIT_CODES_HELP)(fleet.list_)

@@ -1,0 +1,72 @@
+"""``licet server``: the control plane in the foreground."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from licet_control_plane.cli.failure import EXIT_USAGE, CliError
+from licet_control_plane.cli.loops import run_on_fast_loop
+
+
+def server(
+    listen: Annotated[
+        str | None, typer.Option("--listen", help="REST API, host:port. [default: 127.0.0.1:7430]")
+    ] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option("--state-dir", help="Database, signing key and admin key. [default: licet-state]")
+    ] = None,
+    database_url: Annotated[
+        str | None, typer.Option("--database-url", help="PostgreSQL; without, SQLite in the state directory.")
+    ] = None,
+    redis_url: Annotated[
+        str | None, typer.Option("--redis-url", help="Redis or Valkey. [default: redis://127.0.0.1:6379/0]")
+    ] = None,
+    redis_prefix: Annotated[
+        str | None, typer.Option("--redis-prefix", help="First part of every Redis name. [default: licet]")
+    ] = None,
+    staleness_max: Annotated[
+        str | None,
+        typer.Option("--staleness-max", help="A sidecar silent for longer is not waited for. [default: 60s]"),
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option("--log-level", help="debug, info, warning or error. [default: info]")
+    ] = None,
+    new_generation: Annotated[
+        bool,
+        typer.Option("--new-generation", help="For the first start after the database was restored from a backup."),
+    ] = False,
+) -> None:
+    """Run the control plane: the REST API, the publisher and the drain. SIGTERM stops it.
+
+    The first start makes the administrator's key (admin-key) and the key that sidecars verify documents with
+    (public-key.txt) in the state directory. Each flag can also be an environment variable: --redis-url is
+    LICET_REDIS_URL, and so on, but --listen is LICET_SERVER_LISTEN.
+
+    \b
+    Example:
+      licet server --state-dir /var/lib/licet --redis-url redis://127.0.0.1:6379/0
+    """
+    from licet_control_plane.bootstrap import run_server
+    from licet_control_plane.config import ConfigError, ServerConfig
+    from licet_control_plane.state_dir import StartError
+
+    try:
+        config = ServerConfig.of(
+            listen=listen,
+            state_dir=state_dir,
+            database_url=database_url,
+            redis_url=redis_url,
+            redis_prefix=redis_prefix,
+            staleness_max=staleness_max,
+            log_level=log_level,
+            new_generation=new_generation,
+        )
+    except ConfigError as error:
+        raise CliError(str(error), fix="correct the flag or the environment variable", exit_code=EXIT_USAGE) from error
+    try:
+        run_on_fast_loop(run_server(config))
+    except StartError as error:
+        raise CliError(str(error), fix=error.fix) from error

@@ -1,0 +1,104 @@
+"""The control plane's configuration: flags first, then ``LICET_…`` variables, then defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+DEFAULT_LISTEN: Final = "127.0.0.1:7430"
+DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+class ConfigError(ValueError):
+    """A setting cannot be used. The message names it and says what it should be."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Everything that can be set. ``database_url`` empty means SQLite in the state directory.
+
+    ``new_generation`` is for one start after the database was restored from a backup that Redis is ahead of.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7430
+    state_dir: Path = Path("licet-state")
+    database_url: str = ""
+    redis_url: str = DEFAULT_REDIS_URL
+    redis_prefix: str = "licet"
+    staleness_max_s: float = 60.0
+    log_level: str = "info"
+    new_generation: bool = False
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str] = os.environ, **flags: Any) -> Self:
+        """From flags (``listen`` as ``host:port``; ``None`` is not given) and variables.
+
+        Raises:
+            ConfigError: a value is not of its form.
+        """
+
+        def value(flag: str, variable: str, default: Any) -> Any:
+            given = flags.get(flag)
+            return given if given is not None else environ.get(variable) or default
+
+        host, port = parse_listen(str(value("listen", "LICET_SERVER_LISTEN", DEFAULT_LISTEN)))
+        log_level = str(value("log_level", "LICET_LOG_LEVEL", "info")).lower()
+        if log_level not in LOG_LEVELS:
+            raise ConfigError(f"log level {log_level!r}: give one of {', '.join(LOG_LEVELS)}")
+        redis_url = str(value("redis_url", "LICET_REDIS_URL", DEFAULT_REDIS_URL))
+        if not redis_url.startswith(("redis://", "rediss://", "unix://")):
+            raise ConfigError("LICET_REDIS_URL does not start with redis://, rediss:// or unix://")
+        prefix = str(value("redis_prefix", "LICET_REDIS_PREFIX", "licet"))
+        if not prefix or not all(character.isalnum() or character in "._-" for character in prefix):
+            raise ConfigError(f"redis prefix {prefix!r}: use letters, digits, dots, dashes and underscores")
+        return cls(
+            host=host,
+            port=port,
+            state_dir=Path(value("state_dir", "LICET_STATE_DIR", "licet-state")),
+            database_url=str(value("database_url", "LICET_DATABASE_URL", "")),
+            redis_url=redis_url,
+            redis_prefix=prefix,
+            staleness_max_s=parse_seconds(str(value("staleness_max", "LICET_STALENESS_MAX", "60s"))),
+            log_level=log_level,
+            new_generation=bool(flags.get("new_generation")),
+        )
+
+    @property
+    def database(self) -> str:
+        """The database's URL, the default worked out."""
+        return self.database_url or f"sqlite:///{self.state_dir / 'licet.db'}"
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` or ``[v6]:port``.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65_535 or not host:
+        raise ConfigError(f"listen address {text!r}: give host:port, such as {DEFAULT_LISTEN}")
+    return host.strip("[]"), int(port)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of ``60``, ``60s``, ``500ms``, ``2m`` or ``1h``.
+
+    Raises:
+        ConfigError: not of that form, or not positive.
+    """
+    for unit, seconds in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3_600.0), ("", 1.0)):
+        if text.endswith(unit):
+            try:
+                parsed = float(text[: len(text) - len(unit)]) * seconds
+            except ValueError:
+                break
+            if 0 < parsed < float("inf"):
+                return parsed
+            break
+    raise ConfigError(f"duration {text!r}: give a positive number with a unit, such as 60s, 500ms or 2m")

@@ -1,0 +1,161 @@
+"""The parts of a running control plane, put together: what the API is given, and what the server starts and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import socket
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+import structlog
+
+from licet.wire.names import USAGE_SHARDS, RedisNames
+from licet.wire.signing import SigningKey
+from licet_control_plane.changes import Changes
+from licet_control_plane.config import ServerConfig
+from licet_control_plane.drain.worker import DrainCounts, ShardWorker
+from licet_control_plane.publisher.asks import AsksReader
+from licet_control_plane.publisher.documents import RedisDocuments
+from licet_control_plane.publisher.fleet import Fleet
+from licet_control_plane.publisher.marks import RedisMarks
+from licet_control_plane.publisher.publisher import Publisher
+from licet_control_plane.publisher.quotas import Quotas
+from licet_control_plane.redis_link import Redis, connect, location
+from licet_control_plane.store.database import Database
+from licet_control_plane.telemetry import Metrics
+
+log = structlog.get_logger(__name__)
+
+CANCEL_S: Final = 1.0
+"""Between attempts to end a task; one that is in a transaction ends after it."""
+
+
+@dataclass(slots=True)
+class ControlPlane:
+    """One deployment's control plane. ``start`` begins its tasks, ``stop`` ends them."""
+
+    config: ServerConfig
+    deployment: str
+    database: Database
+    redis: Redis
+    changes: Changes
+    publisher: Publisher
+    quotas: Quotas
+    fleet: Fleet
+    asks: AsksReader
+    drain: DrainCounts
+    workers: list[ShardWorker]
+    metrics: Metrics
+    now_s: Callable[[], float]
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @classmethod
+    def assemble(
+        cls,
+        config: ServerConfig,
+        *,
+        database: Database,
+        key: SigningKey,
+        deployment: str,
+        now_s: Callable[[], float],
+    ) -> Self:
+        """Make the parts. Nothing is connected yet."""
+        names = RedisNames(config.redis_prefix)
+        redis = connect(config.redis_url)
+        wake = asyncio.Event()
+        fleet = Fleet(database)
+        quotas = Quotas(database, RedisMarks(redis, names), fleet, now_s=now_s)
+        asks = AsksReader(redis, names, wake)
+        publisher = Publisher(
+            database,
+            RedisDocuments(redis, names),
+            quotas,
+            fleet,
+            asks,
+            key,
+            location=location(config.redis_url),
+            new_generation=config.new_generation,
+            wake=wake,
+            now_s=now_s,
+        )
+        counts = DrainCounts()
+        # The same name after a restart, so that what this server had read is its own again at once.
+        where = f"{socket.gethostname()}:{config.state_dir.resolve()}"
+        consumer = hashlib.sha256(where.encode()).hexdigest()[:16]
+        workers = [
+            ShardWorker(shard, redis, names, database, key, counts, consumer=consumer, now_s=now_s)
+            for shard in range(USAGE_SHARDS)
+        ]
+        plane = cls(
+            config=config,
+            deployment=deployment,
+            database=database,
+            redis=redis,
+            changes=Changes(database, key, wake=wake, now_s=now_s),
+            publisher=publisher,
+            quotas=quotas,
+            fleet=fleet,
+            asks=asks,
+            drain=counts,
+            workers=workers,
+            metrics=Metrics(),
+            now_s=now_s,
+        )
+        plane._measure()
+        return plane
+
+    def start(self) -> None:
+        """Begin publishing, listening and draining."""
+        self._tasks = [
+            asyncio.create_task(_supervised("publisher", self.publisher.run)),
+            asyncio.create_task(_supervised("asks", self.asks.run)),
+            *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
+        ]
+
+    async def stop(self) -> None:
+        """End the tasks, then the connections. What was under way is done again by the next start."""
+        pending = set(self._tasks)
+        while pending:
+            # Again and again: a library that swallows a cancellation must not keep the server from ending.
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=CANCEL_S)
+        self._tasks = []
+        await self.redis.aclose()
+        await asyncio.to_thread(self.database.close)
+        self.metrics.close()
+
+    def _measure(self) -> None:
+        metrics, status, drain = self.metrics, self.publisher.status, self.drain
+        metrics.gauge("licet_revision", "Last published revision.", lambda: status.revision)
+        metrics.gauge("licet_outbox_revisions", "Revisions waiting to be published.", lambda: self.publisher.lag)
+        metrics.gauge("licet_publisher_up", "1 while heads are published.", lambda: float(status.state == "publishing"))
+        metrics.counter("licet_heads", "Signed heads published.", lambda: status.heads)
+        metrics.gauge("licet_epoch", "Newest epoch of quota registers.", lambda: self.quotas.epoch)
+        metrics.gauge("licet_sidecars_live", "Sidecars heard of lately.", lambda: self.fleet.live_count(self.now_s()))
+        metrics.gauge("licet_tenants_learning", "Tenants whose quotas learn.", lambda: len(self.quotas.learning))
+        metrics.counter("licet_asks_dropped", "Asks of sidecars that found no room.", lambda: self.asks.dropped)
+        metrics.gauges(
+            "licet_drain_backlog_batches",
+            "shard",
+            "Batches in the usage streams.",
+            lambda: {str(shard): length for shard, length in sorted(drain.backlog.items())},
+        )
+        metrics.counter("licet_ledger_events", "Events committed.", lambda: drain.events)
+        metrics.counter("licet_ledger_batches", "Batches committed.", lambda: drain.batches)
+        metrics.counter("licet_ledger_duplicates", "Events that came again.", lambda: drain.duplicates)
+        metrics.counter("licet_ledger_conflicts", "Events that came again otherwise.", lambda: drain.conflicts)
+        metrics.counter("licet_ledger_poison", "Batches set aside.", lambda: drain.poison)
+
+
+async def _supervised(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a task that is meant to run for ever; when it breaks, say so and begin it again."""
+    while True:
+        try:
+            await run()
+            return
+        except Exception:  # supervised: a defect in one task must not silence the others
+            log.exception("a task broke and is started again", task=name)
+            await asyncio.sleep(1.0)

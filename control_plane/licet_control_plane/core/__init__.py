@@ -1,0 +1,1 @@
+"""The control plane's decisions. Pure: no I/O, no clock, no randomness."""

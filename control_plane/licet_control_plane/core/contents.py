@@ -1,0 +1,72 @@
+"""What a Redis server holds, compared with what it should hold. Pure.
+
+Heads vouch for the server's contents, so they go out only after ``assess`` said INTACT.
+Source: the protocol of sync, ``docs/adr/0001-redis-is-not-the-record.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is there. ``last_revision``: the last id of the stream of changes, 0 when there is no stream."""
+
+    run_id: str
+    deployment: str
+    epoch: int
+    last_revision: int
+    has_manifest: bool
+
+    @property
+    def has_sentinel(self) -> bool:
+        """Whether the key that says "this data was put here by …" exists."""
+        return bool(self.deployment)
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What should be there. ``revision`` is the last published one, ``revision_allocated`` the last of the database.
+
+    ``run_id`` is that of the server whose contents were checked last, empty for none.
+    """
+
+    deployment: str
+    epoch: int
+    revision: int
+    revision_allocated: int
+    has_manifest: bool
+    run_id: str
+
+
+class Contents(Enum):
+    """The verdict, worst first."""
+
+    FOREIGN = "another deployment's data"
+    NEWER = "newer than the database"
+    LOST = "lost"
+    INCOMPLETE = "incomplete"
+    NEW_RUN = "intact on another run of the server"
+    INTACT = "intact"
+
+
+def assess(found: Found, expected: Expected) -> Contents:
+    """What to make of a server.
+
+    FOREIGN and NEWER stop the publisher. LOST needs a new epoch and everything again; INCOMPLETE everything again
+    (a failover lost the newest writes, or a key is missing); NEW_RUN needs every mark put in learning.
+    """
+    if found.has_sentinel and found.deployment != expected.deployment:
+        return Contents.FOREIGN
+    if found.last_revision > expected.revision_allocated or found.epoch > expected.epoch:
+        return Contents.NEWER
+    if not found.has_sentinel:
+        return Contents.LOST
+    # One more than published is a publisher that died between the entry and its note in the database.
+    if found.last_revision < expected.revision or (expected.has_manifest and not found.has_manifest):
+        return Contents.INCOMPLETE
+    if found.run_id != expected.run_id:
+        return Contents.NEW_RUN
+    return Contents.INTACT

@@ -1,0 +1,239 @@
+"""What documents say about each other: names that must exist once, attributes that must be declared.
+
+Works on the written documents and not on their records, so that one wrong field does not hide the errors elsewhere.
+Whatever has the wrong type is passed over: the schema has reported it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from licet.domain.catalog import Action, AttributeType, Document, Limit, Plan, matches
+from licet.domain.conditions import CONTEXT_PREFIX
+from licet_control_plane.core.documents.findings import Findings
+from licet_control_plane.core.documents.nodes import Node, SourceDocument
+from licet_control_plane.core.suggestion import did_you_mean
+
+_SCOPE_TYPES: Final = frozenset((AttributeType.STRING, AttributeType.INT, AttributeType.BOOL))
+"""Types whose every value can have a quota of its own."""
+
+
+@dataclass(slots=True)
+class DocumentIndex:
+    """All written documents by kind and name, and the records of the sound actions and plans by name.
+
+    Of documents that share a name, the first one counts.
+    """
+
+    documents: Sequence[SourceDocument]
+    by_kind: dict[str, dict[str, SourceDocument]] = field(default_factory=dict)
+    actions: dict[str, Action] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
+
+    def named(self, kind: str) -> Mapping[str, SourceDocument]:
+        """The documents of a kind, by name."""
+        return self.by_kind.get(kind, {})
+
+    def add_record(self, document: SourceDocument, record: Document) -> None:
+        """Keeps the record of a sound document."""
+        if self.named(document.kind).get(record.name) is not document:
+            return
+        if isinstance(record, Action):
+            self.actions[record.name] = record
+        elif isinstance(record, Plan):
+            self.plans[record.name] = record
+
+    def of_kind(self, kind: str) -> Iterable[SourceDocument]:
+        """The documents of a kind, with those whose names repeat."""
+        return (document for document in self.documents if document.kind == kind)
+
+
+def indexed(documents: Sequence[SourceDocument], findings: Findings) -> DocumentIndex:
+    """The documents by kind and name; a repeated name is an error."""
+    index = DocumentIndex(documents)
+    for document in documents:
+        if not document.kind or not document.name:
+            continue
+        named = index.by_kind.setdefault(document.kind, {})
+        first = named.setdefault(document.name, document)
+        if first is not document:
+            line, column = first.root.position_of(("name",))
+            findings.error(
+                document,
+                ("name",),
+                f"the name {document.name!r} is taken by the {document.kind} at {first.file}:{line}:{column}",
+                "Rename or remove one of them.",
+            )
+    return index
+
+
+def check_references(index: DocumentIndex, findings: Findings) -> None:
+    """Every name that a document mentions, except the attributes inside conditions."""
+    for document in index.documents:
+        match document.kind:
+            case "Action":
+                _check_action(document, index, findings)
+            case "Plan":
+                _check_plan(document, index, findings)
+            case "Policy":
+                _check_patterns(document, index, findings)
+                _check_rules(document, index, findings)
+            case "Role":
+                _check_patterns(document, index, findings)
+            case "Flag":
+                _check_feature(document, ("feature",), document.root.at("feature").text(), index, findings)
+
+
+def _check_feature(
+    document: SourceDocument, path: tuple[str, ...], name: str, index: DocumentIndex, findings: Findings
+) -> None:
+    if name and name not in index.named("Feature"):
+        findings.unknown(document, path, "feature", name, index.named("Feature"))
+
+
+def _check_action(document: SourceDocument, index: DocumentIndex, findings: Findings) -> None:
+    _check_feature(document, ("feature",), document.root.at("feature").text(), index, findings)
+    for meter, node in document.root.at("meters").entries().items():
+        _check_feature(document, ("meters", meter), node.text(), index, findings)
+
+
+def _check_patterns(document: SourceDocument, index: DocumentIndex, findings: Findings) -> None:
+    actions = index.named("Action")
+    for position, node in enumerate(document.root.at("actions").items()):
+        pattern = node.text()
+        if pattern and not any(matches((pattern,), name) for name in actions):
+            findings.warning(
+                document,
+                ("actions", position),
+                f"{pattern!r} matches no action, so that it has no effect",
+                did_you_mean(pattern, actions),
+            )
+
+
+def _check_rules(document: SourceDocument, index: DocumentIndex, findings: Findings) -> None:
+    chains = index.named("ApprovalChain")
+    seen: dict[str, int] = {}
+    for position, rule in enumerate(document.root.at("rules").items()):
+        name = rule.at("name").text()
+        if name and seen.setdefault(name, position) != position:
+            findings.error(
+                document,
+                ("rules", position, "name"),
+                f"the rule {name!r} is there twice",
+                "Rename one of them: decisions name the rule that made them.",
+            )
+        approval = rule.at("approval").text()
+        if approval and approval not in chains:
+            findings.unknown(document, ("rules", position, "approval"), "approval chain", approval, chains)
+
+
+def _check_plan(document: SourceDocument, index: DocumentIndex, findings: Findings) -> None:
+    for feature, entitlement in document.root.at("features").entries().items():
+        if feature not in index.named("Feature"):
+            findings.error(
+                document,
+                ("features", feature),
+                f"there is no feature {feature!r}",
+                did_you_mean(feature, index.named("Feature")),
+                at_key=True,
+            )
+            continue
+        metering = _actions_metering(feature, index)
+        _check_price_by(document, feature, entitlement, metering, findings)
+        _check_scopes(document, feature, entitlement, metering, findings)
+        plan = index.plans.get(document.name)
+        if plan is not None and index.named("Plan")[document.name] is document:
+            _check_limit_keys(document, feature, plan.features[feature].limits, findings)
+        if entitlement.at("limits").items() and not metering:
+            findings.warning(
+                document,
+                ("features", feature, "limits"),
+                f"no action draws on {feature!r}, so that its limits have no effect",
+                f"Add an action with 'feature: {feature}'.",
+            )
+
+
+def _actions_metering(feature: str, index: DocumentIndex) -> dict[str, Action | None]:
+    """Actions that draw on a feature, by name; ``None`` for one whose attributes are not known, as it has errors."""
+    metering: dict[str, Action | None] = {}
+    for name, document in index.named("Action").items():
+        meters = document.root.at("meters").entries().values()
+        if document.root.at("feature").text() == feature or any(node.text() == feature for node in meters):
+            metering[name] = index.actions.get(name)
+    return metering
+
+
+def _check_price_by(
+    document: SourceDocument,
+    feature: str,
+    entitlement: Node,
+    metering: Mapping[str, Action | None],
+    findings: Findings,
+) -> None:
+    by = entitlement.at("price").at("by").text()
+    if not by.startswith(CONTEXT_PREFIX) or None in metering.values():
+        return
+    path = ("features", feature, "price", "by")
+    attribute = by.removeprefix(CONTEXT_PREFIX)
+    declared = {name: spec for action in metering.values() if action for name, spec in action.attributes.items()}
+    if attribute not in declared:
+        findings.error(
+            document,
+            path,
+            f"no action that draws on {feature!r} declares the attribute {attribute!r}",
+            did_you_mean(attribute, declared),
+        )
+    elif declared[attribute].type is not AttributeType.STRING:
+        findings.error(
+            document, path, f"{by} is of type {declared[attribute].type.value}", "Price by an attribute of type string."
+        )
+
+
+def _check_scopes(
+    document: SourceDocument,
+    feature: str,
+    entitlement: Node,
+    metering: Mapping[str, Action | None],
+    findings: Findings,
+) -> None:
+    for limit_position, limit in enumerate(entitlement.at("limits").items()):
+        for scope_position, node in enumerate(limit.at("scope").items()):
+            scope = node.text()
+            if not scope.startswith(CONTEXT_PREFIX):
+                continue
+            path = ("features", feature, "limits", limit_position, "scope", scope_position)
+            attribute = scope.removeprefix(CONTEXT_PREFIX)
+            for name, action in sorted(metering.items()):
+                if action is None:
+                    continue
+                spec = action.attributes.get(attribute)
+                if spec is None:
+                    findings.error(
+                        document,
+                        path,
+                        f"the action {name!r} draws on {feature!r} and does not declare the attribute {attribute!r}",
+                        f"Declare it there, or change the scope. {did_you_mean(attribute, action.attributes)}",
+                    )
+                elif spec.type not in _SCOPE_TYPES:
+                    findings.error(
+                        document,
+                        path,
+                        f"{attribute!r} is of type {spec.type.value} in the action {name!r}, and cannot be counted by",
+                        "Use an attribute of type string, int or bool.",
+                    )
+
+
+def _check_limit_keys(document: SourceDocument, feature: str, limits: Sequence[Limit], findings: Findings) -> None:
+    seen: dict[str, int] = {}
+    for position, limit in enumerate(limits):
+        first = seen.setdefault(limit.key, position)
+        if first != position:
+            line, column = document.root.position_of(("features", feature, "limits", first))
+            findings.error(
+                document,
+                ("features", feature, "limits", position),
+                f"this limit and the one at {line}:{column} both have the key {limit.key!r}",
+                "Give one a name, such as 'name: burst': usage is counted by it.",
+            )

@@ -1,0 +1,416 @@
+"""Documents as people write them: one model for each kind, and its translation to ``licet.domain.catalog``.
+
+A model sees one document alone. What needs a second document is in ``references`` and ``conditions``; what this
+version does not do yet is refused, before, by ``availability``.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo, field_validator
+
+from licet.domain.catalog import (
+    Action,
+    ApprovalChain,
+    ApprovalStage,
+    Attribute,
+    AttributeType,
+    AttributeValue,
+    Durability,
+    Enforcement,
+    Entitlement,
+    Feature,
+    Flag,
+    Limit,
+    OnExceeded,
+    OnUnavailable,
+    Plan,
+    Policy,
+    Role,
+    Rule,
+    RuleEffect,
+    UnavailableMode,
+)
+from licet.domain.ids import LimitKey
+from licet.domain.money import Price
+from licet.domain.windows import Period
+from licet_control_plane.core.documents.scalars import (
+    TEXT_CHARS_MAX,
+    ActionPattern,
+    Approver,
+    AttributeName,
+    AttributePath,
+    ConditionText,
+    Currency,
+    LimitName,
+    Name,
+    Nanos,
+    PositiveUnits,
+    ScopePath,
+    Seconds,
+    Text,
+    Units,
+    refused,
+)
+
+METERS_MAX: Final = 16
+"""Most meters of an action: all their limits are taken in one atomic step."""
+
+LIMITS_MAX: Final = 16
+"""Most limits of a feature in a plan, for the same reason."""
+
+SCOPE_MAX: Final = 4
+STAGES_MAX: Final = 16
+APPROVERS_MAX: Final = 64
+
+HEARTBEAT_S_DEFAULT: Final = 60
+HEARTBEAT_S_MAX: Final = 3_600
+"""A seat whose holder died is taken back after missed heartbeats; an hour is the longest that is bearable."""
+
+SEATS_MAX: Final = 1_000_000
+
+_INT64_MAX: Final = 2**63 - 1
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Source(BaseModel):
+    """What all models share: unknown fields are errors, and nothing changes after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _empty_when_null(value: Any) -> Any:
+    return {} if value is None else value
+
+
+class FeatureSource(Source):
+    """``kind: Feature``."""
+
+    name: Name
+    unit: Annotated[Text, Field(min_length=1)] = "unit"
+    title: Text = ""
+
+    def to_domain(self) -> Feature:
+        """The record both programs act on."""
+        return Feature(self.name, self.unit, self.title)
+
+
+class AttributeSource(Source):
+    """``string``, or ``{type: string, default: ""}``."""
+
+    type: AttributeType
+    default: Any = None
+
+    @field_validator("default")
+    @classmethod
+    def _default_has_the_type(cls, default: Any, info: ValidationInfo) -> AttributeValue | None:
+        if default is None or "type" not in info.data:
+            return None
+        return _attribute_value(info.data["type"], default)
+
+    def to_domain(self) -> Attribute:
+        """The record both programs act on."""
+        return Attribute(self.type, self.default)
+
+
+def _attribute_value(kind: AttributeType, value: Any) -> AttributeValue:
+    """A default as it travels; a timestamp becomes microseconds since the Unix epoch."""
+    match kind, value:
+        case (AttributeType.STRING, str()) if len(value) <= TEXT_CHARS_MAX:
+            return value
+        case (AttributeType.BOOL, bool()):
+            return value
+        case (AttributeType.INT, int()) if not isinstance(value, bool) and abs(value) <= _INT64_MAX:
+            return value
+        case (AttributeType.DOUBLE, int() | float()) if not isinstance(value, bool):
+            if math.isfinite(number := float(value)):
+                return number
+        case (AttributeType.LIST, list()) if len(value) <= APPROVERS_MAX and all(isinstance(i, str) for i in value):
+            return list(value)
+        case (AttributeType.TIMESTAMP, str()):
+            try:
+                instant = datetime.fromisoformat(value)
+            except ValueError:
+                instant = None
+            if instant is not None and instant.tzinfo is not None:
+                return (instant - _EPOCH) // timedelta(microseconds=1)
+    examples = {
+        AttributeType.STRING: 'a text, such as ""',
+        AttributeType.BOOL: "true or false",
+        AttributeType.INT: "a whole number of at most 64 bits",
+        AttributeType.DOUBLE: "a number",
+        AttributeType.LIST: "a list of texts, such as []",
+        AttributeType.TIMESTAMP: 'an instant with its offset, such as "2026-01-31T00:00:00Z"',
+    }
+    raise refused(f"the default {value!r} is not of type {kind.value}", f"Write {examples[kind]}.")
+
+
+AttributeWritten = Annotated[
+    AttributeSource, BeforeValidator(lambda written: {"type": written} if isinstance(written, str) else written)
+]
+
+
+class OnUnavailableSource(Source):
+    """``{mode: deny}``."""
+
+    mode: UnavailableMode = UnavailableMode.DENY
+
+
+class ActionSource(Source):
+    """``kind: Action``."""
+
+    name: Name
+    meters: Annotated[dict[LimitName, Name], Field(min_length=1, max_length=METERS_MAX)] | None = None
+    feature: Name | None = None
+    attributes: dict[AttributeName, AttributeWritten] = {}
+    durability: Durability = Durability.LOGGED
+    on_unavailable: OnUnavailableSource = OnUnavailableSource()
+
+    @field_validator("feature")
+    @classmethod
+    def _one_way_to_say_it(cls, feature: str | None, info: ValidationInfo) -> str | None:
+        if "meters" in info.data and (feature is None) == (info.data["meters"] is None):
+            raise refused(
+                "an action needs either 'feature' or 'meters'",
+                "Write 'feature: reports', or, when it draws on several, 'meters: {input: llm.input_tokens, …}'.",
+            )
+        return feature
+
+    def to_domain(self) -> Action:
+        """The record both programs act on."""
+        return Action(
+            name=self.name,
+            meters=self.meters or {"": self.feature or ""},
+            attributes={name: attribute.to_domain() for name, attribute in self.attributes.items()},
+            durability=self.durability,
+            on_unavailable=OnUnavailable(self.on_unavailable.mode),
+        )
+
+
+class PriceSource(Source):
+    """``{amount: "8.00", per_units: 1_000_000, currency: USD}``; ``by`` and ``amounts`` price by an attribute."""
+
+    amount: Nanos
+    per_units: PositiveUnits = 1
+    currency: Currency
+    by: AttributePath | None = None
+    amounts: dict[str, Nanos] | None = None
+
+    @field_validator("amounts")
+    @classmethod
+    def _by_and_amounts_together(cls, amounts: dict[str, int] | None, info: ValidationInfo) -> dict[str, int] | None:
+        if "by" in info.data and (info.data["by"] is None) != (amounts is None):
+            raise refused(
+                "'by' and 'amounts' need each other",
+                "'by' names the attribute, 'amounts' a price for its values; 'amount' is for every other value.",
+            )
+        return amounts
+
+    def to_domain(self) -> Price:
+        """The record both programs act on."""
+        return Price(self.amount, self.per_units, self.currency, self.by or "", self.amounts or {})
+
+
+class LimitSource(Source):
+    """``{amount: 200_000, per: minute, scope: [subject]}``."""
+
+    amount: Units
+    per: Period
+    scope: Annotated[tuple[ScopePath, ...], Field(max_length=SCOPE_MAX)] = ()
+    name: LimitName | None = None
+    anchor: Literal["calendar"] = "calendar"
+    on_exceeded: OnExceeded = OnExceeded.DENY
+
+    @field_validator("scope")
+    @classmethod
+    def _scope_without_repeats(cls, scope: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(scope)) < len(scope):
+            raise refused("the scope names a path twice", "Remove one of them.")
+        # Sorted, because the order means nothing and must not open a fresh quota when it changes.
+        return tuple(sorted(scope))
+
+    def to_domain(self, feature: str) -> Limit:
+        """The record both programs act on, its key made from ``feature``."""
+        derived = f"{self.per.value}@{'+'.join(self.scope)}" if self.scope else self.per.value
+        return Limit(LimitKey(f"{feature}:{self.name or derived}"), self.amount, self.per, self.scope, self.on_exceeded)
+
+
+class EntitlementSource(Source):
+    """A feature in a plan; ``{}`` grants it, unmetered."""
+
+    price: PriceSource | None = None
+    limits: Annotated[tuple[LimitSource, ...], Field(max_length=LIMITS_MAX)] = ()
+    seats: Annotated[int, Strict(), Field(ge=1, le=SEATS_MAX)] | None = None
+    heartbeat: Seconds | None = None
+
+    @field_validator("heartbeat", mode="wrap")
+    @classmethod
+    def _heartbeat_belongs_to_seats(cls, value: Any, handler: Any, info: ValidationInfo) -> int | None:
+        seconds: int | None = handler(value)
+        if seconds is not None and "seats" in info.data and info.data["seats"] is None:
+            raise refused("'heartbeat' is for seats, and there are none", "Add 'seats', or remove 'heartbeat'.")
+        if seconds is not None and seconds > HEARTBEAT_S_MAX:
+            raise refused(f"the heartbeat {value!r} is longer than an hour", "Write 1h or less.")
+        return seconds
+
+    def to_domain(self, feature: str) -> Entitlement:
+        """The record both programs act on."""
+        return Entitlement(
+            price=self.price.to_domain() if self.price else None,
+            limits=tuple(limit.to_domain(feature) for limit in self.limits),
+            seats=self.seats or 0,
+            heartbeat_s=(self.heartbeat or HEARTBEAT_S_DEFAULT) if self.seats else 0,
+        )
+
+
+class PlanSource(Source):
+    """``kind: Plan``."""
+
+    name: Name
+    title: Text = ""
+    features: dict[Name, Annotated[EntitlementSource, BeforeValidator(_empty_when_null)]]
+
+    def to_domain(self) -> Plan:
+        """The record both programs act on."""
+        return Plan(self.name, {name: one.to_domain(name) for name, one in self.features.items()}, self.title)
+
+
+class RuleSource(Source):
+    """One rule of a policy."""
+
+    name: Name
+    effect: RuleEffect
+    when: ConditionText = Field(default="", validate_default=False)
+    approval: Name | None = None
+
+    @field_validator("approval")
+    @classmethod
+    def _approval_belongs_to_its_effect(cls, approval: str | None, info: ValidationInfo) -> str | None:
+        if approval is not None and info.data.get("effect", RuleEffect.REQUIRE_APPROVAL) != RuleEffect.REQUIRE_APPROVAL:
+            raise refused(
+                "'approval' is only for rules that require approval",
+                "Write 'effect: require_approval', or remove 'approval'.",
+            )
+        return approval
+
+    def to_domain(self) -> Rule:
+        """The record both programs act on."""
+        return Rule(self.name, self.effect, self.when.strip(), self.approval or "")
+
+
+class PolicySource(Source):
+    """``kind: Policy``."""
+
+    name: Name
+    enforcement: Enforcement = Enforcement.ENFORCE
+    actions: Annotated[tuple[ActionPattern, ...], Field(min_length=1)]
+    rules: Annotated[tuple[RuleSource, ...], Field(min_length=1)]
+
+    def to_domain(self) -> Policy:
+        """The record both programs act on."""
+        return Policy(self.name, self.actions, tuple(rule.to_domain() for rule in self.rules), self.enforcement)
+
+
+class RoleSource(Source):
+    """``kind: Role``."""
+
+    name: Name
+    actions: Annotated[tuple[ActionPattern, ...], Field(min_length=1)]
+
+    def to_domain(self) -> Role:
+        """The record both programs act on."""
+        return Role(self.name, self.actions)
+
+
+class RolloutSource(Source):
+    """``{percent: 20, by: tenant}``."""
+
+    percent: Annotated[float, Strict(), Field(ge=0, le=100, allow_inf_nan=False)] = 100.0
+    by: Literal["tenant", "subject"] = "tenant"
+
+
+class FlagSource(Source):
+    """``kind: Flag``."""
+
+    name: Name
+    feature: Name
+    rollout: RolloutSource = RolloutSource()
+
+    def to_domain(self) -> Flag:
+        """The record both programs act on."""
+        return Flag(self.name, self.feature, self.rollout.percent, self.rollout.by)
+
+
+class StageSource(Source):
+    """One stage of an approval chain."""
+
+    approvers: Annotated[tuple[Approver, ...], Field(min_length=1, max_length=APPROVERS_MAX)]
+    need: Annotated[int, Strict(), Field(ge=1, le=APPROVERS_MAX)] = 1
+    escalate_after: Seconds | None = None
+    escalate_to: Annotated[tuple[Approver, ...], Field(max_length=APPROVERS_MAX)] = ()
+    deny_after: Seconds | None = None
+
+    @field_validator("need")
+    @classmethod
+    def _enough_approvers(cls, need: int, info: ValidationInfo) -> int:
+        approvers = set(info.data.get("approvers", ()))
+        # How many people a group or a role has is not known here.
+        if approvers and all(approver.startswith("user:") for approver in approvers) and need > len(approvers):
+            raise refused(
+                f"{need} approvals are needed, and only {len(approvers)} can approve",
+                "Name more approvers, or need fewer.",
+            )
+        return need
+
+    @field_validator("escalate_to")
+    @classmethod
+    def _escalation_is_whole(cls, escalate_to: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if "escalate_after" in info.data and (info.data["escalate_after"] is None) == bool(escalate_to):
+            raise refused("'escalate_after' and 'escalate_to' need each other", "Write both, or neither.")
+        return escalate_to
+
+    @field_validator("deny_after", mode="wrap")
+    @classmethod
+    def _denied_after_the_escalation(cls, value: Any, handler: Any, info: ValidationInfo) -> int | None:
+        deny_after_s: int | None = handler(value)
+        escalate_after_s = info.data.get("escalate_after")
+        if deny_after_s is not None and escalate_after_s is not None and deny_after_s <= escalate_after_s:
+            raise refused(
+                "'deny_after' is not later than 'escalate_after'", "Give those it escalates to time to answer."
+            )
+        return deny_after_s
+
+    def to_domain(self) -> ApprovalStage:
+        """The record both programs act on."""
+        return ApprovalStage(
+            self.approvers, self.need, self.escalate_after or 0, self.escalate_to, self.deny_after or 0
+        )
+
+
+class ApprovalChainSource(Source):
+    """``kind: ApprovalChain``."""
+
+    name: Name
+    stages: Annotated[tuple[StageSource, ...], Field(min_length=1, max_length=STAGES_MAX)]
+
+    def to_domain(self) -> ApprovalChain:
+        """The record both programs act on."""
+        return ApprovalChain(self.name, tuple(stage.to_domain() for stage in self.stages))
+
+
+DocumentSource = (
+    FeatureSource | ActionSource | PlanSource | PolicySource | RoleSource | FlagSource | ApprovalChainSource
+)
+
+SOURCE_OF_KIND: Final[dict[str, type[DocumentSource]]] = {
+    "Feature": FeatureSource,
+    "Action": ActionSource,
+    "Plan": PlanSource,
+    "Policy": PolicySource,
+    "Role": RoleSource,
+    "Flag": FlagSource,
+    "ApprovalChain": ApprovalChainSource,
+}

@@ -1,0 +1,63 @@
+"""Which sequence numbers of one log are in the ledger: a watermark, and ranges above it. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+
+
+class RecordedSeqs:
+    """Everything up to ``watermark``, and the disjoint, non-touching, ascending ``ranges`` above it, bounds included.
+
+    A log starts at 1; a watermark of 0 means that nothing is recorded contiguously.
+    """
+
+    def __init__(self, watermark: int = 0, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        self.watermark = watermark
+        self._firsts: list[int] = []
+        self._lasts: list[int] = []
+        for first, last in sorted(ranges):
+            self.add(first, last)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Recorded above the watermark, out of order."""
+        return list(zip(self._firsts, self._lasts, strict=True))
+
+    @property
+    def last(self) -> int:
+        """The highest recorded number, 0 for none."""
+        return self._lasts[-1] if self._lasts else self.watermark
+
+    def missing(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The parts of ``first…last`` that are not recorded, ascending."""
+        start = max(first, self.watermark + 1)
+        gaps: list[tuple[int, int]] = []
+        for index in range(bisect_left(self._lasts, start), len(self._lasts)):
+            if start > last or self._firsts[index] > last:
+                break
+            if self._firsts[index] > start:
+                gaps.append((start, self._firsts[index] - 1))
+            start = self._lasts[index] + 1
+        if start <= last:
+            gaps.append((start, last))
+        return gaps
+
+    def holes(self) -> list[tuple[int, int]]:
+        """The numbers between the watermark and the highest recorded one that are not recorded."""
+        return self.missing(self.watermark + 1, self.last)
+
+    def add(self, first: int, last: int) -> None:
+        """Record ``first…last``; any part of it may be recorded already."""
+        if last <= self.watermark:
+            return
+        start = bisect_left(self._lasts, first - 1)  # the first range that touches or overlaps
+        end = bisect_right(self._firsts, last + 1)
+        if start < end:
+            first = min(first, self._firsts[start])
+            last = max(last, self._lasts[end - 1])
+        self._firsts[start:end] = [first]
+        self._lasts[start:end] = [last]
+        if self._firsts[0] <= self.watermark + 1:
+            self.watermark = self._lasts[0]
+            del self._firsts[0], self._lasts[0]

@@ -1,0 +1,44 @@
+-- fill: while learning, counts what the ledger knows one sidecar spent of one quota, unless it said so itself.
+--
+-- KEYS  1 the tenant's mark  2 the quota    (layout: licet/wire/registers.py)
+-- ARGV  1 epoch  2 run  3 sidecar  4 u, units from the ledger  5 marker name
+--       6 window start  7 window end (seconds)  8 window grace, seconds  9 seconds the hash outlives its grace
+-- Answer: 1 when the register was raised, 0 when not: not learning, another pair, already asserted, not below u,
+--         or the window is over. May be repeated.
+
+local mark = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'phase')
+if mark[1] ~= ARGV[1] or mark[2] ~= ARGV[2] or mark[3] ~= 'learning' then return 0 end
+local time = redis.call('TIME')
+if tonumber(time[1]) >= tonumber(ARGV[7]) + tonumber(ARGV[8]) then return 0 end
+local function text(number) return string.format('%.0f', number) end
+local spent = tonumber(ARGV[4])
+local field = 'r|' .. ARGV[3]
+local state = redis.call('HMGET', KEYS[2], 'base', 'sum', 'used', 'wanted', field)
+local g, u, h, incarnation, op, epoch, run, at, sealed, d = 0, 0, 0, '0', '0', '0', '0', '0', '0', '0'
+if state[5] then
+  g, u, h, incarnation, op, epoch, run, at, sealed, d =
+    string.match(state[5], '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%w+)|(%d+)|(%d)|(%d+)$')
+  g, u, h = tonumber(g), tonumber(u), tonumber(h)
+  if epoch == mark[1] and run == mark[2] then return 0 end -- it asserted itself: it knows better
+end
+if spent <= u then return 0 end
+local new_g = math.max(g, spent + h)
+local base = tonumber(state[1] or '0')
+local sum, used = tonumber(state[2] or '0') + new_g - g, tonumber(state[3] or '0') + spent - u
+redis.call('HSET', KEYS[2], 'base', text(base), 'sum', text(sum), 'used', text(used), 'wanted', state[4] or '0',
+  field, table.concat({text(new_g), text(spent), text(h), incarnation, op, epoch, run, at, sealed, d}, '|'))
+redis.call('EXPIREAT', KEYS[2], tonumber(ARGV[7]) + tonumber(ARGV[8]) + tonumber(ARGV[9]))
+
+local marker = redis.call('HGET', KEYS[1], 'm|' .. ARGV[5])
+local starts = tonumber(ARGV[6])
+if not marker then
+  redis.call('HSET', KEYS[1], 'm|' .. ARGV[5], ARGV[6] .. '|' .. ARGV[7] .. '|0')
+else
+  local newest, newest_end, previous = string.match(marker, '^(%d+)|(%d+)|(%d+)$')
+  if starts > tonumber(newest) then
+    redis.call('HSET', KEYS[1], 'm|' .. ARGV[5], ARGV[6] .. '|' .. ARGV[7] .. '|' .. newest)
+  elseif starts < tonumber(newest) and starts > tonumber(previous) then
+    redis.call('HSET', KEYS[1], 'm|' .. ARGV[5], newest .. '|' .. newest_end .. '|' .. ARGV[6])
+  end
+end
+return 1

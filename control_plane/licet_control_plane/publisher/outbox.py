@@ -1,0 +1,128 @@
+"""Copies revisions from the database's outbox to Redis, contiguously; and all documents again after a loss.
+
+A change is copied so that a sidecar that acts on it finds everything it needs: chunks, limits of the marks, the
+document, and only then the entry in the stream.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Final
+
+from licet.domain.catalog import Catalog, License
+from licet.wire.documents import BUNDLE, LICENSE
+from licet_control_plane.publisher.documents import RedisDocuments
+from licet_control_plane.publisher.quotas import SLICE, Quotas, changed_plans, limits_under
+from licet_control_plane.store import bundles, licenses, revisions
+from licet_control_plane.store.bundles import Bundle
+from licet_control_plane.store.database import Database
+from licet_control_plane.store.revisions import Revision
+
+BATCH_MAX: Final = 200
+"""Revisions copied before they are noted as published: one transaction for all of them."""
+
+
+class OutboxCopier:
+    """``revision``: everything up to it is published. ``catalog``: of the last published bundle."""
+
+    def __init__(self, database: Database, documents: RedisDocuments, quotas: Quotas) -> None:
+        self._database = database
+        self._documents = documents
+        self._quotas = quotas
+        self.revision = 0
+        self.catalog = Catalog()
+        self._bundles: list[Bundle] = []  # the last two published, newest first
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether a bundle was ever published."""
+        return bool(self._bundles)
+
+    async def load(self) -> None:
+        """Take up where the last publisher was."""
+        self.revision = await self._database.read(revisions.last_published)
+        self._bundles = await self._database.read(bundles.newest, up_to=self.revision, limit=2)
+        self.catalog = await self._database.read(bundles.catalog, next(iter(self._bundles), None))
+
+    async def copy(self, deployment: str, *, now_us: int) -> list[str]:
+        """Copy what is in the outbox. Returns tenants whose mark was found lost: begin them, and call again."""
+        while rows := await self._database.read(revisions.outbox, after=self.revision, limit=BATCH_MAX):
+            for kind, group in groupby(rows, key=lambda row: row.kind):
+                part = list(group)
+                if kind == BUNDLE:
+                    for row in part:
+                        await self._copy_bundle(deployment, row)
+                        self.revision = row.revision
+                elif lost := await self._copy_licenses(deployment, part):
+                    return lost
+                self.revision = part[-1].revision
+            await self._database.write(revisions.mark_published, up_to=self.revision, now_us=now_us)
+        return []
+
+    async def republish(self, deployment: str) -> None:
+        """Write every published document and its limits again."""
+        bodies: dict[str, bytes] = {}
+        for bundle in self._bundles:
+            bodies |= await self._database.read(bundles.bodies, bundle.chunks)
+        await self._documents.set_chunks(bodies)
+        after = ""
+        while True:
+            page = await self._database.read(
+                revisions.newest, LICENSE, up_to=self.revision, after_key=after, limit=SLICE
+            )
+            if not page:
+                break
+            await self._publish_limits({row.key: row.revision for row in page})
+            await self._documents.set_documents(deployment, page)
+            after = page[-1].key
+        manifest = await self._database.read(revisions.newest, BUNDLE, up_to=self.revision)
+        await self._documents.set_documents(deployment, manifest)
+
+    async def _copy_licenses(self, deployment: str, rows: list[Revision]) -> list[str]:
+        if lost := await self._publish_limits({row.key: row.revision for row in rows}):
+            return lost
+        await self._documents.set_documents(deployment, rows)
+        await self._documents.announce(rows)
+        return []
+
+    async def _copy_bundle(self, deployment: str, row: Revision) -> None:
+        bundle = (await self._database.read(bundles.newest, up_to=row.revision))[0]
+        old = self._bundles[0].chunks if self._bundles else ()
+        new = tuple(digest for digest in bundle.chunks if digest not in set(old))
+        await self._documents.set_chunks(await self._database.read(bundles.bodies, new))
+        catalog = await self._database.read(bundles.catalog, bundle)
+        await self._publish_changed_limits(catalog, row.revision)
+        await self._documents.set_documents(deployment, [row])
+        await self._documents.announce([row])
+        kept = {*bundle.chunks, *old}
+        await self._documents.expire_chunks(
+            digest for outdated in self._bundles[1:] for digest in outdated.chunks if digest not in kept
+        )
+        self._bundles = [bundle, *self._bundles[:1]]
+        self.catalog = catalog
+
+    async def _publish_changed_limits(self, catalog: Catalog, revision: int) -> None:
+        """Write the limits of every tenant to which the new catalog gives others.
+
+        A lost mark is left to the next look and to the sidecars, who ask; it cannot grant anything meanwhile.
+        """
+        changed = changed_plans(self.catalog, catalog)
+        after = ""
+        while changed:
+            page = await self._database.read(licenses.page, after=after, limit=SLICE)
+            if not page:
+                break
+            affected = [stored.license for stored in page if _uses(stored.license, changed)]
+            limits = {one.tenant: limits_under(one, catalog) for one in affected}
+            await self._quotas.publish(limits, dict.fromkeys(limits, revision))
+            after = page[-1].license.tenant
+
+    async def _publish_limits(self, revision_of: dict[str, int]) -> list[str]:
+        """Write the limits of tenants that have a license in the database. Returns those whose mark is lost."""
+        found = await self._database.read(licenses.of_tenants, list(revision_of))
+        limits = {tenant: limits_under(stored.license, self.catalog) for tenant, stored in found.items()}
+        return await self._quotas.publish(limits, revision_of) if limits else []
+
+
+def _uses(license_: License, plans: set[str]) -> bool:
+    return license_.plan in plans or not plans.isdisjoint(license_.addons)

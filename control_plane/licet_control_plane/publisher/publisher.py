@@ -1,0 +1,288 @@
+"""The publisher: one loop that keeps Redis what the database says it is.
+
+Each second it looks at the server; what it finds decides (``core.contents``):
+
+===========  ===========================================================================================
+INTACT       publish the outbox, answer asks, open what has been learned, vouch with a signed head
+NEW_RUN      every mark is touched (learning), then as INTACT
+INCOMPLETE   every document again, and an entry that makes the stream end at the last revision
+LOST         a new epoch, every mark in learning under it, then as INCOMPLETE
+NEWER        stop: the database is older than Redis; only an operator knows why
+FOREIGN      stop: another deployment's data
+===========  ===========================================================================================
+
+The sentinel is written last, so that a publisher that dies in between starts over. Only published revisions are ever
+written again, so that the stream never ends before a document it should have announced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from licet.wire.documents import HEAD, HEAD_KEY, Head
+from licet.wire.registers import Pair
+from licet.wire.signing import SigningKey, Statement
+from licet_control_plane.core.contents import Contents, Expected, Found, assess
+from licet_control_plane.publisher import generation
+from licet_control_plane.publisher.asks import AsksReader
+from licet_control_plane.publisher.documents import ChangeRefused, Look, RedisDocuments
+from licet_control_plane.publisher.fleet import Fleet
+from licet_control_plane.publisher.outbox import OutboxCopier
+from licet_control_plane.publisher.quotas import SLICE, InForce, Quotas
+from licet_control_plane.redis_link import RedisRefused, RedisUnavailable, backoff_s
+from licet_control_plane.store import meta, revisions
+from licet_control_plane.store.database import Database, DatabaseUnavailable
+
+log = structlog.get_logger(__name__)
+
+HEAD_S: Final = 1.0
+"""Between heads; a sidecar is stale after ``staleness_max``, sixty of them unless configured."""
+
+
+class PublishingStopped(Exception):
+    """Going on would break a promise. ``fix`` says what an operator does about it."""
+
+    def __init__(self, message: str, fix: str) -> None:
+        super().__init__(message)
+        self.fix = fix
+
+
+@dataclass(slots=True)
+class PublisherStatus:
+    """What ``/readyz``, ``/metrics`` and ``/v1/status`` show. ``state``: starting, publishing, waiting or stopped."""
+
+    state: str = "starting"
+    reason: str = "Redis was not reached yet."
+    fix: str = ""
+    connected: bool = False
+    run_id: str = ""
+    revision: int = 0
+    heads: int = 0
+    heads_at_s: float = 0.0
+    heartbeats_unreadable: int = 0
+    waited_for: list[str] = field(default_factory=list)
+
+
+class Publisher:
+    """``run`` is the task. ``wake`` makes it look at the outbox now."""
+
+    def __init__(
+        self,
+        database: Database,
+        documents: RedisDocuments,
+        quotas: Quotas,
+        fleet: Fleet,
+        asks: AsksReader,
+        key: SigningKey,
+        *,
+        location: str,
+        new_generation: bool,
+        wake: asyncio.Event,
+        now_s: Callable[[], float],
+    ) -> None:
+        self._database = database
+        self._documents = documents
+        self._quotas = quotas
+        self._fleet = fleet
+        self._asks = asks
+        self._key = key
+        self._location = location
+        self._new_generation = new_generation
+        self._wake = wake
+        self._now_s = now_s
+        self.status = PublisherStatus()
+        self._copier = OutboxCopier(database, documents, quotas)
+        self._meta = meta.Meta("", 0, 0, 0, 0, "")
+        self._looked_s = 0.0
+
+    @property
+    def lag(self) -> int:
+        """Revisions that are made and not published, as of the last step."""
+        return max(0, self._meta.revision - self._copier.revision)
+
+    async def run(self) -> None:
+        """Publish until cancelled, through everything that passes by itself; end when it must stop."""
+        failures = 0
+        loaded = False
+        while True:
+            try:
+                if not loaded:
+                    await self._load()
+                    loaded = True
+                await self._step()
+                failures = 0
+                await self._wait(HEAD_S - (self._now_s() - self._looked_s))
+                continue
+            except (RedisUnavailable, RedisRefused, DatabaseUnavailable) as error:
+                failures += 1
+                self._waits(error)
+            except (PublishingStopped, ChangeRefused) as error:
+                self._stops(error)
+                return
+            self._looked_s = 0.0  # look before anything else: the server may be another
+            await asyncio.sleep(backoff_s(failures))
+
+    async def _load(self) -> None:
+        await self._fleet.load()
+        await self._quotas.load()
+        await self._copier.load()
+        self._meta = await self._database.read(meta.read)
+
+    async def _step(self) -> None:
+        self._meta = await self._database.read(meta.read)
+        look: Look | None = None
+        if self._now_s() - self._looked_s >= HEAD_S:
+            look = await self._look()
+        self._wake.clear()
+        await self._copy_outbox()
+        if asks := self._asks.take(SLICE):
+            await self._quotas.answer(asks, self._in_force())
+        if self._asks.waiting:
+            self._wake.set()
+        if look is not None:
+            self.status.waited_for = await self._quotas.open_learned(self._in_force())
+            await self._vouch(look.found)
+
+    async def _look(self) -> Look:
+        """Look at the server and put right what is wrong; returns what was found when nothing was."""
+        look = await self._documents.look()
+        self.status.connected = True
+        if self._new_generation:
+            await self._start_generation(look.found)
+        verdict = assess(look.found, self._expected())
+        if verdict in (Contents.LOST, Contents.INCOMPLETE, Contents.NEW_RUN):
+            await self._restore(look.found, verdict)
+            look = await self._documents.look()
+            verdict = assess(look.found, self._expected())
+        if verdict is Contents.FOREIGN:
+            raise PublishingStopped(
+                f"Redis at {self._location} holds data of deployment {look.found.deployment}, and this database is"
+                f" deployment {self._meta.deployment}.",
+                "Give this server the state directory that belongs to that Redis, or another LICET_REDIS_PREFIX, or an"
+                " empty Redis.",
+            )
+        if verdict is Contents.NEWER:
+            raise PublishingStopped(
+                f"Redis at {self._location} is at revision {look.found.last_revision}, epoch {look.found.epoch}; the"
+                f" database only knows revision {self._meta.revision}, epoch {self._quotas.epoch}. It was probably"
+                " restored from a backup.",
+                "Use the newest database; or, if this one is the newest there is, start the server once with"
+                " --new-generation: what was published after the backup is withdrawn.",
+            )
+        if verdict is not Contents.INTACT:
+            raise RedisUnavailable(f"the contents of Redis changed while they were checked: {verdict.value}")
+        self._looked_s = self._now_s()
+        self.status.run_id = look.found.run_id
+        self.status.heartbeats_unreadable = look.unreadable
+        if look.found.epoch != self._quotas.epoch:
+            await self._documents.set_sentinel(self._meta.deployment, self._quotas.epoch, only_present=True)
+        pair = Pair(self._quotas.epoch, look.found.run_id)
+        await self._documents.forget_sidecars(await self._fleet.update(look.heartbeats, pair, self._looked_s))
+        return look
+
+    async def _start_generation(self, found: Found) -> None:
+        if found.has_sentinel and found.deployment != self._meta.deployment:
+            return  # another deployment's: not to be overruled by a flag
+        tenants = await self._documents.licensed_tenants()
+        self._meta = await self._database.write(
+            generation.start, found, tenants, sign=self._key.sign, now_us=int(self._now_s() * 1_000_000)
+        )
+        self._new_generation = False
+        await self._quotas.load()
+        await self._copier.load()
+        log.warning("new generation", generation=self._meta.generation, revision=self._meta.revision)
+
+    async def _restore(self, found: Found, verdict: Contents) -> None:
+        if self._quotas.epoch:
+            log.warning("restoring the contents of Redis", verdict=verdict.value, run_id=found.run_id)
+        if verdict is Contents.LOST:
+            self._fleet.contents_were_lost(self._now_s(), fresh=self._quotas.epoch == 0)
+            await self._quotas.begin_all(found_epoch=found.epoch)
+        elif found.run_id != self._meta.redis_run:
+            await self._quotas.touch_all()
+        if verdict is not Contents.NEW_RUN:
+            await self._copier.republish(self._meta.deployment)
+            if self._copier.revision > found.last_revision:
+                await self._documents.announce_resync(self._copier.revision, revisions.RESYNC)
+            await self._documents.set_sentinel(self._meta.deployment, self._quotas.epoch)
+        await self._database.write(meta.set_redis_run, found.run_id)
+        self._meta = await self._database.read(meta.read)
+
+    async def _copy_outbox(self) -> None:
+        now_us = int(self._now_s() * 1_000_000)
+        while lost := await self._copier.copy(self._meta.deployment, now_us=now_us):
+            # A mark is missing. Was it the only thing? If all is lost, that is for the look to find and restore.
+            self._looked_s = 0.0
+            await self._look()
+            await self._quotas.begin_lost([tenant for tenant in lost if tenant not in self._quotas.learning])
+        self.status.revision = self._copier.revision
+
+    async def _vouch(self, found: Found) -> None:
+        head = Head(
+            at_us=int(self._now_s() * 1_000_000),
+            run_id=found.run_id,
+            epoch=self._quotas.epoch,
+            live=max(1, self._fleet.live_count(self._now_s())),
+        )
+        statement = Statement(
+            self._meta.deployment, HEAD, HEAD_KEY, self._meta.generation, self._copier.revision, head.to_payload()
+        )
+        await self._documents.set_sentinel(self._meta.deployment, self._quotas.epoch, only_present=True)
+        signed = self._key.sign(statement)
+        if not await self._documents.set_head(self._meta.deployment, self._quotas.epoch, found.run_id, signed):
+            self._looked_s = 0.0
+            return
+        if self.status.state != "publishing":
+            log.info("publishing", redis=self._location, revision=self._copier.revision, epoch=self._quotas.epoch)
+        self.status.state, self.status.reason, self.status.fix = "publishing", "", ""
+        self.status.heads += 1
+        self.status.heads_at_s = self._now_s()
+
+    def _expected(self) -> Expected:
+        return Expected(
+            deployment=self._meta.deployment,
+            epoch=self._quotas.epoch,
+            revision=self._copier.revision,
+            revision_allocated=max(self._meta.revision, self._copier.revision),
+            has_manifest=self._copier.has_manifest,
+            run_id=self._meta.redis_run,
+        )
+
+    def _in_force(self) -> InForce:
+        return InForce(self._copier.catalog, self._copier.revision)
+
+    async def _wait(self, timeout_s: float) -> None:
+        try:
+            # Not wait_for: before Python 3.12 it can swallow a cancellation that comes as the event is set.
+            async with asyncio.timeout(max(0.0, timeout_s)):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    def _waits(self, error: RedisUnavailable | RedisRefused | DatabaseUnavailable) -> None:
+        about_redis = not isinstance(error, DatabaseUnavailable)
+        if about_redis:
+            self.status.connected = False
+        reason = f"Redis at {self._location}: {error}" if about_redis else f"{error}"
+        fix = error.fix if isinstance(error, RedisRefused) else ""
+        if isinstance(error, RedisUnavailable):
+            fix = "Start Redis there, or set LICET_REDIS_URL; the server keeps trying."
+        if (self.status.state, self.status.reason) != ("waiting", reason):
+            report = log.warning if isinstance(error, RedisUnavailable) else log.error
+            report("publishing waits", reason=reason, fix=fix)
+        self.status.state, self.status.reason, self.status.fix = "waiting", reason, fix
+
+    def _stops(self, error: PublishingStopped | ChangeRefused) -> None:
+        fix = (
+            error.fix
+            if isinstance(error, PublishingStopped)
+            else "Two servers may publish to the same Redis prefix: stop one. Then restart this server; if it stops"
+            " again, start it once with --new-generation."
+        )
+        log.critical("publishing stopped", reason=str(error), fix=fix)
+        self.status.state, self.status.reason, self.status.fix = "stopped", str(error), fix

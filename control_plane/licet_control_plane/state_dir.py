@@ -1,0 +1,122 @@
+"""The state directory: one server's lock, its signing key, and the keys it hands out.
+
+Secrets are files of mode 0600, written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from pathlib import Path
+from typing import Final, Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from licet.wire.signing import SigningKey
+
+API_KEY_PREFIX: Final = "licet_"
+_API_KEY_BYTES: Final = 32
+
+
+class StartError(Exception):
+    """The server cannot start. ``fix`` says what to do about it."""
+
+    def __init__(self, message: str, fix: str) -> None:
+        super().__init__(message)
+        self.fix = fix
+
+
+class StateDir:
+    """A claimed state directory. ``close`` lets another server have it."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def claim(cls, path: Path) -> Self:
+        """Make the directory when there is none, and take its lock.
+
+        Raises:
+            StartError: it cannot be written, or another server uses it.
+        """
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StartError(
+                f"The state directory {path} cannot be used: {error.strerror}.",
+                "Make it writable for this user, or name another one with --state-dir.",
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+            os.close(lock)
+            raise StartError(
+                f"The state directory {path} is in use by another server{f' (process {holder})' if holder else ''}.",
+                "Stop that one, or name another directory with --state-dir.",
+            ) from error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        return cls(path, lock)
+
+    def signing_key(self, *, may_create: bool) -> SigningKey:
+        """The deployment's signing key; a new one on the first start (``may_create``).
+
+        Raises:
+            StartError: it is missing, or not a key.
+        """
+        path = self.path / "signing-key.pem"
+        try:
+            private = load_pem_private_key(path.read_bytes(), password=None)
+        except FileNotFoundError as error:
+            if not may_create:
+                raise StartError(
+                    f"The signing key {path} is missing, and the database is not new: sidecars trust that key only.",
+                    "Put the file back from your backup.",
+                ) from error
+            private = Ed25519PrivateKey.generate()
+            self._write(path, private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), mode=0o600)
+        except (OSError, ValueError, TypeError) as error:
+            raise StartError(
+                f"The signing key {path} cannot be read: {error}.", "It must be an Ed25519 private key in PEM."
+            ) from error
+        if not isinstance(private, Ed25519PrivateKey):
+            raise StartError(f"The signing key {path} is not an Ed25519 key.", "Put the right file back.")
+        key = SigningKey(private)
+        self._write(self.path / "public-key.txt", f"{key.public_key}\n".encode(), mode=0o644)
+        return key
+
+    def new_admin_key(self) -> str:
+        """Make the administrator's API key and leave it in ``admin-key``. The caller keeps only its hash."""
+        key = API_KEY_PREFIX + secrets.token_urlsafe(_API_KEY_BYTES)
+        self._write(self.path / "admin-key", f"{key}\n".encode(), mode=0o600)
+        return key
+
+    def close(self) -> None:
+        """Give the lock back."""
+        os.close(self._lock)
+
+    def _write(self, path: Path, content: bytes, *, mode: int) -> None:
+        temporary = path.with_name(f".{path.name}.new")
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+            with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(descriptor, mode)  # the umask must not decide who reads a public key
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise StartError(
+                f"{path} cannot be written: {error.strerror}.",
+                "Make the state directory writable for this user, or name another one with --state-dir.",
+            ) from error

@@ -1,0 +1,97 @@
+"""Bundles, as they were pushed and as they are published."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+from sqlalchemy import Connection, insert, select
+
+from licet.domain.catalog import Catalog
+from licet.wire.documents import catalog_of_chunks
+from licet_control_plane.store.database import upsert
+from licet_control_plane.store.schema import bundles, chunks, revisions
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """One pushed bundle. ``documents`` are (kind, name, digest); ``chunks`` the digests its manifest names."""
+
+    revision: int
+    digest: str
+    observe: bool
+    message: str
+    documents: tuple[tuple[str, str, str], ...]
+    chunks: tuple[str, ...]
+
+
+def insert_bundle(
+    connection: Connection, bundle: Bundle, *, files: list[tuple[str, str]], bodies: dict[str, bytes]
+) -> None:
+    """Record a bundle under its revision, with the files as pushed and the chunks that are new."""
+    for digest, body in bodies.items():
+        connection.execute(upsert(connection, chunks).values(digest=digest, body=body).on_conflict_do_nothing())
+    connection.execute(
+        insert(bundles).values(
+            revision=bundle.revision,
+            digest=bundle.digest,
+            observe=bundle.observe,
+            message=bundle.message,
+            files=zlib.compress(msgpack.packb(files)),
+            documents=msgpack.packb(bundle.documents),
+            chunks=msgpack.packb(bundle.chunks),
+        )
+    )
+
+
+def newest(connection: Connection, *, up_to: int | None = None, limit: int = 1) -> list[Bundle]:
+    """The newest bundles at ``up_to``, newest first."""
+    query = select(bundles).order_by(bundles.c.revision.desc()).limit(limit)
+    if up_to is not None:
+        query = query.where(bundles.c.revision <= up_to)
+    return [
+        Bundle(
+            row.revision,
+            row.digest,
+            row.observe,
+            row.message,
+            tuple((kind, name, digest) for kind, name, digest in msgpack.unpackb(row.documents)),
+            tuple(msgpack.unpackb(row.chunks)),
+        )
+        for row in connection.execute(query)
+    ]
+
+
+def current(connection: Connection) -> Bundle | None:
+    """The newest bundle, published or about to be."""
+    return next(iter(newest(connection)), None)
+
+
+def facts(connection: Connection, revision: int) -> tuple[int, int | None]:
+    """Generation, and when it was published (microseconds; ``None`` when it is not yet)."""
+    row = connection.execute(
+        select(revisions.c.generation, revisions.c.published_at).where(revisions.c.revision == revision)
+    ).one()
+    return row.generation, row.published_at
+
+
+def files(connection: Connection, revision: int) -> list[tuple[str, str]]:
+    """The files of a bundle, (path, content), as pushed."""
+    packed = connection.scalar(select(bundles.c.files).where(bundles.c.revision == revision))
+    return [(path, content) for path, content in msgpack.unpackb(zlib.decompress(packed))] if packed else []
+
+
+def bodies(connection: Connection, digests: tuple[str, ...]) -> dict[str, bytes]:
+    """The chunks of ``digests``, at most ``CHUNK_COUNT`` of them."""
+    rows: Any = connection.execute(select(chunks).where(chunks.c.digest.in_(digests)))
+    return {row.digest: row.body for row in rows}
+
+
+def catalog(connection: Connection, bundle: Bundle | None) -> Catalog:
+    """The catalog of a bundle; an empty one for none."""
+    if bundle is None:
+        return Catalog()
+    found = bodies(connection, bundle.chunks)
+    return catalog_of_chunks([found[digest] for digest in bundle.chunks], bundle.chunks)

@@ -1,0 +1,140 @@
+"""Opens the database, and runs each piece of work in a transaction on the right thread.
+
+What differs between the databases is here and in ``upsert``; everything else is SQLAlchemy Core that SQLite and
+PostgreSQL both run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, Table, create_engine, event
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import InternalError, OperationalError
+from sqlalchemy.pool import QueuePool
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+READERS_MAX: Final = 4
+"""Threads that read. SQLite's readers never wait for the writer, so a few are enough for an operator's requests."""
+BUSY_TIMEOUT_MS: Final = 10_000
+"""How long SQLite waits for another process's lock, such as a backup's."""
+CACHE_KIB: Final = 32 * 1024
+_MIGRATIONS: Final = Path(__file__).parent / "migrations"
+
+
+class DatabaseUnavailable(Exception):
+    """The database did not do what was asked, but may later: nothing was changed."""
+
+
+class Database:
+    """The engine and its threads. ``write`` and ``read`` are the only ways in.
+
+    Work takes the transaction's connection first, then the arguments that are given with it, and never commits.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Opens nothing yet. ``url`` as SQLAlchemy takes it, ``sqlite:///path`` or ``postgresql+psycopg://…``."""
+        self.engine = _engine(url)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="db-write")
+        self._readers = ThreadPoolExecutor(READERS_MAX, thread_name_prefix="db-read")
+
+    def migrate(self) -> None:
+        """Bring the schema to this program's version. May be repeated.
+
+        Raises:
+            DatabaseUnavailable: it cannot be opened or written.
+        """
+        config = Config()
+        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+        try:
+            with self.engine.connect().execution_options(licet_write=True) as connection, connection.begin():
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+        except (OperationalError, InternalError) as error:
+            raise DatabaseUnavailable(f"the database does not open: {error.orig}") from error
+
+    async def write(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of ``work`` in a transaction that is committed when this returns, and rolled back if it raises.
+
+        Raises:
+            DatabaseUnavailable: the database failed; nothing was changed.
+            SQLAlchemyError: the data does not fit the tables; trying again will not help. Nothing was changed.
+        """
+        return await asyncio.get_running_loop().run_in_executor(
+            self._writer, partial(self.write_now, work, *args, **kwargs)
+        )
+
+    async def read(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of ``work``, which sees one committed state and changes nothing.
+
+        Raises:
+            DatabaseUnavailable: the database failed.
+        """
+        return await asyncio.get_running_loop().run_in_executor(
+            self._readers, partial(self.read_now, work, *args, **kwargs)
+        )
+
+    def write_now(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """``write``, on the calling thread. Only where no other thread writes."""
+        try:
+            with self.engine.connect().execution_options(licet_write=True) as connection, connection.begin():
+                return work(connection, *args, **kwargs)
+        except (OperationalError, InternalError) as error:
+            raise DatabaseUnavailable(f"the database failed: {error.orig}") from error
+
+    def read_now(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """``read``, on the calling thread."""
+        try:
+            with self.engine.connect() as connection, connection.begin():
+                return work(connection, *args, **kwargs)
+        except (OperationalError, InternalError) as error:
+            raise DatabaseUnavailable(f"the database failed: {error.orig}") from error
+
+    def close(self) -> None:
+        """Finish what runs, then close every connection."""
+        self._writer.shutdown()
+        self._readers.shutdown()
+        self.engine.dispose()
+
+
+def upsert(connection: Connection, table: Table) -> sqlite.Insert:
+    """An INSERT with ``on_conflict_do_update`` and ``on_conflict_do_nothing``, for the connection's database."""
+    if connection.dialect.name == "postgresql":
+        return postgresql.insert(table)  # type: ignore[return-value]  # the two have the same methods
+    return sqlite.insert(table)
+
+
+def _engine(url: str) -> Engine:
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_pre_ping=True)
+    engine = create_engine(
+        url, poolclass=QueuePool, pool_size=READERS_MAX + 1, connect_args={"check_same_thread": False}
+    )
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions are begun below, not by the driver
+        for pragma in (
+            f"busy_timeout = {BUSY_TIMEOUT_MS}",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            f"cache_size = -{CACHE_KIB}",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # IMMEDIATE takes the write lock at once: a transaction that reads first never fails when it comes to write.
+        write = connection.get_execution_options().get("licet_write")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine

@@ -1,0 +1,242 @@
+"""The ledger transaction: puts batches of usage events in the ledger, each event exactly once.
+
+Guaranteed, under repeats, reordering, and workers that were paused and resume:
+- an event (log, seq) is inserted once; the rollups and the register spend cover only events inserted with them;
+- the watermark of a log says that everything up to it is inserted, and never falls;
+- the same (log, seq) with other content is kept in ``ledger_conflicts`` and changes nothing else.
+
+Not guaranteed here: that an event was honestly made. Whoever can write the usage stream can invent events.
+Source: the rule of the ledger transaction, ``docs/adr/0001-redis-is-not-the-record.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, insert, select, update
+
+from licet_control_plane.core.accounting import Account, DecodedBatch, window_start_of
+from licet_control_plane.core.recorded import RecordedSeqs
+from licet_control_plane.store.database import upsert
+from licet_control_plane.store.schema import (
+    conflicts,
+    events,
+    logs,
+    ranges,
+    register_spend,
+    rollups,
+    shards,
+)
+
+
+@dataclass(slots=True)
+class Recorded:
+    """What one transaction did. ``watermarks`` by log id, of every log it saw."""
+
+    inserted: int = 0
+    duplicates: int = 0
+    conflicts: int = 0
+    watermarks: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Log:
+    number: int
+    recorded: RecordedSeqs
+    stored_ranges: set[tuple[int, int]]
+    stored_watermark: int
+    last_at: int
+
+
+def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], *, now_us: int) -> Recorded:
+    """Put ``batches`` of one shard in the ledger. May be repeated with the same or overlapping batches.
+
+    The batches of one call should hold 100,000 events at most: they are one transaction.
+    """
+    _lock(connection, shard)
+    done = Recorded()
+    account = Account()
+    known: dict[str, _Log] = {}
+    for decoded in batches:
+        batch = decoded.batch
+        log = known.get(batch.log_id)
+        if log is None:
+            log = known[batch.log_id] = _open_log(connection, shard, decoded, now_us)
+        missing = log.recorded.missing(batch.first_seq, batch.last_seq)
+        present = len(decoded.events) - sum(last - first + 1 for first, last in missing)
+        if present:
+            different = _compare(connection, log.number, decoded, missing, now_us)
+            done.conflicts += different
+            done.duplicates += present - different
+        for first, last in missing:
+            start, end = first - batch.first_seq, last - batch.first_seq + 1
+            new = decoded.events[start:end]
+            _insert(connection, log.number, new, batch.events[start:end])
+            account.add(batch.sidecar, new)
+            log.recorded.add(first, last)
+            log.last_at = max(log.last_at, new[-1].at_us)
+            done.inserted += len(new)
+    for log in known.values():
+        _save_log(connection, log)
+    _add_rollups(connection, account)
+    _add_spend(connection, account)
+    connection.execute(
+        update(shards)
+        .where(shards.c.shard == shard)
+        .values(batches=shards.c.batches + len(batches), events=shards.c.events + done.inserted)
+    )
+    done.watermarks = {log_id: log.recorded.watermark for log_id, log in known.items()}
+    return done
+
+
+def spend_of(connection: Connection, tenants: Sequence[str], *, window_start_min: int) -> dict[str, list[Row[Any]]]:
+    """Rows (tenant, quota, sidecar, window_start, units) of a few hundred tenants, by tenant, of windows that start
+    at ``window_start_min`` (seconds) or later."""
+    found: dict[str, list[Row[Any]]] = {}
+    rows = connection.execute(
+        select(register_spend).where(
+            register_spend.c.tenant.in_(tenants), register_spend.c.window_start >= window_start_min
+        )
+    )
+    for row in rows:
+        found.setdefault(row.tenant, []).append(row)
+    return found
+
+
+def _lock(connection: Connection, shard: int) -> None:
+    connection.execute(upsert(connection, shards).values(shard=shard, batches=0, events=0).on_conflict_do_nothing())
+    connection.execute(select(shards.c.shard).where(shards.c.shard == shard).with_for_update()).one()
+
+
+def _open_log(connection: Connection, shard: int, decoded: DecodedBatch, now_us: int) -> _Log:
+    batch = decoded.batch
+    row = connection.execute(select(logs).where(logs.c.log_id == batch.log_id)).first()
+    if row is None:
+        made = connection.execute(
+            insert(logs).values(
+                log_id=batch.log_id,
+                shard=shard,
+                sidecar=batch.sidecar,
+                incarnation=batch.incarnation,
+                previous_incarnation=batch.previous_incarnation,
+                previous_last_seq=batch.previous_last_seq,
+                decision_prefix=batch.decision_prefix,
+                watermark=0,
+                first_at=now_us,
+                last_at=0,
+            )
+        )
+        key = made.inserted_primary_key
+        assert key is not None
+        return _Log(key[0], RecordedSeqs(), set(), 0, 0)
+    stored = {
+        (first, last)
+        for first, last in connection.execute(
+            select(ranges.c.first_seq, ranges.c.last_seq).where(ranges.c.log == row.log)
+        )
+    }
+    return _Log(row.log, RecordedSeqs(row.watermark, stored), stored, row.watermark, row.last_at)
+
+
+def _save_log(connection: Connection, log: _Log) -> None:
+    now = set(log.recorded.ranges)
+    for first, _ in log.stored_ranges - now:
+        connection.execute(delete(ranges).where(ranges.c.log == log.number, ranges.c.first_seq == first))
+    if added := now - log.stored_ranges:
+        connection.execute(
+            insert(ranges), [{"log": log.number, "first_seq": first, "last_seq": last} for first, last in sorted(added)]
+        )
+    connection.execute(
+        update(logs).where(logs.c.log == log.number).values(watermark=log.recorded.watermark, last_at=log.last_at)
+    )
+
+
+def _insert(connection: Connection, log: int, new: Sequence[Any], bodies: Sequence[bytes]) -> None:
+    connection.execute(
+        insert(events),
+        [
+            {
+                "log": log,
+                "seq": event.seq,
+                "at": event.at_us,
+                "tenant": event.tenant,
+                "subject_type": event.subject_type,
+                "subject_id": event.subject_id,
+                "action": event.action,
+                "effect": event.effect,
+                "reason": event.reason,
+                "rule": event.rule,
+                "revision": event.revision,
+                "units_total": sum(event.units.values()),
+                "idempotency_key": event.idempotency_key,
+                "body": body,
+            }
+            for event, body in zip(new, bodies, strict=True)
+        ],
+    )
+
+
+def _compare(
+    connection: Connection, log: int, decoded: DecodedBatch, missing: Sequence[tuple[int, int]], now_us: int
+) -> int:
+    """Keep aside every event of the batch that is recorded with other content. Returns how many there are."""
+    batch = decoded.batch
+    stored = dict(
+        connection.execute(
+            select(events.c.seq, events.c.body).where(
+                events.c.log == log, events.c.seq >= batch.first_seq, events.c.seq <= batch.last_seq
+            )
+        )
+        .tuples()
+        .all()
+    )
+    different = [
+        (seq, body)
+        for seq, body in enumerate(batch.events, batch.first_seq)
+        if seq in stored and bytes(stored[seq]) != body
+    ]
+    for seq, body in different:
+        statement = upsert(connection, conflicts).values(
+            log=log, seq=seq, digest=hashlib.sha256(body).hexdigest(), at=now_us, body=body
+        )
+        connection.execute(statement.on_conflict_do_nothing())
+    return len(different)
+
+
+def _add_rollups(connection: Connection, account: Account) -> None:
+    rows = [{**key._asdict(), **sums._asdict()} for key, sums in account.rollups.items()]
+    if not rows:
+        return
+    statement = upsert(connection, rollups)
+    added = {
+        name: rollups.c[name] + statement.excluded[name] for name in ("decisions", "events", "units", "cost_nanos")
+    }
+    connection.execute(
+        statement.on_conflict_do_update(index_elements=list(rollups.primary_key.columns), set_=added), rows
+    )
+
+
+def _add_spend(connection: Connection, account: Account) -> None:
+    rows = [
+        {
+            "tenant": tenant,
+            "quota": quota,
+            "sidecar": sidecar,
+            "window_start": window_start_of(quota),
+            "units": units,
+        }
+        for (tenant, quota, sidecar), units in account.spend.items()
+    ]
+    if not rows:
+        return
+    statement = upsert(connection, register_spend)
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=list(register_spend.primary_key.columns),
+            set_={"units": register_spend.c.units + statement.excluded.units},
+        ),
+        rows,
+    )

@@ -1,0 +1,84 @@
+"""The one row that says which deployment this is, and from which revisions and epochs are allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, insert, select, update
+
+from licet_control_plane.store.schema import META_ID, meta
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """``revision`` and ``epoch`` are the last allocated; ``redis_run`` the server whose marks were last checked."""
+
+    deployment: str
+    generation: int
+    ledger_generation: int
+    revision: int
+    epoch: int
+    redis_run: str
+
+
+def ensure(connection: Connection, *, deployment: str, now_us: int) -> bool:
+    """Make the row, with ``deployment``, when there is none. Whether it was made."""
+    if connection.execute(select(meta.c.id)).first() is not None:
+        return False
+    connection.execute(
+        insert(meta).values(
+            id=META_ID,
+            deployment=deployment,
+            generation=1,
+            ledger_generation=1,
+            revision=0,
+            epoch=0,
+            redis_run="",
+            created_at=now_us,
+        )
+    )
+    return True
+
+
+def read(connection: Connection) -> Meta:
+    """The row."""
+    row = connection.execute(select(meta)).one()
+    return Meta(row.deployment, row.generation, row.ledger_generation, row.revision, row.epoch, row.redis_run)
+
+
+def lock(connection: Connection) -> Meta:
+    """The row, locked until the transaction ends."""
+    connection.execute(select(meta.c.id).with_for_update()).one()
+    return read(connection)
+
+
+def allocate_revision(connection: Connection) -> Meta:
+    """The row with a new revision; the lock is held until the transaction ends."""
+    lock(connection)
+    connection.execute(update(meta).values(revision=meta.c.revision + 1))
+    return read(connection)
+
+
+def allocate_epoch(connection: Connection, *, above: int = 0) -> int:
+    """A new epoch, greater than any before it and than ``above``."""
+    epoch = max(lock(connection).epoch, above) + 1
+    connection.execute(update(meta).values(epoch=epoch))
+    return epoch
+
+
+def start_generation(connection: Connection, *, revision: int) -> Meta:
+    """Begin a new generation, of revisions and of the ledger, whose revisions are all greater than ``revision``."""
+    row = lock(connection)
+    connection.execute(
+        update(meta).values(
+            generation=row.generation + 1,
+            ledger_generation=row.ledger_generation + 1,
+            revision=max(row.revision, revision),
+        )
+    )
+    return read(connection)
+
+
+def set_redis_run(connection: Connection, run: str) -> None:
+    """Remember the server whose contents and marks were checked."""
+    connection.execute(update(meta).values(redis_run=run))

@@ -1,0 +1,1 @@
+"""Migrations of the schema, in order. A published one is never changed."""

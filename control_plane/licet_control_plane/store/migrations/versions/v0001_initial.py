@@ -1,0 +1,201 @@
+"""The first schema."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.create_table(
+        "api_keys",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("name", sa.String(length=128), nullable=False),
+        sa.Column("role", sa.String(length=16), nullable=False),
+        sa.Column("hash", sa.String(length=64), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("revoked_at", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_api_keys")),
+        sa.UniqueConstraint("hash", name=op.f("uq_api_keys_hash")),
+        sa.UniqueConstraint("name", name=op.f("uq_api_keys_name")),
+    )
+    op.create_table(
+        "audit",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("by", sa.String(length=128), nullable=False),
+        sa.Column("action", sa.String(length=64), nullable=False),
+        sa.Column("target", sa.String(length=256), nullable=False),
+        sa.Column("before", sa.Text(), nullable=False),
+        sa.Column("after", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_audit")),
+    )
+    op.create_index(op.f("ix_audit_at"), "audit", ["at"], unique=False)
+    op.create_table(
+        "bundles",
+        sa.Column("revision", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("observe", sa.Boolean(), nullable=False),
+        sa.Column("message", sa.Text(), nullable=False),
+        sa.Column("files", sa.LargeBinary(), nullable=False),
+        sa.Column("documents", sa.LargeBinary(), nullable=False),
+        sa.Column("chunks", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("revision", name=op.f("pk_bundles")),
+    )
+    op.create_table(
+        "chunks",
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("digest", name=op.f("pk_chunks")),
+    )
+    op.create_table(
+        "ledger_conflicts",
+        sa.Column("log", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("log", "seq", "digest", name=op.f("pk_ledger_conflicts")),
+    )
+    op.create_table(
+        "ledger_events",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("log", sa.BigInteger(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("subject_type", sa.Text(), nullable=False),
+        sa.Column("subject_id", sa.Text(), nullable=False),
+        sa.Column("action", sa.String(length=128), nullable=False),
+        sa.Column("effect", sa.Integer(), nullable=False),
+        sa.Column("reason", sa.Integer(), nullable=False),
+        sa.Column("rule", sa.Text(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("units_total", sa.BigInteger(), nullable=False),
+        sa.Column("idempotency_key", sa.Text(), nullable=False),
+        sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_ledger_events")),
+        sa.UniqueConstraint("log", "seq", name=op.f("uq_ledger_events_log_seq")),
+    )
+    op.create_index(op.f("ix_ledger_events_tenant_at"), "ledger_events", ["tenant", "at"], unique=False)
+    op.create_table(
+        "ledger_logs",
+        sa.Column("log", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("log_id", sa.String(length=96), nullable=False),
+        sa.Column("shard", sa.Integer(), nullable=False),
+        sa.Column("sidecar", sa.String(length=64), nullable=False),
+        sa.Column("incarnation", sa.BigInteger(), nullable=False),
+        sa.Column("previous_incarnation", sa.BigInteger(), nullable=False),
+        sa.Column("previous_last_seq", sa.BigInteger(), nullable=False),
+        sa.Column("decision_prefix", sa.LargeBinary(), nullable=False),
+        sa.Column("watermark", sa.BigInteger(), nullable=False),
+        sa.Column("first_at", sa.BigInteger(), nullable=False),
+        sa.Column("last_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("log", name=op.f("pk_ledger_logs")),
+        sa.UniqueConstraint("log_id", name=op.f("uq_ledger_logs_log_id")),
+    )
+    op.create_index(op.f("ix_ledger_logs_sidecar_incarnation"), "ledger_logs", ["sidecar", "incarnation"], unique=False)
+    op.create_table(
+        "ledger_ranges",
+        sa.Column("log", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("first_seq", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("last_seq", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("log", "first_seq", name=op.f("pk_ledger_ranges")),
+    )
+    op.create_table(
+        "ledger_rollups",
+        sa.Column("hour", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("feature", sa.String(length=128), nullable=False),
+        sa.Column("action", sa.String(length=128), nullable=False),
+        sa.Column("effect", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("reason", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("currency", sa.String(length=8), nullable=False),
+        sa.Column("decisions", sa.BigInteger(), nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.Column("units", sa.BigInteger(), nullable=False),
+        sa.Column("cost_nanos", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint(
+            "hour", "tenant", "feature", "action", "effect", "reason", "currency", name=op.f("pk_ledger_rollups")
+        ),
+    )
+    op.create_index(op.f("ix_ledger_rollups_tenant_hour"), "ledger_rollups", ["tenant", "hour"], unique=False)
+    op.create_table(
+        "ledger_shards",
+        sa.Column("shard", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("batches", sa.BigInteger(), nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("shard", name=op.f("pk_ledger_shards")),
+    )
+    op.create_table(
+        "licenses",
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("plan", sa.String(length=128), nullable=False),
+        sa.Column("status", sa.String(length=16), nullable=False),
+        sa.Column("starts_s", sa.BigInteger(), nullable=False),
+        sa.Column("ends_s", sa.BigInteger(), nullable=False),
+        sa.Column("addons", sa.Text(), nullable=False),
+        sa.Column("overrides", sa.Text(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("updated_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("tenant", name=op.f("pk_licenses")),
+    )
+    op.create_index(op.f("ix_licenses_plan"), "licenses", ["plan"], unique=False)
+    op.create_table(
+        "marks",
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("learning", sa.Boolean(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("tenant", name=op.f("pk_marks")),
+    )
+    op.create_index(op.f("ix_marks_learning"), "marks", ["learning"], unique=False)
+    op.create_table(
+        "meta",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("deployment", sa.String(length=64), nullable=False),
+        sa.Column("generation", sa.BigInteger(), nullable=False),
+        sa.Column("ledger_generation", sa.BigInteger(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("epoch", sa.BigInteger(), nullable=False),
+        sa.Column("redis_run", sa.String(length=64), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_meta")),
+    )
+    op.create_table(
+        "register_spend",
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("quota", sa.String(length=384), nullable=False),
+        sa.Column("sidecar", sa.String(length=64), nullable=False),
+        sa.Column("window_start", sa.BigInteger(), nullable=False),
+        sa.Column("units", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("tenant", "quota", "sidecar", name=op.f("pk_register_spend")),
+    )
+    op.create_table(
+        "revisions",
+        sa.Column("revision", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("generation", sa.BigInteger(), nullable=False),
+        sa.Column("kind", sa.String(length=16), nullable=False),
+        sa.Column("key", sa.String(length=128), nullable=False),
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("document", sa.LargeBinary(), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("by", sa.String(length=128), nullable=False),
+        sa.Column("message", sa.Text(), nullable=False),
+        sa.Column("published_at", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("revision", name=op.f("pk_revisions")),
+    )
+    op.create_index(op.f("ix_revisions_kind_key_revision"), "revisions", ["kind", "key", "revision"], unique=False)
+    op.create_index(op.f("ix_revisions_published_at"), "revisions", ["published_at"], unique=False)
+    op.create_table(
+        "sidecars",
+        sa.Column("sidecar", sa.String(length=64), nullable=False),
+        sa.Column("last_heard_at", sa.BigInteger(), nullable=False),
+        sa.Column("gone", sa.Boolean(), nullable=False),
+        sa.Column("heartbeat", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("sidecar", name=op.f("pk_sidecars")),
+    )

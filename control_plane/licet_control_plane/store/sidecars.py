@@ -1,0 +1,38 @@
+"""The registry of sidecars, as it is remembered over a restart of the control plane and a loss of Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from sqlalchemy import Connection, select
+
+from licet.wire.documents import Heartbeat
+from licet.wire.envelope import EnvelopeError
+from licet_control_plane.core.fleet import Sidecar
+from licet_control_plane.store.database import upsert
+from licet_control_plane.store.schema import sidecars
+
+_US = 1_000_000
+
+
+def load(connection: Connection) -> list[Sidecar]:
+    """Every sidecar ever heard of. One whose heartbeat this program cannot read is left out: it will be heard again."""
+    found: list[Sidecar] = []
+    for row in connection.execute(select(sidecars)):
+        try:
+            found.append(Sidecar(Heartbeat.unpack(row.heartbeat), row.last_heard_at / _US, row.gone))
+        except EnvelopeError:
+            continue
+    return found
+
+
+def save(connection: Connection, changed: Collection[Sidecar]) -> None:
+    """Remember these sidecars as they are now."""
+    for sidecar in changed:
+        values = {
+            "last_heard_at": int(sidecar.last_heard_s * _US),
+            "gone": sidecar.gone,
+            "heartbeat": sidecar.heartbeat.pack(),
+        }
+        statement = upsert(connection, sidecars).values(sidecar=sidecar.heartbeat.sidecar, **values)
+        connection.execute(statement.on_conflict_do_update(index_elements=["sidecar"], set_=values))

@@ -1,0 +1,158 @@
+"""The asynchronous client. Belongs to the event loop of its first call; not to be shared between loops or threads."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar, cast
+
+import grpc
+import grpc.aio
+
+from licet.client.channel import CHANNEL_OPTIONS, TIMEOUT_DEFAULT_S, resolve_target
+from licet.client.errors import LicetError, from_status
+from licet.client.failure import Fallback, check_fallback, fall_back, pause_before_retry_s
+from licet.client.messages import batch_request, check_request, decision_of, decisions_of
+from licet.client.model import Check, ContextValue, Decision, Resource, Semantics, Subject
+from licet.v1 import approval_pb2 as pb
+from licet.v1.approval_pb2_grpc import ApprovalServiceStub
+
+if TYPE_CHECKING:
+    from licet.v1.approval_pb2_grpc import ApprovalServiceAsyncStub
+
+_Request = TypeVar("_Request", pb.CheckRequest, pb.CheckBatchRequest)
+_Response = TypeVar("_Response", pb.CheckResponse, pb.CheckBatchResponse)
+
+
+class AsyncClient:
+    """Asks one sidecar, over one connection. Takes what ``licet.Client`` takes and means the same.
+
+    May be made outside an event loop: the connection is made by the first call. A ``fallback`` function is a plain
+    one, not a coroutine.
+
+    Raises:
+        ValueError: ``target`` or ``fallback`` is not one.
+    """
+
+    def __init__(
+        self, target: str | None = None, *, timeout: float = TIMEOUT_DEFAULT_S, fallback: Fallback = "raise"
+    ) -> None:
+        self.target = resolve_target(target)
+        self._timeout_s = timeout
+        self._fallback = check_fallback(fallback)
+        self._channel: grpc.aio.Channel | None = None
+        self._connected_stub: ApprovalServiceAsyncStub | None = None
+
+    async def check(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str | None = None,
+        quantity: int | None = None,
+        quantities: Mapping[str, int] | None = None,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        idempotency_key: str | None = None,
+        peek: bool = False,
+        timeout: float | None = None,
+        fallback: Fallback | None = None,
+    ) -> Decision:
+        """As ``licet.Client.check``: same arguments, same units, same errors. Canceling it cancels the call."""
+        check = Check(tenant, action, subject, quantity, quantities, resource, context, idempotency_key, peek)
+        try:
+            return decision_of(await self._call(self._stub().Check, check_request(check), timeout))
+        except LicetError as error:
+            decision = fall_back(self._fallback if fallback is None else check_fallback(fallback), check, error)
+            if decision is None:
+                raise
+            return decision
+
+    async def check_batch(
+        self,
+        checks: Sequence[Check],
+        *,
+        semantics: Semantics = Semantics.EXECUTE_ALL,
+        timeout: float | None = None,
+        fallback: Fallback | None = None,
+    ) -> list[Decision]:
+        """As ``licet.Client.check_batch``."""
+        try:
+            return decisions_of(await self._call(self._stub().CheckBatch, batch_request(checks, semantics), timeout))
+        except LicetError as error:
+            chosen = self._fallback if fallback is None else check_fallback(fallback)
+            answers = [fall_back(chosen, check, error) for check in checks]
+            if not answers or None in answers:
+                raise
+            return cast("list[Decision]", answers)
+
+    async def check_stream(
+        self, checks: AsyncIterable[Check] | Iterable[Check], *, timeout: float | None = None
+    ) -> AsyncIterator[Decision]:
+        """As ``licet.Client.check_stream``; ``checks`` may be an asynchronous iterable, and is read as it is taken."""
+        malformed: list[Exception] = []
+
+        async def requests() -> AsyncIterator[pb.CheckRequest]:
+            try:
+                if isinstance(checks, AsyncIterable):
+                    async for check in checks:
+                        yield check_request(check)
+                else:
+                    for check in checks:
+                        yield check_request(check)
+            except Exception as error:  # the caller's iterator or check; gRPC would only cancel the call
+                malformed.append(error)
+
+        call = self._stub().CheckStream(requests(), timeout=timeout)
+        try:
+            async for response in call:
+                yield decision_of(response)
+        except grpc.aio.AioRpcError as error:
+            raise from_status(error.code(), error.details(), target=self.target) from error
+        finally:
+            call.cancel()
+        if malformed:
+            raise malformed[0]
+
+    async def _call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout: float | None,
+    ) -> _Response:
+        now = asyncio.get_running_loop().time
+        deadline = now() + (self._timeout_s if timeout is None else timeout)
+        attempt = 1
+        while True:
+            try:
+                return await method(request, timeout=max(0.0, deadline - now()))
+            except grpc.aio.AioRpcError as error:
+                failure = from_status(error.code(), error.details(), target=self.target)
+                pause_s = pause_before_retry_s(
+                    failure, attempt=attempt, remaining_s=deadline - now(), jitter=random.random()
+                )
+                if pause_s is None:
+                    raise failure from error
+            await asyncio.sleep(pause_s)
+            attempt += 1
+
+    def _stub(self) -> ApprovalServiceAsyncStub:
+        if self._connected_stub is None:
+            self._channel = grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+            self._connected_stub = ApprovalServiceStub(self._channel)
+        return self._connected_stub
+
+    async def close(self) -> None:
+        """Closes the connection; calls in flight fail. May be repeated."""
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

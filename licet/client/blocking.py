@@ -1,0 +1,189 @@
+"""The synchronous client. Safe to share between threads; make it after a fork, not before."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Self, TypeVar, cast
+
+import grpc
+
+from licet.client.channel import CHANNEL_OPTIONS, TIMEOUT_DEFAULT_S, resolve_target
+from licet.client.errors import LicetError, from_status
+from licet.client.failure import Fallback, check_fallback, fall_back, pause_before_retry_s
+from licet.client.messages import batch_request, check_request, decision_of, decisions_of
+from licet.client.model import Check, ContextValue, Decision, Resource, Semantics, Subject
+from licet.v1 import approval_pb2 as pb
+from licet.v1.approval_pb2_grpc import ApprovalServiceStub
+
+_Request = TypeVar("_Request", pb.CheckRequest, pb.CheckBatchRequest)
+_Response = TypeVar("_Response", pb.CheckResponse, pb.CheckBatchResponse)
+
+
+class Client:
+    """Asks one sidecar, over one connection.
+
+    Args:
+        target: ``host:port`` or ``unix:/path`` of *one* sidecar; by default ``$LICET_SIDECAR``, else 127.0.0.1:7420.
+        timeout: seconds each call may take, retries included.
+        fallback: what answers when the sidecar is away: ``"raise"``, ``"deny"``, ``"allow"``, or a function of the
+            check and the error that returns a decision or whether to allow. It never hides a malformed request.
+
+    Raises:
+        ValueError: ``target`` or ``fallback`` is not one.
+    """
+
+    def __init__(
+        self, target: str | None = None, *, timeout: float = TIMEOUT_DEFAULT_S, fallback: Fallback = "raise"
+    ) -> None:
+        self.target = resolve_target(target)
+        self._timeout_s = timeout
+        self._fallback = check_fallback(fallback)
+        self._channel = grpc.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+        self._stub = ApprovalServiceStub(self._channel)
+
+    def check(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str | None = None,
+        quantity: int | None = None,
+        quantities: Mapping[str, int] | None = None,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        idempotency_key: str | None = None,
+        peek: bool = False,
+        timeout: float | None = None,
+        fallback: Fallback | None = None,
+    ) -> Decision:
+        """Whether ``tenant`` may do ``action`` now; when it may, its units are taken. May be repeated only with a key.
+
+        Args:
+            tenant: the customer account.
+            action: what is asked, such as ``report.export``.
+            subject: who acts, an id or a ``Subject`` with roles and attributes.
+            quantity: units of the action's one meter; 1 when absent.
+            quantities: units by meter, for an action with several.
+            resource: what it is done to, an id or a ``Resource``.
+            context: the attributes that the action declares.
+            idempotency_key: the same key gives the same answer and takes the units once, for as long as the sidecar
+                remembers it: ten minutes, or less under a heavy load. Made for you when absent.
+            peek: decide only: take and record nothing.
+            timeout: seconds, instead of the client's.
+            fallback: instead of the client's.
+
+        Raises:
+            InvalidRequest: malformed; its ``field`` says where.
+            MessageTooLarge: larger than the sidecar accepts.
+            SidecarUnavailable: not reachable or not synced yet, and the fallback is to raise.
+            Timeout: no answer in time, and the fallback is to raise. The units may have been taken.
+            SidecarError: anything else.
+        """
+        check = Check(tenant, action, subject, quantity, quantities, resource, context, idempotency_key, peek)
+        try:
+            return decision_of(self._call(self._stub.Check, check_request(check), timeout))
+        except LicetError as error:
+            decision = fall_back(self._fallback if fallback is None else check_fallback(fallback), check, error)
+            if decision is None:
+                raise
+            return decision
+
+    def check_batch(
+        self,
+        checks: Sequence[Check],
+        *,
+        semantics: Semantics = Semantics.EXECUTE_ALL,
+        timeout: float | None = None,
+        fallback: Fallback | None = None,
+    ) -> list[Decision]:
+        """One decision for each of 1 to 1,000 checks, in order; fewer when ``semantics`` stopped early.
+
+        When the sidecar is away, the fallback answers each of them (and does not stop early).
+
+        Raises:
+            LicetError: as ``check`` does.
+        """
+        try:
+            return decisions_of(self._call(self._stub.CheckBatch, batch_request(checks, semantics), timeout))
+        except LicetError as error:
+            chosen = self._fallback if fallback is None else check_fallback(fallback)
+            answers = [fall_back(chosen, check, error) for check in checks]
+            if not answers or None in answers:
+                raise
+            return cast("list[Decision]", answers)
+
+    def check_stream(self, checks: Iterable[Check], *, timeout: float | None = None) -> Iterator[Decision]:
+        """Decisions in the order of ``checks``, which are read, on another thread, as the sidecar takes them.
+
+        Cheaper than ``check`` where many come at once. No retries and no fallback: when the stream breaks, what became
+        of the checks already sent is not known here. Give them idempotency keys, and ask again for those that have no
+        answer.
+
+        Args:
+            checks: what to ask.
+            timeout: seconds for the whole stream; no limit when absent.
+
+        Raises:
+            LicetError: the stream broke, or a check is malformed; decisions yielded before are good.
+        """
+        malformed: list[Exception] = []
+
+        def requests() -> Iterator[pb.CheckRequest]:
+            try:
+                for check in checks:
+                    yield check_request(check)
+            except Exception as error:  # the caller's iterator or check; gRPC would only report "exception iterating"
+                malformed.append(error)
+
+        call = self._stub.CheckStream(requests(), timeout=timeout)
+        try:
+            for response in call:
+                yield decision_of(response)
+        except grpc.RpcError as error:
+            raise _translated(error, self.target) from error
+        finally:
+            call.cancel()
+        if malformed:
+            raise malformed[0]
+
+    def _call(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout: float | None,
+    ) -> _Response:
+        deadline = time.monotonic() + (self._timeout_s if timeout is None else timeout)
+        attempt = 1
+        while True:
+            try:
+                return method(request, timeout=max(0.0, deadline - time.monotonic()))
+            except grpc.RpcError as error:
+                failure = _translated(error, self.target)
+                remaining_s = deadline - time.monotonic()
+                pause_s = pause_before_retry_s(
+                    failure, attempt=attempt, remaining_s=remaining_s, jitter=random.random()
+                )
+                if pause_s is None:
+                    raise failure from error
+            time.sleep(pause_s)
+            attempt += 1
+
+    def close(self) -> None:
+        """Closes the connection; calls in flight fail. May be repeated."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _translated(error: grpc.RpcError, target: str) -> LicetError:
+    call = cast("grpc.Call", error)  # every error of a call is one too; the types do not say so
+    return from_status(call.code(), call.details(), target=target)

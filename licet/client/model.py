@@ -1,0 +1,134 @@
+"""What goes in and what comes out: the words of a check and of its decision, as plain immutable records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from decimal import Decimal
+from enum import IntEnum
+
+from licet.domain.money import NANOS, format_nanos
+from licet.domain.outcomes import Effect, Reason
+
+ContextValue = str | int | float | bool | datetime | Sequence[str]
+"""An attribute: an int is at most 64 bits, a ``datetime`` must know its zone, a sequence holds strings."""
+
+
+class Semantics(IntEnum):
+    """When a batch stops. Units taken by checks before the stop stay taken."""
+
+    EXECUTE_ALL = 1
+    DENY_ON_FIRST_DENY = 2
+    PERMIT_ON_FIRST_PERMIT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Who acts: a user, a service or an agent. ``on_behalf_of`` is for the record and grants nothing."""
+
+    id: str
+    type: str = ""
+    roles: Sequence[str] = ()
+    attributes: Mapping[str, ContextValue] = field(default_factory=dict)
+    on_behalf_of: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """What the action is done to."""
+
+    id: str
+    type: str = ""
+    attributes: Mapping[str, ContextValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question: may ``tenant`` do ``action``?
+
+    ``quantity`` is in units of the action's one meter, 0 to 2^53 - 1; ``None`` means 1. ``quantities`` maps meters to
+    units, for actions with several meters; give one or the other. A ``subject`` or ``resource`` that is a string is its
+    id. Without an ``idempotency_key`` (at most 128 bytes) the client makes one. ``peek`` decides and takes nothing.
+    """
+
+    tenant: str
+    action: str
+    subject: Subject | str | None = None
+    quantity: int | None = None
+    quantities: Mapping[str, int] | None = None
+    resource: Resource | str | None = None
+    context: Mapping[str, ContextValue] | None = None
+    idempotency_key: str | None = None
+    peek: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """One quota as the sidecar saw it when it answered.
+
+    ``limit`` and ``remaining`` are units; ``remaining`` is over all sidecars as last known, never exact while others
+    spend. ``window`` is ``"month"``, ``"minute"``, … and ends at ``resets_at``.
+    """
+
+    feature: str
+    window: str
+    limit: int
+    remaining: int
+    resets_at: datetime | None
+    overage: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What the units cost, in billionths of ``currency`` (ISO 4217). For information: invoices count units."""
+
+    amount_nanos: int
+    currency: str
+
+    @property
+    def amount(self) -> Decimal:
+        """The exact amount in whole units of the currency."""
+        return Decimal(self.amount_nanos) / NANOS
+
+    def __str__(self) -> str:
+        return f"{format_nanos(self.amount_nanos)} {self.currency}"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The answer to one check.
+
+    A decision is true exactly when it is ``APPROVED``, so that ``if client.check(...)`` does what it says: with the
+    usual truth of an object a denial would pass that test. A ``PENDING`` decision is therefore false too.
+
+    ``reason`` is stable, ``message`` is for people. ``rule`` names the policy rule, limit or flag that decided, or is
+    empty. ``as_of`` says until when the state behind the answer is known to have been current; ``stale`` that this is
+    too long ago, ``degraded`` that Redis could not be reached. ``retry_after`` is set for denials that time alone will
+    change. ``decision_id`` is empty for a peek. ``fallback`` means that no sidecar answered and the caller's declared
+    fallback did: then ``revision`` is 0, ``as_of`` is ``None``, and nothing was recorded.
+    """
+
+    effect: Effect
+    reason: Reason
+    message: str = ""
+    rule: str = ""
+    revision: int = 0
+    as_of: datetime | None = None
+    stale: bool = False
+    degraded: bool = False
+    quotas: tuple[Quota, ...] = ()
+    cost: Cost | None = None
+    retry_after: timedelta | None = None
+    decision_id: str = ""
+    access_request_id: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    fallback: bool = False
+
+    @property
+    def approved(self) -> bool:
+        """Whether the action may go ahead."""
+        return self.effect is Effect.APPROVED
+
+    def __bool__(self) -> bool:
+        return self.effect is Effect.APPROVED

@@ -1,0 +1,189 @@
+"""Documents keep their meaning on the wire, and their place in the bundle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from licet.domain.catalog import (
+    Action,
+    ApprovalChain,
+    ApprovalStage,
+    Attribute,
+    AttributeType,
+    Catalog,
+    Document,
+    Durability,
+    Enforcement,
+    Entitlement,
+    Feature,
+    Flag,
+    License,
+    LicenseStatus,
+    Limit,
+    OnExceeded,
+    OnUnavailable,
+    Plan,
+    Policy,
+    Role,
+    Rule,
+    RuleEffect,
+    UnavailableMode,
+    document_from_wire,
+    document_to_wire,
+    license_from_wire,
+    license_to_wire,
+    matches,
+)
+from licet.domain.ids import NAME_PATTERN, UNITS_MAX, LimitKey
+from licet.domain.money import AMOUNT_NANOS_MAX, Price
+from licet.domain.windows import Period
+from licet.wire.documents import CHUNK_COUNT, catalog_of_chunks, chunk_catalog, digest_of
+
+names = st.from_regex(NAME_PATTERN, fullmatch=True).filter(lambda name: len(name) <= 32)
+texts = st.text(max_size=12)
+units = st.integers(0, UNITS_MAX)
+nanos = st.integers(0, AMOUNT_NANOS_MAX)
+seconds = st.integers(0, 366 * 86_400)
+patterns = st.lists(st.one_of(names, names.map("{}.*".format), st.just("*")), max_size=3).map(tuple)
+
+attributes = st.one_of(
+    st.builds(Attribute, st.just(AttributeType.STRING), texts),
+    st.builds(Attribute, st.just(AttributeType.INT), st.integers(-(2**63), 2**63 - 1)),
+    st.builds(Attribute, st.just(AttributeType.DOUBLE), st.floats(allow_nan=False)),
+    st.builds(Attribute, st.just(AttributeType.LIST), st.lists(texts, max_size=2)),
+    st.builds(Attribute, st.sampled_from(AttributeType), st.none()),
+)
+actions = st.builds(
+    Action,
+    names,
+    st.dictionaries(texts, names, min_size=1, max_size=3),
+    st.dictionaries(names, attributes, max_size=3),
+    st.sampled_from(Durability),
+    st.builds(OnUnavailable, st.sampled_from(UnavailableMode), units, seconds),
+)
+prices = st.builds(
+    Price, nanos, st.integers(1, UNITS_MAX), st.just("USD"), texts, st.dictionaries(texts, nanos, max_size=2)
+)
+limits = st.builds(
+    Limit,
+    texts.map(LimitKey),
+    units,
+    st.sampled_from(Period),
+    st.lists(texts, max_size=2).map(tuple),
+    st.sampled_from(OnExceeded),
+)
+entitlements = st.builds(
+    Entitlement, st.none() | prices, st.lists(limits, max_size=2).map(tuple), st.integers(0, 100), seconds
+)
+rules = st.builds(Rule, names, st.sampled_from(RuleEffect), texts, texts)
+approvers = st.lists(texts, max_size=2).map(tuple)
+stages = st.builds(ApprovalStage, approvers, st.integers(1, 5), seconds, approvers, seconds)
+documents: st.SearchStrategy[Document] = st.one_of(
+    st.builds(Feature, names, texts, texts),
+    actions,
+    st.builds(Plan, names, st.dictionaries(names, entitlements, max_size=2), texts),
+    st.builds(Policy, names, patterns, st.lists(rules, max_size=2).map(tuple), st.sampled_from(Enforcement)),
+    st.builds(Role, names, patterns),
+    st.builds(Flag, names, names, st.floats(0, 100), st.sampled_from(["tenant", "subject"])),
+    st.builds(ApprovalChain, names, st.lists(stages, max_size=2).map(tuple)),
+)
+licenses = st.builds(
+    License,
+    names,
+    names,
+    st.sampled_from(LicenseStatus),
+    units,
+    units,
+    st.dictionaries(names, st.integers(1, 9), max_size=2),
+    st.dictionaries(texts, units, max_size=2),
+)
+
+
+def over_the_wire(body: Any) -> Any:
+    return msgpack.unpackb(msgpack.packb(body))
+
+
+@given(documents)
+def test_a_document_survives_the_wire(document: Document) -> None:
+    assert document_from_wire(over_the_wire(document_to_wire(document))) == document
+
+
+@given(licenses)
+def test_a_license_survives_the_wire(license_: License) -> None:
+    assert license_from_wire(over_the_wire(license_to_wire(license_))) == license_
+
+
+@given(documents)
+def test_what_a_newer_writer_adds_is_ignored(document: Document) -> None:
+    assert document_from_wire({**document_to_wire(document), "from_the_future": [1]}) == document
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        {"kind": "Hologram", "name": "x"},
+        {"kind": "Policy", "name": "x", "actions": ["*"], "enforcement": "sometimes", "rules": []},
+        {"kind": "Policy", "name": "x", "actions": ["*"], "enforcement": "enforce", "rules": [["r", "maybe", "", ""]]},
+    ],
+)
+def test_what_is_only_half_understood_is_refused(wire: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"Hologram|sometimes|maybe"):
+        document_from_wire(wire)
+
+
+@settings(max_examples=50)
+@given(st.lists(documents, max_size=8))
+def test_a_catalog_survives_being_cut_into_chunks(bundle: list[Document]) -> None:
+    catalog = Catalog.of(bundle)
+    chunks = chunk_catalog(catalog)
+    assert catalog_of_chunks(chunks, [digest_of(chunk) for chunk in chunks]) == catalog
+
+
+@settings(max_examples=50)
+@given(st.lists(documents, max_size=8), st.randoms(use_true_random=False))
+def test_chunks_do_not_depend_on_the_order_of_documents(bundle: list[Document], random: Any) -> None:
+    distinct = list(Catalog.of(bundle).documents())
+    shuffled = random.sample(distinct, len(distinct))
+    assert chunk_catalog(Catalog.of(shuffled)) == chunk_catalog(Catalog.of(distinct))
+
+
+def test_one_changed_document_changes_one_chunk() -> None:
+    features: list[Document] = [Feature(f"feature-{number}") for number in range(2_000)]
+    before = chunk_catalog(Catalog.of(features))
+    after = chunk_catalog(Catalog.of([*features, Feature("feature-7", title="changed")]))
+    assert len(before) <= CHUNK_COUNT
+    assert sum(old != new for old, new in zip(before, after, strict=True)) == 1
+
+
+def test_altered_or_missing_chunks_are_refused() -> None:
+    chunks = chunk_catalog(Catalog.of([Feature("a"), Feature("b"), Feature("c")]))
+    digests = [digest_of(chunk) for chunk in chunks]
+    for wrong in ([*chunks[:-1], chunks[-1] + b"\0"], chunks[:-1], chunks[::-1]):
+        with pytest.raises(ValueError, match="manifest"):
+            catalog_of_chunks(wrong, digests)
+
+
+def test_a_later_document_replaces_an_earlier_one_of_its_kind_and_name() -> None:
+    catalog = Catalog.of([Feature("a", title="old"), Role("a", ("*",)), Feature("a", title="new")])
+    assert catalog == Catalog(features={"a": Feature("a", title="new")}, roles={"a": Role("a", ("*",))})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("report.view", "report.view", True),
+        ("report.view", "report.viewer", False),
+        ("report.*", "report.view", True),
+        ("report.*", "report.admin.delete", True),
+        ("report.*", "report", False),
+        ("report.*", "reports.view", False),
+        ("*", "anything.at.all", True),
+    ],
+)
+def test_patterns_match_names_below_their_prefix(pattern: str, name: str, expected: bool) -> None:
+    assert matches([pattern], name) is expected

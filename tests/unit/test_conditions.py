@@ -1,0 +1,210 @@
+"""What a condition can say, what is refused before it ever runs, and where the refusal points."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from licet.domain.catalog import Attribute, AttributeType
+from licet.domain.conditions import (
+    LOOP_DEPTH_MAX,
+    SOURCE_CHARS_MAX,
+    VARIABLE_TYPES,
+    ConditionEnvironment,
+    ConditionError,
+    ConditionFailed,
+)
+
+ENVIRONMENT = ConditionEnvironment(
+    {
+        "region": Attribute(AttributeType.STRING, ""),
+        "count": Attribute(AttributeType.INT),
+        "ratio": Attribute(AttributeType.DOUBLE),
+        "beta": Attribute(AttributeType.BOOL, False),
+        "tags": Attribute(AttributeType.LIST),
+        "signed_at": Attribute(AttributeType.TIMESTAMP),
+    }
+)
+
+BINDINGS: dict[str, Any] = {
+    "tenant": "acme",
+    "license.plan": "pro",
+    "license.status": "active",
+    "subject.type": "user",
+    "subject.id": "ada",
+    "subject.on_behalf_of": "",
+    "subject.roles": ["analyst", "owner"],
+    "subject.attributes": {"level": 3, "team": {"name": "core"}},
+    "action": "report.export",
+    "resource.type": "report",
+    "resource.id": "r1",
+    "resource.attributes": {"draft": True},
+    "quantity": 12,
+    "quantities": {"input": 10, "output": 2},
+    "now": datetime(2026, 1, 31, 22, 30, tzinfo=UTC),
+    "context.region": "eu-west",
+    "context.count": 7,
+    "context.ratio": 0.5,
+    "context.beta": True,
+    "context.tags": ["a", "b"],
+    "context.signed_at": datetime(2025, 6, 1, tzinfo=UTC),
+}
+
+
+def refusal(source: str) -> ConditionError:
+    with pytest.raises(ConditionError) as caught:
+        ENVIRONMENT.compile(source)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ('tenant == "acme" && license.plan == "pro" && license.status != "suspended"', True),
+        ('subject.type == "user" && subject.id == "ada" && subject.on_behalf_of == ""', True),
+        ('"analyst" in subject.roles', True),
+        ('subject.attributes.level >= 3 && subject.attributes.team.name == "core"', True),
+        ("has(subject.attributes.level) && !has(subject.attributes.age)", True),
+        ('action == "report.export"', True),
+        ('resource.type == "report" && resource.id == "r1" && resource.attributes.draft == true', True),
+        ("quantity > 12", False),
+        ('quantities["input"] + quantities["output"] == quantity', True),
+        ('context.region.startsWith("eu-") && context.region.upperAscii() == "EU-WEST"', True),
+        ("context.count > 6 && context.ratio < 1.0 && context.beta", True),
+        ('context.tags.exists(tag, tag == "b")', True),
+        ("now - context.signed_at > duration('24h')", True),
+        ('now.getHours("Europe/Paris") == 23', True),
+        ('context.region.matches("^(eu|us)-[a-z]+$")', True),
+    ],
+)
+def test_answers_over_every_variable(source: str, expected: bool) -> None:
+    assert ENVIRONMENT.compile(source).evaluate(BINDINGS) is expected
+
+
+@pytest.mark.parametrize(
+    ("source", "variables"),
+    [
+        ("true", ()),
+        ("quantity > 1 && quantity < 5", ("quantity",)),
+        ('"context.region" == tenant', ("tenant",)),
+        (
+            'context . region == "x" || subject.roles.exists(role, role == tenant)',
+            ("context.region", "subject.roles", "tenant"),
+        ),
+        ("has(subject.attributes.level)", ("subject.attributes",)),
+        ('{"a": [context.count]} == {"a": [1]}', ("context.count",)),
+    ],
+)
+def test_knows_exactly_the_variables_it_needs(source: str, variables: tuple[str, ...]) -> None:
+    condition = ENVIRONMENT.compile(source)
+    assert condition.variables == variables
+    assert isinstance(condition.evaluate({name: BINDINGS[name] for name in variables}), bool)
+
+
+@given(st.lists(st.sampled_from(sorted(BINDINGS)), max_size=6))
+def test_needs_each_variable_that_is_compared(names: list[str]) -> None:
+    source = " && ".join(["true", *(f"{name} == {name}" for name in names)])
+    assert ENVIRONMENT.compile(source).variables == tuple(sorted(set(names)))
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "column", "message"),
+    [
+        ('context.regoin == "x"', 1, 1, "context.regoin is not a declared attribute; did you mean context.region?"),
+        ('true &&\n  context.zzz == "x"', 2, 3, "context.zzz is not a declared attribute; declared: context.beta, "),
+        ('tenent == "acme"', 1, 1, "there is no variable tenent; did you mean tenant?"),
+        ('subject.role == "x"', 1, 1, "there is no variable subject.role; did you mean subject.roles?"),
+        ('license == "pro"', 1, 1, "license has no value of its own; it has license.plan, license.status"),
+        ('context.region.startswith("eu")', 1, 16, "there is no function startswith(); did you mean startsWith()?"),
+        ('quantity > "10"', 1, 10, "'>' does not work on (int, string)"),
+        ("quantity > 1.5", 1, 10, "'>' does not work on (int, double); convert with double(), or write 2.0 for 2"),
+        ("quantity >", 1, 11, "syntax error: the expression ends too early"),
+        ('context.region = "x"', 1, 16, "syntax error: '=' does not compare; write '=='"),
+        ("context.beta and true", 1, 14, "syntax error: unexpected 'and'; write '&&'"),
+        ("context.region == 'x", 1, 19, "syntax error: the string 'x is not closed, or has an unknown escape"),
+        ("quantity", 1, 1, "the condition must be true or false, but is int"),
+        ("subject.attributes.level", 1, 1, "but is of unknown type: compare it with a value"),
+        ("  ", 1, 1, "the condition is empty"),
+        ("quantity > 0 && has(context.beta)", 1, 17, "has(context.beta) is always true"),
+        ('context.region.matches("(")', 1, 24, "matches() cannot read '('"),
+        ('now > timestamp("yesterday")', 1, 17, "timestamp() cannot read 'yesterday'"),
+        ("tenant == '\ud800'", 1, 1, "not valid Unicode"),
+    ],
+)
+def test_refuses_what_cannot_work_at_its_place(source: str, line: int, column: int, message: str) -> None:
+    error = refusal(source)
+    assert (error.line, error.column) == (line, column)
+    assert message in error.message
+
+
+def test_reports_every_undeclared_name_of_a_source() -> None:
+    error = refusal("context.a == 1 || context.b == 2")
+    assert [(one.line, one.column) for one in (error, *error.further)] == [(1, 1), (1, 19)]
+
+
+def test_messages_hold_nothing_of_the_library() -> None:
+    for source in ("(" * 200, "1 +", "foo()", "tenant . x", "1 / 'a' == 2"):
+        message = str(refusal(source))
+        assert "<input>" not in message
+        assert "INVALID_ARGUMENT" not in message
+        assert "\n" not in message
+
+
+def test_accepts_the_longest_source_and_refuses_one_character_more() -> None:
+    longest = "true".ljust(SOURCE_CHARS_MAX)
+    assert ENVIRONMENT.compile(longest).evaluate({})
+    assert str(SOURCE_CHARS_MAX) in refusal(longest + " ").message
+
+
+def nested_loops(depth: int) -> str:
+    source = "true"
+    for level in range(depth):
+        source = f"context.tags.all(v{level}, {source})"
+    return source
+
+
+def test_refuses_loops_only_when_nested_too_deep() -> None:
+    assert ENVIRONMENT.compile(nested_loops(LOOP_DEPTH_MAX)).evaluate(BINDINGS)
+    assert "nested 3 deep" in refusal(nested_loops(LOOP_DEPTH_MAX + 1)).message
+
+
+def test_chained_loops_are_not_nested() -> None:
+    source = "context.tags.map(a, a).filter(b, true).map(c, c).exists(d, d == 'a')"
+    assert ENVIRONMENT.compile(source).evaluate(BINDINGS)
+
+
+@pytest.mark.parametrize(
+    ("source", "bindings"),
+    [
+        ("subject.attributes.level > 1", {"subject.attributes": {}}),
+        ("10 / quantity > 1", {"quantity": 0}),
+        ("quantity > 1", {}),
+        ("quantity > 1", {"quantity": "1"}),
+        ("quantity > 1", {"quantity": 2**63}),
+        ("'a' in subject.roles", {"subject.roles": ["a", 1]}),
+        ("now > timestamp(0)", {"now": 5}),
+    ],
+)
+def test_fails_when_an_evaluation_has_no_answer(source: str, bindings: dict[str, Any]) -> None:
+    condition = ENVIRONMENT.compile(source)
+    with pytest.raises(ConditionFailed):
+        condition.evaluate(bindings)
+
+
+def test_fails_instead_of_looping_for_long() -> None:
+    condition = ENVIRONMENT.compile("context.tags.all(a, context.tags.all(b, a != b || true))")
+    with pytest.raises(ConditionFailed, match="budget"):
+        condition.evaluate({"context.tags": ["x"] * 5_000})
+
+
+def test_an_environment_without_attributes_still_has_the_common_variables() -> None:
+    environment = ConditionEnvironment({})
+    assert environment.compile(" && ".join(f"{name} == {name}" for name in VARIABLE_TYPES)).variables == tuple(
+        sorted(VARIABLE_TYPES)
+    )
+    with pytest.raises(ConditionError, match="the action declares none"):
+        environment.compile('context.region == "x"')

@@ -1,0 +1,46 @@
+"""What this version cannot do is refused in words, where it stands, and never accepted in silence."""
+
+from __future__ import annotations
+
+import pytest
+
+from licet_control_plane.core.documents.availability import NOT_AVAILABLE
+from tests.support.documents import only_error, validated
+
+WORLD = "{kind: Feature, name: f}\n---\n{kind: Action, name: a, feature: f}\n---\n"
+ACTION = WORLD + "kind: Action\nname: b\nfeature: f\n"
+PLAN = WORLD + "kind: Plan\nname: p\nfeatures:\n  f:\n    limits:\n      - "
+FLAG = WORLD + "kind: Flag\nname: g\nfeature: f\n"
+
+REFUSED = [
+    (ACTION + "durability: ▶synced\n", "'durability: synced'", "Use 'logged'"),
+    (ACTION + "durability: ▶shipped\n", "'durability: shipped'", "Use 'logged'"),
+    (ACTION + "on_unavailable: {mode: ▶capped, units_max: 5}\n", "'mode: capped'", "Use 'deny' or 'allow'"),
+    (ACTION + "on_unavailable: {mode: ▶last_known, for_max: 5m}\n", "'mode: last_known'", "Use 'deny' or 'allow'"),
+    (PLAN + "{amount: 1, per: ▶second}\n", "'per: second'", "Use 'minute'"),
+    (PLAN + "{amount: 1, per: ▶term}\n", "'per: term'", "Use 'month' or 'year'"),
+    (PLAN + "{amount: 1, per: day, anchor: ▶license}\n", "'anchor: license'", "Use 'calendar'"),
+    (PLAN + '{▶spend: "5.00 USD", per: month}\n', "'spend'", "Limit units"),
+    (PLAN + "{amount: 1, per: day, on_exceeded: ▶overage}\n", "'on_exceeded: overage'", "Use 'deny'"),
+    (PLAN + "{amount: 1, per: day, on_exceeded: ▶require_approval}\n", "'on_exceeded: require_approval'", "Use 'deny'"),
+    (FLAG + "▶variants: {a: 50, b: 50}\n", "'variants'", "one flag for each"),
+    (FLAG + "▶schedule: []\n", "'schedule'", "Push the change"),
+    (FLAG + "rollout: {percent: 5, ▶schedule: []}\n", "'schedule'", "Push the change"),
+]
+
+
+@pytest.mark.parametrize(("text", "said", "fix"), REFUSED)
+def test_refuses_at_its_place_and_only_once(text: str, said: str, fix: str) -> None:
+    error = only_error(text)
+    assert error.message == f"{said} is not available in this version"
+    assert fix in error.fix
+
+
+def test_every_row_of_the_table_is_tested() -> None:
+    rows = {(row.kind, row.path[-1], value) for row in NOT_AVAILABLE for value in row.values or {""}}
+    assert len(rows) + sum(row.path == ("rollout", "schedule") for row in NOT_AVAILABLE) == len(REFUSED)
+
+
+def test_a_refusal_does_not_hide_the_other_errors_of_its_document() -> None:
+    result = validated(PLAN + "{amount: x, per: second, scoop: 1}\n")
+    assert [error.path.rpartition(".")[2] for error in result.errors] == ["amount", "per", "scoop"]

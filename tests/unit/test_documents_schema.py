@@ -1,0 +1,307 @@
+"""Each kind of document alone: what it means, and what is refused where."""
+
+from __future__ import annotations
+
+import pytest
+
+from licet.domain.catalog import (
+    Action,
+    ApprovalChain,
+    ApprovalStage,
+    Attribute,
+    AttributeType,
+    Enforcement,
+    Entitlement,
+    Feature,
+    Flag,
+    Limit,
+    OnUnavailable,
+    Plan,
+    Policy,
+    Role,
+    Rule,
+    RuleEffect,
+    UnavailableMode,
+)
+from licet.domain.ids import UNITS_MAX, LimitKey
+from licet.domain.money import NANOS, Price
+from licet.domain.windows import Period
+from licet_control_plane.core.documents.scalars import duration_s
+from tests.support.documents import catalog_of, only_error, validated
+
+WORLD = """
+kind: Feature
+name: llm.tokens
+unit: token
+title: Tokens
+---
+kind: Feature
+name: editor
+---
+kind: Action
+name: llm.complete
+feature: llm.tokens
+attributes:
+  model: string
+  region: {type: string, default: ""}
+  level: {type: int, default: -3}
+  ratio: {type: double, default: 1}
+  beta: {type: bool, default: false}
+  tags: {type: list, default: [a]}
+  since: {type: timestamp, default: "1970-01-01T01:00:00+01:00"}
+on_unavailable: {mode: allow}
+---
+kind: ApprovalChain
+name: finance
+stages:
+  - {approvers: [group:finance, user:ada], need: 2, escalate_after: 30m, escalate_to: [user:cfo], deny_after: 24h}
+---
+"""
+
+
+def test_a_feature_says_its_unit_and_title() -> None:
+    features = catalog_of(WORLD).features
+    assert features == {"llm.tokens": Feature("llm.tokens", "token", "Tokens"), "editor": Feature("editor")}
+
+
+def test_an_action_of_one_feature_has_the_meter_without_name() -> None:
+    assert catalog_of(WORLD).actions["llm.complete"] == Action(
+        "llm.complete",
+        {"": "llm.tokens"},
+        {
+            "model": Attribute(AttributeType.STRING),
+            "region": Attribute(AttributeType.STRING, ""),
+            "level": Attribute(AttributeType.INT, -3),
+            "ratio": Attribute(AttributeType.DOUBLE, 1.0),
+            "beta": Attribute(AttributeType.BOOL, False),
+            "tags": Attribute(AttributeType.LIST, ["a"]),
+            "since": Attribute(AttributeType.TIMESTAMP, 0),
+        },
+        on_unavailable=OnUnavailable(UnavailableMode.ALLOW),
+    )
+
+
+def test_an_action_of_several_meters_names_a_feature_for_each() -> None:
+    text = WORLD + "{kind: Action, name: a, meters: {in: llm.tokens, out: editor}}"
+    assert catalog_of(text).actions["a"].meters == {"in": "llm.tokens", "out": "editor"}
+
+
+def test_a_plan_grants_features_with_prices_limits_and_seats() -> None:
+    text = """
+    kind: Plan
+    name: pro
+    title: Pro
+    features:
+      llm.tokens:
+        price:
+          {amount: "8.00", per_units: 1_000_000, currency: USD, by: context.model, amounts: {small: "0.60", tiny: 0}}
+        limits:
+          - {amount: 10_000_000, per: month}
+          - {amount: 200_000, per: minute, scope: [subject, context.region], on_exceeded: deny}
+          - {amount: 5, per: minute, name: burst, anchor: calendar}
+      editor: {seats: 25}
+    """
+    plan = catalog_of(WORLD, text).plans["pro"]
+    amounts = {"small": 600_000_000, "tiny": 0}
+    assert plan == Plan(
+        "pro",
+        {
+            "llm.tokens": Entitlement(
+                Price(8 * NANOS, 1_000_000, "USD", "context.model", amounts),
+                (
+                    Limit(LimitKey("llm.tokens:month"), 10_000_000, Period.MONTH),
+                    Limit(
+                        LimitKey("llm.tokens:minute@context.region+subject"),
+                        200_000,
+                        Period.MINUTE,
+                        ("context.region", "subject"),
+                    ),
+                    Limit(LimitKey("llm.tokens:burst"), 5, Period.MINUTE),
+                ),
+            ),
+            "editor": Entitlement(seats=25, heartbeat_s=60),
+        },
+        "Pro",
+    )
+
+
+def test_an_empty_entitlement_grants_the_feature_unmetered() -> None:
+    plan = catalog_of(WORLD, "kind: Plan\nname: p\nfeatures:\n  llm.tokens: {}\n  editor:\n").plans["p"]
+    assert plan.features == {"llm.tokens": Entitlement(), "editor": Entitlement()}
+
+
+@pytest.mark.parametrize("scopes", [("subject", "context.region"), ("context.region", "subject")])
+def test_the_key_of_a_limit_does_not_depend_on_amount_position_or_order_of_scope(scopes: tuple[str, str]) -> None:
+    limits = [f"{{amount: 7, per: hour, scope: [{', '.join(scopes)}]}}", "{amount: 1, per: day}"]
+    for order in (limits, limits[::-1]):
+        text = f"kind: Plan\nname: p\nfeatures: {{llm.tokens: {{limits: [{', '.join(order)}]}}}}"
+        keys = {limit.key for limit in catalog_of(WORLD, text).plans["p"].features["llm.tokens"].limits}
+        assert keys == {"llm.tokens:hour@context.region+subject", "llm.tokens:day"}
+
+
+def test_a_policy_keeps_its_rules_in_order() -> None:
+    text = """
+    kind: Policy
+    name: guard
+    enforcement: shadow
+    actions: [llm.*]
+    rules:
+      - {name: embargo, effect: deny, when: 'context.region == "xx"'}
+      - {name: large, effect: require_approval, approval: finance, when: "quantity > 10"}
+      - {name: rest, effect: allow}
+    """
+    assert catalog_of(WORLD, text).policies["guard"] == Policy(
+        "guard",
+        ("llm.*",),
+        (
+            Rule("embargo", RuleEffect.DENY, 'context.region == "xx"'),
+            Rule("large", RuleEffect.REQUIRE_APPROVAL, "quantity > 10", "finance"),
+            Rule("rest", RuleEffect.ALLOW),
+        ),
+        Enforcement.SHADOW,
+    )
+
+
+def test_roles_flags_and_approval_chains_say_what_they_mean() -> None:
+    catalog = catalog_of(
+        WORLD,
+        "{kind: Role, name: analyst, actions: [llm.complete, '*']}",
+        "{kind: Flag, name: soon, feature: editor, rollout: {percent: 12.5, by: subject}}\n---\n"
+        "{kind: Flag, name: all, feature: editor}",
+    )
+    assert catalog.roles["analyst"] == Role("analyst", ("llm.complete", "*"))
+    assert catalog.flags == {
+        "soon": Flag("soon", "editor", 12.5, "subject"),
+        "all": Flag("all", "editor", 100.0, "tenant"),
+    }
+    stage = ApprovalStage(("group:finance", "user:ada"), 2, 1_800, ("user:cfo",), 86_400)
+    assert catalog.approval_chains["finance"] == ApprovalChain("finance", (stage,))
+
+
+def test_the_version_may_be_written() -> None:
+    assert "a" in catalog_of("apiVersion: licet/v1\nkind: Feature\nname: a\n").features
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("30m", 1_800), ("24h", 86_400), ("7d", 604_800)])
+def test_durations_have_a_unit(text: str, seconds: int) -> None:
+    assert duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "60", "0s", "-1s", "1.5h", "1h30m", "24 h", "367d", "1w", "٣s"])
+def test_other_durations_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not"):
+        duration_s(text)
+
+
+PLAN = "kind: Plan\nname: p\nfeatures: {llm.tokens: "
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "fix"),
+    [
+        ("kind: ▶Featur\nname: a\n", "there is no kind 'Featur'", "Did you mean 'Feature'?"),
+        ("kind: ▶[a]\nname: a\n", "the kind must be a word", "There are: Action, "),
+        ("▶name: a\n", "does not say its kind", "Add 'kind: …'"),
+        ("kind: ▶License\ntenant: acme\n", "licenses are not documents", "licet license"),
+        ("kind: Feature\nname: a\napiVersion: ▶licet/v2\n", "'licet/v2' is not known", "Write licet/v1"),
+        ("▶kind: Feature\n", "'name' is missing", "Add 'name: …'"),
+        ("kind: Feature\nname: ▶Bad Name\n", "'Bad Name' is not a name", "lower case"),
+        (f"kind: Feature\nname: ▶{'a' * 129}\n", "is not a name", "at most 128"),
+        ("kind: Feature\nname: a\ntitle: ▶1.10\n", "1.1 is not a text", "quotes"),
+        ("kind: Feature\nname: a\ntitle:▶\n", "nothing is not a text", "Fill it in"),
+        (f"kind: Feature\nname: a\ntitle: ▶{'x' * 257}\n", "more than 256 characters", "Shorten it"),
+        ("▶kind: Action\nname: a\n", "either 'feature' or 'meters'", "Write 'feature: reports'"),
+        ("kind: Action\nname: a\nfeature: ▶editor\nmeters: {x: editor}\n", "either 'feature' or 'meters'", "meters"),
+        ("kind: Action\nname: a\nmeters: ▶{}\n", "it is empty", "Name at least one"),
+        ("kind: Action\nname: a\nfeature: editor\nattributes: {x: ▶strnig}\n", "'strnig' is not", "'string'"),
+        ("kind: Action\nname: a\nfeature: editor\nattributes: {▶in: string}\n", "'in' cannot name", "word of CEL"),
+        ("kind: Action\nname: a\nfeature: editor\nattributes: {▶a-b: string}\n", "'a-b' cannot name", "letters"),
+        (
+            "kind: Action\nname: a\nfeature: editor\nattributes: {x: {type: int, default: ▶true}}\n",
+            "the default True is not of type int",
+            "a whole number",
+        ),
+        (
+            'kind: Action\nname: a\nfeature: editor\nattributes: {x: {type: timestamp, default: ▶"2026-01-01"}}\n',
+            "is not of type timestamp",
+            "an instant with its offset",
+        ),
+        ("kind: Action\nname: a\nfeature: editor\non_unavailable: {mode: ▶denny}\n", "'denny' is not", "'deny'"),
+        (PLAN + "{limits: [{amount: ▶1.5, per: day}]}}", "1.5 is not a whole number", "fractions"),
+        (PLAN + '{limits: [{amount: ▶"5", per: day}]}}', "'5' is not a whole number", "digits"),
+        (PLAN + "{limits: [{amount: ▶true, per: day}]}}", "true is not a whole number", "digits"),
+        (PLAN + "{limits: [{amount: ▶-1, per: day}]}}", "-1 is less than 0", "0 or more"),
+        (PLAN + f"{{limits: [{{amount: ▶{UNITS_MAX + 1}, per: day}}]}}}}", "is more than", str(UNITS_MAX)),
+        (PLAN + "{limits: [{amount: 1, per: ▶mont}]}}", "'mont' is not possible", "Did you mean 'month'?"),
+        (PLAN + "{limits: [{amount: 1, per: day, scope: [▶team]}]}}", "'team' is not a scope", "context.<attribute>"),
+        (PLAN + "{limits: [{amount: 1, per: day, scope: ▶[subject, subject]}]}}", "names a path twice", "Remove"),
+        (PLAN + "{limits: [{amount: 1, per: day, name: ▶A b}]}}", "not a name for a limit", "lower-case"),
+        (PLAN + "{limits: [▶{per: day}]}}", "'amount' is missing", "Add"),
+        (PLAN + "{limits: ▶5}}", "5 is not a list", "- "),
+        (PLAN + "{limits: [{amount: 1, per: day, ▶amonut: 2}]}}", "no field 'amonut'", "Did you mean 'amount'?"),
+        (PLAN + "{▶limit: []}}", "no field 'limit'", "Did you mean 'limits'?"),
+        (PLAN + "{price: {amount: ▶8.00, currency: USD}}}", "8.0 is a number that cannot be exact", 'in quotes: "8.0"'),
+        (PLAN + '{price: {amount: ▶"8,00", currency: USD}}}', "'8,00' is not a plain", "in quotes"),
+        (PLAN + '{price: {amount: "8", currency: ▶usd}}}', "'usd' is not a currency", "ISO 4217"),
+        (PLAN + '{price: {amount: "8", currency: USD, per_units: ▶0}}}', "0 is less than 1", "1 or more"),
+        (PLAN + '{price: ▶{amount: "8", currency: USD, by: context.model}}}', "need each other", "'by' names"),
+        (PLAN + '{price: {amount: "8", currency: USD, amounts: ▶{a: "1"}}}}', "need each other", "'by' names"),
+        (
+            PLAN + '{price: {amount: "8", currency: USD, by: ▶model, amounts: {a: "1"}}}}',
+            "does not name an attr",
+            "context",
+        ),
+        (PLAN + "{seats: ▶0}}", "0 is less than 1", "1 or more"),
+        (PLAN + "{heartbeat: ▶60s}}", "'heartbeat' is for seats", "Add 'seats'"),
+        (PLAN + "{seats: 1, heartbeat: ▶60}}", "60 is not a duration", "90s"),
+        (PLAN + "{seats: 1, heartbeat: ▶2h}}", "longer than an hour", "1h or less"),
+        ("kind: Role\nname: r\nactions: ▶[]\n", "it is empty", "Name at least one"),
+        ("kind: Role\nname: r\nactions: [▶'*.view']\n", "'*.view' is not a pattern", "prefix.*"),
+        ("kind: Role\nname: r\nactions: ▶llm.complete\n", "'llm.complete' is not a list", "[one, two]"),
+        ("kind: Policy\nname: p\nactions: ['*']\nrules: [{name: r, effect: ▶dny}]\n", "'dny' is not", "'deny'"),
+        (
+            "kind: Policy\nname: p\nactions: ['*']\nrules: [{name: r, effect: deny, when: ▶true}]\n",
+            "not a text",
+            "quotes",
+        ),
+        ("kind: Policy\nname: p\nactions: ['*']\nrules: [{name: r, effect: deny, when: ▶''}]\n", "empty", "Leave"),
+        (
+            "kind: Policy\nname: p\nactions: ['*']\nrules: [{name: r, effect: deny, approval: ▶finance}]\n",
+            "only for rules that require approval",
+            "require_approval",
+        ),
+        ("kind: Flag\nname: f\nfeature: editor\nrollout: {percent: ▶101}\n", "101 is more than 100", "100 or less"),
+        ("kind: Flag\nname: f\nfeature: editor\nrollout: {by: ▶user}\n", "'user' is not possible", "subject, tenant"),
+        ("kind: ApprovalChain\nname: c\nstages: [{approvers: [▶bob]}]\n", "'bob' is not an approver", "'user:…'"),
+        (
+            "kind: ApprovalChain\nname: c\nstages: [{approvers: [user:a], need: ▶2}]\n",
+            "2 approvals are needed, and only 1 can approve",
+            "need fewer",
+        ),
+        (
+            "kind: ApprovalChain\nname: c\nstages: [▶{approvers: [user:a], escalate_after: 5m}]\n",
+            "need each other",
+            "Write both",
+        ),
+        (
+            "kind: ApprovalChain\nname: c\n"
+            "stages: [{approvers: [user:a], escalate_after: 5m, escalate_to: [user:b], deny_after: ▶5m}]\n",
+            "'deny_after' is not later",
+            "time to answer",
+        ),
+    ],
+)
+def test_refuses_at_its_place(text: str, message: str, fix: str) -> None:
+    error = only_error(WORLD + text)
+    assert message in error.message
+    assert fix in error.fix
+
+
+def test_reports_all_errors_of_a_document_at_once() -> None:
+    result = validated("kind: Feature\nname: A\nunit: 1\ntitle: 2\ncolor: red\n")
+    assert [(error.line, error.column) for error in result.errors] == [(2, 7), (3, 7), (4, 8), (5, 1)]
+
+
+def test_a_wrong_item_does_not_make_its_list_look_empty() -> None:
+    result = validated("kind: ApprovalChain\nname: c\nstages: [{approvers: [bob]}]\n")
+    assert [error.path for error in result.errors] == ["ApprovalChain c: stages[0].approvers[0]"]

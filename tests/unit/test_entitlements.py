@@ -1,0 +1,93 @@
+"""What a license grants once plan, add-ons and overrides are put together."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from licet.domain.catalog import Catalog, Entitlement, License, Limit, Plan
+from licet.domain.entitlements import entitlements_of, limits_of
+from licet.domain.ids import UNITS_MAX, LimitKey
+from licet.domain.money import Price
+from licet.domain.windows import Period
+
+MONTHLY = LimitKey("tokens:month")
+PRICE = Price(1, 1, "USD")
+OTHER_PRICE = Price(2, 1, "USD")
+
+
+def monthly(amount: int) -> Limit:
+    return Limit(MONTHLY, amount, Period.MONTH)
+
+
+CATALOG = Catalog.of(
+    [
+        Plan(
+            "pro",
+            {
+                "tokens": Entitlement(PRICE, (monthly(1_000), Limit(LimitKey("tokens:day"), 100, Period.DAY))),
+                "reports": Entitlement(),
+            },
+        ),
+        Plan(
+            "pack",
+            {"tokens": Entitlement(OTHER_PRICE, (monthly(500),)), "editor": Entitlement(seats=3, heartbeat_s=60)},
+        ),
+        Plan("metered-reports", {"reports": Entitlement(limits=(Limit(LimitKey("reports:month"), 5, Period.MONTH),))}),
+        Plan("seats-for-reports", {"reports": Entitlement(seats=2, heartbeat_s=30)}),
+    ]
+)
+
+
+def test_a_license_grants_the_features_of_its_plan() -> None:
+    assert entitlements_of(License("acme", "pro"), CATALOG) == CATALOG.plans["pro"].features
+
+
+def test_a_plan_that_is_not_there_grants_nothing() -> None:
+    assert entitlements_of(License("acme", "gone", addons={"gone-too": 1}), CATALOG) == {}
+
+
+def test_an_addon_adds_its_amount_to_the_limit_of_the_same_key_only() -> None:
+    granted = entitlements_of(License("acme", "pro", addons={"pack": 2}), CATALOG)
+    assert limits_of(granted) == {MONTHLY: 2_000, LimitKey("tokens:day"): 100}
+
+
+def test_an_addon_brings_features_the_plan_lacks_as_many_times_as_bought() -> None:
+    granted = entitlements_of(License("acme", "pro", addons={"pack": 2}), CATALOG)
+    assert granted["editor"] == Entitlement(seats=6, heartbeat_s=60)
+
+
+def test_the_price_of_the_plan_wins() -> None:
+    assert entitlements_of(License("acme", "pro", addons={"pack": 1}), CATALOG)["tokens"].price == PRICE
+
+
+def test_a_feature_without_limits_stays_without() -> None:
+    assert entitlements_of(License("acme", "pro", addons={"metered-reports": 1}), CATALOG)["reports"].limits == ()
+
+
+def test_seats_that_an_addon_brings_come_with_its_heartbeat() -> None:
+    reports = entitlements_of(License("acme", "pro", addons={"seats-for-reports": 1}), CATALOG)["reports"]
+    assert (reports.seats, reports.heartbeat_s) == (2, 30)
+
+
+def test_an_addon_bought_no_times_adds_nothing() -> None:
+    assert entitlements_of(License("acme", "pro", addons={"pack": 0}), CATALOG) == CATALOG.plans["pro"].features
+
+
+def test_an_override_replaces_the_amount_that_plan_and_addons_came_to() -> None:
+    license_ = License("acme", "pro", addons={"pack": 2}, overrides={MONTHLY: 7, "elsewhere:month": 9})
+    assert limits_of(entitlements_of(license_, CATALOG)) == {MONTHLY: 7, LimitKey("tokens:day"): 100}
+
+
+@given(
+    st.integers(min_value=0, max_value=UNITS_MAX), st.integers(min_value=0, max_value=UNITS_MAX), st.integers(1, 10**9)
+)
+def test_amounts_never_exceed_what_redis_counts_exactly(own: int, extra: int, count: int) -> None:
+    catalog = Catalog.of(
+        [
+            Plan("own", {"tokens": Entitlement(limits=(monthly(own),))}),
+            Plan("extra", {"tokens": Entitlement(limits=(monthly(extra),))}),
+        ]
+    )
+    granted = limits_of(entitlements_of(License("acme", "own", addons={"extra": count}), catalog))
+    assert granted[MONTHLY] == min(UNITS_MAX, own + min(UNITS_MAX, extra * count))
