@@ -24,7 +24,7 @@ from licet.domain.catalog import (
 )
 from licet.domain.conditions import ConditionFailed
 from licet.domain.entitlements import entitlements_of
-from licet.domain.money import Price
+from licet.domain.money import AMOUNT_NANOS_MAX, Price
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import Period, Window, window_at
 from licet.wire.names import scope_digest
@@ -306,12 +306,14 @@ class Engine:
         decision.units = units
         decision.context = context
         decision.shadow = shadow
-        if plan.prices:
+        if plan.prices and decision.effect is _APPROVED:  # what was not allowed costs nothing
             for feature, price, attribute in plan.prices:
                 asked = units.get(feature)
                 if asked and (not decision.currency or decision.currency == price.currency):
                     by = context.get(attribute, "") if attribute else ""
-                    decision.cost_nanos += price.cost_nanos(asked, by if type(by) is str else str(by))
+                    cost_nanos = decision.cost_nanos + price.cost_nanos(asked, by if type(by) is str else str(by))
+                    # For information only, so that the largest that can be recorded does for whatever is beyond it.
+                    decision.cost_nanos = cost_nanos if cost_nanos <= AMOUNT_NANOS_MAX else AMOUNT_NANOS_MAX
                     decision.currency = price.currency
         return decision
 

@@ -48,6 +48,9 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_address = True
     request_queue_size = 16
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A prober that hangs up is no news; whatever else goes wrong shows as a failed probe."""
+
 
 def _handler(pages: dict[str, Page]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):

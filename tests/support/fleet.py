@@ -1,0 +1,168 @@
+"""Real processes, as deployed: Valkey, ``licet server`` and sidecars, each of which a test may pause, kill and restart.
+
+A restarted process gets its old port and state directory, as with a container that its node restarts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from tests.support.valkey import ValkeyProcess, free_port
+
+LICET: Final = [sys.executable, "-m", "licet_control_plane.cli.entry"]
+SIDECAR: Final = [sys.executable, "-m", "licet_sidecar"]
+WAIT_S_MAX: Final = 45.0
+
+
+def wait_until(what: str, condition: Callable[[], object], *, within_s: float = WAIT_S_MAX) -> None:
+    """Polls until ``condition`` holds; fails with ``what`` when it does not in time."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {within_s:.0f} s: {what}"
+        time.sleep(0.02)
+
+
+class Program:
+    """One process with a log file of its own."""
+
+    def __init__(self, name: str, command: list[str], directory: Path) -> None:
+        self.name = name
+        self.command = command
+        self.log_path = directory / f"{name}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it; it may take a moment until it serves."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LICET_")}
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment)
+
+    def kill(self) -> None:
+        """As a crash would (SIGKILL)."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """As an orchestrator would (SIGTERM); the exit status."""
+        return self._end(signal.SIGTERM)
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def log(self) -> str:
+        """What it has written so far."""
+        return self.log_path.read_text(errors="replace")
+
+    def _end(self, how: signal.Signals) -> int:
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        process.send_signal(how)
+        try:
+            return process.wait(WAIT_S_MAX)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait(WAIT_S_MAX)
+
+
+class Fleet:
+    """A control plane and ``count`` sidecars on one Valkey."""
+
+    def __init__(self, directory: Path, *, count: int = 3, server_flags: tuple[str, ...] = ()) -> None:
+        self.directory = directory
+        self.valkey = ValkeyProcess(directory / "valkey")
+        self.server_url = f"http://127.0.0.1:{free_port()}"
+        self.server = Program(
+            "server",
+            [
+                *LICET,
+                "server",
+                *("--listen", self.server_url.removeprefix("http://")),
+                *("--state-dir", str(directory / "server"), "--redis-url", self.valkey.url),
+                *server_flags,
+            ],
+            directory,
+        )
+        self.count = count
+        self.addresses = [f"127.0.0.1:{free_port()}" for _ in range(count)]
+        self.pages = [f"127.0.0.1:{free_port()}" for _ in range(count)]
+        self.sidecars: list[Program] = []
+
+    def start(self) -> Fleet:
+        """Starts everything, and waits until the sidecars are ready."""
+        self.valkey.start()
+        self.server.start()
+        wait_until("the server serves", lambda: self.page(self.server_url.removeprefix("http://"), "/healthz"))
+        self.sidecars = [
+            Program(
+                f"sidecar-{number}",
+                [
+                    *SIDECAR,
+                    *("--listen", self.addresses[number], "--http-listen", self.pages[number]),
+                    *("--state-dir", str(self.directory / f"sidecar-{number}"), "--redis-url", self.valkey.url),
+                    *("--public-key-file", str(self.directory / "server" / "public-key.txt"), "--drain-grace", "20s"),
+                ],
+                self.directory,
+            )
+            for number in range(self.count)
+        ]
+        for sidecar in self.sidecars:
+            sidecar.start()
+        for number in range(self.count):
+            self.wait_ready(number)
+        return self
+
+    def wait_ready(self, number: int) -> None:
+        """Waits until a sidecar is ready."""
+        wait_until(f"sidecar {number} is ready", lambda: self.page(self.pages[number], "/readyz"))
+
+    def stop(self) -> None:
+        """Ends every process."""
+        for program in (*self.sidecars, self.server):
+            program.kill()
+        self.valkey.kill()
+
+    def page(self, address: str, path: str) -> str:
+        """The text of a page; empty when it is not answered with 200."""
+        try:
+            with urllib.request.urlopen(f"http://{address}{path}", timeout=5) as response:
+                text: str = response.read().decode()
+                return text
+        except OSError:
+            return ""
+
+    def licet(self, *arguments: object, code: int = 0) -> Any:
+        """The JSON that a command ends with; it has to end with ``code``."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LICET_")}
+        environment["LICET_CONTEXT"] = str(self.directory / "no-context.json")
+        environment["LICET_SERVER"] = self.server_url
+        environment["LICET_API_KEY"] = (self.directory / "server" / "admin-key").read_text().strip()
+        environment["LICET_SIDECAR"] = self.addresses[0]
+        ended = subprocess.run(
+            [*LICET, *map(str, arguments), "--json"], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert ended.returncode == code, f"{arguments}: exit {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+        lines = ended.stdout.strip().splitlines()
+        return json.loads(lines[-1]) if lines else None
+
+    def push(self, catalog: str) -> None:
+        """Pushes a catalog of one file, and waits until it is live everywhere."""
+        folder = self.directory / "catalog"
+        folder.mkdir(exist_ok=True)
+        (folder / "catalog.yaml").write_text(catalog)
+        self.licet("policy", "push", folder, "--wait")
+
+    def metric(self, number: int, name: str) -> float:
+        """Sum of a metric of a sidecar over its labels."""
+        lines = self.page(self.pages[number], "/metrics").splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0].partition(" ")[0] == name)

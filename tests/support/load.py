@@ -1,0 +1,68 @@
+"""Concurrent clients that keep their own record of every answer, to be held against the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import licet
+
+
+@dataclass
+class Record:
+    """What clients were answered. ``approved`` maps decision ids to units; ``lost`` counts calls without an answer."""
+
+    approved: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    unlogged: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def units(self) -> int:
+        """Units approved by answers that arrived."""
+        return sum(self.approved.values())
+
+
+async def drive(
+    addresses: list[str],
+    record: Record,
+    *,
+    tenant: str,
+    action: str,
+    until: asyncio.Event,
+    clients: int,
+    units_max: int = 20,
+    pause_s: float = 0.002,
+    seed: int = 1,
+) -> None:
+    """``clients`` clients ask one check after the other, at random sidecars, until the event is set."""
+    connections = [licet.AsyncClient(address) for address in addresses]
+
+    async def client(number: int) -> None:
+        chance = random.Random(f"{seed}/{number}")
+        while not until.is_set():
+            units = chance.randint(1, units_max)
+            try:
+                decision: Any = await chance.choice(connections).check(
+                    tenant, action, subject=f"user-{number}", quantity=units, timeout=2.0
+                )
+            except licet.LicetError as error:
+                record.lost[type(error).__name__] += 1
+                await asyncio.sleep(0.05)
+                continue
+            if not decision.decision_id:
+                record.unlogged[decision.reason.name] += 1
+            elif decision.approved:
+                record.approved[decision.decision_id] = units
+            else:
+                record.refused[decision.decision_id] = decision.reason.name
+            await asyncio.sleep(pause_s)
+
+    try:
+        await asyncio.gather(*(client(number) for number in range(clients)))
+    finally:
+        for connection in connections:
+            await connection.close()
