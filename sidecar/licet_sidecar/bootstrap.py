@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
@@ -21,7 +22,7 @@ from licet_sidecar.adapters.redis_link import connect
 from licet_sidecar.adapters.redis_state_source import RedisStateSource
 from licet_sidecar.adapters.redis_usage_sink import RedisUsageSink
 from licet_sidecar.adapters.state_directory import StateDirectory
-from licet_sidecar.adapters.usage_log import LogHeader, UsageLog, floor_record
+from licet_sidecar.adapters.usage_log import LogHeader, Recovered, UsageLog, UsageLogError, floor_record
 from licet_sidecar.clock import Clock, SystemClock
 from licet_sidecar.config import Config
 from licet_sidecar.core.engine import Engine
@@ -40,6 +41,7 @@ from licet_sidecar.transport.grpc_edge import GrpcEdge
 from licet_sidecar.transport.http_edge import HttpEdge
 
 PULSE_S: Final = 1.0
+PULSE_S_MIN: Final = 0.05
 UPKEEP_S: Final = 0.5
 LOOP_STALLED_MS: Final = 10_000
 """Without a turn of the event loop for this long, ``/healthz`` says that the process hangs."""
@@ -72,15 +74,18 @@ class Sidecar:
         )
         for damage in recovered.damaged:
             self._logger.error("the usage log is damaged", what=damage)
+        if self.identity.previous and not recovered.intact:
+            # What this id holds and has spent is not known, so that going on with it might spend units twice. Its
+            # registers stay counted as they are; what can be read of its log is shipped.
+            self._logger.error("the end of the usage log is lost; taking a new id", instead_of=self.identity.sidecar)
+            self._directory.renounce_identity()
+            self.identity = self._directory.claim_identity()
+            recovered = Recovered()
         leases = LeaseBook(self.identity.incarnation)
         boot_ms = self.clock.boot_ms()
         for (tenant, _), lease in recovered.leases.items():
             if lease.end > self._started_us // 1_000_000:
                 leases.restore(tenant, lease, boot_ms)
-        previous_last_seq = max(
-            (last for header, last in self.log.logs() if (header.sidecar, header.incarnation)
-             == (self.identity.sidecar, self.identity.previous)), default=0,
-        )  # fmt: skip
         self.engine = Engine(leases, tenants_max=config.tenants_max, staleness_us_max=int(config.staleness_max_s * 1e6))
         names = RedisNames(config.redis_prefix)
         verifier = Verifier(list(config.public_keys))
@@ -104,8 +109,8 @@ class Sidecar:
             LogHeader(
                 self.identity.sidecar,
                 self.identity.incarnation,
-                self.identity.previous,
-                previous_last_seq,
+                recovered.incarnation,
+                recovered.last_seq,
                 secrets.token_bytes(8),
                 1,
             ),
@@ -134,6 +139,9 @@ class Sidecar:
         self._draining = False
         self._turned_ms = boot_ms
         self._stop = asyncio.Event()
+        self._pulse_soon = asyncio.Event()
+        self.leasing.on_asserted = self._pulse_soon.set
+        self._epoch = 0
         self._exit_reason = ""
 
     async def run(self) -> int:
@@ -199,10 +207,19 @@ class Sidecar:
             await self.sync.save_snapshot()
             self.recent.expire(self.clock.boot_ms())
             if self.log.wants_rotation:
-                self.log.rotate(
-                    [floor_record(self.engine.generation, self.engine.revision), *self.leasing.lease_records()]
-                )
-            await asyncio.sleep(max(0.05, PULSE_S - (time.monotonic() - started)))
+                self._rotate()
+            self._pulse_soon.clear()
+            pause_s = max(PULSE_S_MIN, PULSE_S - (time.monotonic() - started))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._pulse_soon.wait()
+
+    def _rotate(self) -> None:
+        try:
+            self.log.rotate([floor_record(*self.sync.state.floor), *self.leasing.lease_records()])
+        except UsageLogError as error:
+            self.tally.log_failures += 1
+            self._logger.error("the usage log goes on in a segment that is due to be closed", error=str(error))
 
     async def _pulse(self) -> None:
         self._turned_ms = self.clock.boot_ms()
@@ -224,10 +241,16 @@ class Sidecar:
         self.shipping.handed_over()
         self.shipping.take_acks(report)
         self.sync.take_head(report)
+        if self._epoch:
+            # A restarted server is learning until everybody has asserted: do not wait for the head to say so.
+            self.leasing.assert_all(self._epoch, report.run_id)
 
     async def _upkeep_loop(self) -> None:
         while True:
-            await asyncio.sleep(UPKEEP_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(UPKEEP_S):
+                    await self.leasing.urgent.wait()
+            self.leasing.urgent.clear()
             await self.leasing.upkeep()
 
     async def _recall_loop(self) -> None:
@@ -278,6 +301,7 @@ class Sidecar:
 
     def _head_taken(self, head: Head) -> None:
         self.leasing.live = head.live
+        self._epoch = head.epoch
         self.leasing.assert_all(head.epoch, head.run_id)
 
     def _replaced(self, why: str) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from licet.wire.names import RedisNames
 from licet.wire.registers import QUOTA_KEPT_S, WINDOW_GRACE_S, Pair
-from licet_sidecar.adapters.redis_link import decoded, failure_of, translated
+from licet_sidecar.adapters.redis_link import decoded, failure_of, is_refusal_of_script, translated
 from licet_sidecar.core.leases import Granted, LeaseBook, SettleAnswer, SettleCall, Status
 
 CALLS_PER_PIPELINE_MAX: Final = 128
@@ -86,8 +86,10 @@ class RedisLeaseStore:
         if len(commands) == 1:
             try:
                 return [await self._redis.execute_command(*commands[0])]  # type: ignore[no-untyped-call]  # untyped there
-            except NoScriptError as error:
-                return [error]
+            except ResponseError as error:
+                if isinstance(error, NoScriptError) or is_refusal_of_script(error):
+                    return [error]
+                raise
         pipeline = self._redis.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)

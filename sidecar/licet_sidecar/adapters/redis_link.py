@@ -79,13 +79,25 @@ async def translated(url: str) -> AsyncIterator[None]:
         raise LinkDown(
             f"Redis at {without_password(url)} cannot be reached: {str(error) or type(error).__name__}"
         ) from error
+    except RuntimeError as error:
+        # What uvloop raises, and redis-py lets through, when the server closed the connection just before a write.
+        if "closed" not in str(error):
+            raise
+        raise LinkDown(f"Redis at {without_password(url)} closed the connection") from error
 
 
 def failure_of(error: Exception, url: str) -> Exception:
     """The translated form of an error that a pipeline returned as one of its results."""
     if isinstance(error, NoPermissionError | AuthenticationError):
         return LinkRefused(f"Redis at {without_password(url)}: {error}; see the shipped ACL rules")
+    if is_refusal_of_script(error):
+        return LinkRefused(f"Redis at {without_password(url)} holds or was sent what a script refuses: {error}")
     return LinkDown(f"Redis at {without_password(url)} answers: {error}")
+
+
+def is_refusal_of_script(error: Exception) -> bool:
+    """Whether one of our scripts refused a call, without any effect: the same call will be refused again."""
+    return isinstance(error, ResponseError) and str(error).startswith("LICET ")
 
 
 def is_transient(text: str) -> bool:

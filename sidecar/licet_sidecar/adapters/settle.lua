@@ -118,7 +118,7 @@ for i = 2, #KEYS do
     if q.repeated then repeated = repeated + 1 end
     q.g, q.old_g, q.old_used, q.d = tonumber(g), tonumber(g), tonumber(u) + tonumber(h), tonumber(d)
     -- What was spent stays spent: a sidecar that forgot (its clock stepped back over a window's end) is told.
-    q.u = math.max(q.u, tonumber(u))
+    q.u = q.repeated and tonumber(u) or math.max(q.u, tonumber(u))
     q.asserted = r_epoch == epoch and r_run == run
   else
     q.g, q.old_g, q.old_used, q.d = 0, 0, 0, 0
@@ -146,7 +146,7 @@ if repeated == #quotas then return result() end
 -- 4. What each register becomes, computed before anything is written. A register that has this call already stays as
 -- it is: one of the others was lost since, while learning, and only that one is said again.
 local granting = phase == 'open' and repeated == 0
-for _, q in ipairs(quotas) do
+for i, q in ipairs(quotas) do
   if not q.repeated then
     local floor = q.u + q.h
     q.acquiring = q.want > 0 or q.min > 0
@@ -159,8 +159,11 @@ for _, q in ipairs(quotas) do
       if not q.asserted and q.acquiring then granting = false end
       q.g = math.max(q.cap, floor)
     end
-    q.sum = q.sum + q.g - q.old_g
-    q.used = q.used + floor - q.old_used
+    q.sum = q.sum + (q.g - q.old_g)
+    if q.sum > UNITS_MAX then -- beyond that a double loses count, for good
+      return redis.error_reply('LICET quota ' .. i .. ': all sidecars together would hold more than 2^53 - 1 units')
+    end
+    q.used = q.used + (floor - q.old_used)
   end
 end
 

@@ -36,8 +36,13 @@ SEGMENT_BYTES: Final = 16 * 1024 * 1024
 RETAINED_S: Final = 600
 """How long an acknowledged segment stays, so that a repeated call with the same idempotency key is still answered."""
 
+RESERVED_BYTES: Final = 1024 * 1024
+"""Kept beyond ``bytes_max`` for what is not an event: without it a full log could neither return leases nor note a
+new revision. A note takes 30 bytes and a lease 100, so this outlasts any outage."""
+
 _FRAME: Final = struct.Struct("<IIB")
 _NAME: Final = re.compile(r"usage-([0-9a-f]{32})-(\d{10})-(\d{16})\.log")
+_UNFINISHED: Final = ".new"
 _HEADER_KIND: Final = "usage-log"
 _READ_BYTES: Final = 1024 * 1024
 _RECORD_BYTES_MAX: Final = 1024 * 1024
@@ -72,11 +77,17 @@ class Segment:
     header: LogHeader
     size: int
     last_seq: int
+    damaged: bool = False
 
 
 @dataclass(slots=True)
 class Recovered:
     """What the newest segment of this id's last incarnation tells."""
+
+    incarnation: int = 0
+    """The last incarnation that left a log, 0 for none: one that failed to start left none."""
+    intact: bool = False
+    """Whether that segment is whole. When it is not, what was held and spent is not known: take a new id."""
 
     leases: dict[tuple[str, str], Lease] = field(default_factory=dict)
     """By (tenant, quota)."""
@@ -84,6 +95,8 @@ class Recovered:
     """Newest (generation, revision) that was acted on."""
     recent_events: list[tuple[bytes, bytes]] = field(default_factory=list)
     """(decision prefix, packed event) of the latest events, for idempotency keys; oldest first."""
+    last_seq: int = 0
+    """Where the log of ``incarnation`` ends."""
     damaged: list[str] = field(default_factory=list)
     """One sentence for each file with damage before its tail."""
 
@@ -126,25 +139,25 @@ class UsageLog:
     # Starting
 
     def recover(self, sidecar: str, incarnation: int, *, recent_max: int, now_s: float) -> Recovered:
-        """Reads what is there: older logs to be shipped, and the leases of ``incarnation`` (0 for none).
+        """Reads what is there: older logs to be shipped, and the leases of the newest incarnation up to ``incarnation``.
 
-        Cuts torn tails off. ``recent_max`` bounds ``recent_events``.
+        Cuts torn tails off. ``recent_max`` bounds ``recent_events``. ``incarnation`` 0: a new id, nothing is taken up.
 
         Raises:
-            UsageLogError: a file cannot be read.
+            UsageLogError: a file cannot be read, or was written by a newer program.
         """
         recovered = Recovered()
-        names = sorted(
-            (match.groups(), path) for path in self._directory.iterdir() if (match := _NAME.fullmatch(path.name))
-        )
-        # Age first: files of several ids (after a clone) are shipped in the order they were written.
-        paths = sorted((path for _, path in names), key=lambda path: (path.stat().st_mtime_ns, path.name))
-        for path in paths:
+        files = self._files()
+        for _, path in files:
             self._recover_segment(path, recovered)
-        mine = [s for s in self.segments if (s.header.sidecar, s.header.incarnation) == (sidecar, incarnation)]
-        if mine and incarnation:
-            mine.sort(key=lambda segment: segment.header.first_seq)
-            self._recover_leases(mine[-1], recovered)
+        newest = max((name for name, _ in files if name[0] == sidecar and name[1] <= incarnation), default=None)
+        if newest is not None:
+            recovered.incarnation = newest[1]
+            mine = [s for s in self.segments if (s.header.sidecar, s.header.incarnation) == newest[:2]]
+            recovered.last_seq = max((segment.last_seq for segment in mine), default=0)
+            if mine and mine[-1].header.first_seq == newest[2] and not mine[-1].damaged:
+                recovered.intact = True
+                self._recover_leases(mine[-1], recovered)
             recent_after = now_s - RETAINED_S
             for segment in mine:
                 if segment.path.stat().st_mtime >= recent_after:
@@ -160,9 +173,14 @@ class UsageLog:
         Raises:
             UsageLogError: the disk does not take it.
         """
+        older = list(self.segments)
         self._header = header
         self.last_seq = self.synced_seq = header.first_seq - 1
         self._open_segment(header, records)
+        for segment in older:
+            # What it said of leases is said again above; the ledger will never acknowledge a log without events.
+            if segment.last_seq < segment.header.first_seq and not segment.damaged:
+                self._delete(segment)
 
     @property
     def header(self) -> LogHeader:
@@ -181,7 +199,7 @@ class UsageLog:
             UsageLogError: the log or the disk is full, or the disk failed.
         """
         segment = self.segments[-1]
-        if self._total_bytes + len(records) > self._bytes_max:
+        if self._total_bytes + len(records) > self._bytes_max + (0 if events else RESERVED_BYTES):
             raise UsageLogError(f"the usage log holds its maximum of {self._bytes_max:,} bytes")
         try:
             written = os.pwrite(self._descriptor, records, segment.size)
@@ -212,6 +230,7 @@ class UsageLog:
         """
         header = self.header
         previous = self._descriptor
+        self.sync()  # from here on only the new segment is
         self._open_segment(
             LogHeader(
                 header.sidecar,
@@ -223,7 +242,6 @@ class UsageLog:
             ),
             records,
         )
-        os.fdatasync(previous)
         os.close(previous)
 
     def sync(self) -> int:
@@ -262,13 +280,16 @@ class UsageLog:
     def read_events(
         self, sidecar: str, incarnation: int, first_seq: int, last_seq: int, *, events_max: int, bytes_max: int
     ) -> list[bytes]:
-        """Packed events ``first_seq…`` of a log, contiguous, at most so many; empty when they are gone or not there."""
+        """Packed events of a log, contiguous, at most so many; empty when there are none from ``first_seq`` on.
+
+        They begin at ``first_seq``, or after it when that event is gone or was damaged.
+        """
         found: list[bytes] = []
         found_bytes = 0
         for segment in [s for s in self.segments if (s.header.sidecar, s.header.incarnation) == (sidecar, incarnation)]:
             if segment.last_seq < first_seq or segment.header.first_seq > last_seq:
                 continue
-            if found and segment.header.first_seq != first_seq + len(found):
+            if found and segment.header.first_seq != usage.event_seq(found[-1]) + 1:
                 break  # events between the segments were damaged
             seq, start = self._resume.get(segment.path, (segment.header.first_seq, 0))
             if seq > first_seq:
@@ -294,19 +315,39 @@ class UsageLog:
             with contextlib.suppress(OSError):
                 if now_s - segment.path.stat().st_mtime < RETAINED_S:
                     continue
-                segment.path.unlink()
-            self.segments.remove(segment)
-            self._resume.pop(segment.path, None)
-            self._total_bytes -= segment.size
+            self._delete(segment)
 
     @property
     def total_bytes(self) -> int:
         """Size of all files."""
         return self._total_bytes
 
+    def _files(self) -> list[tuple[tuple[str, int, int], Path]]:
+        """((sidecar, incarnation, first seq), path) of each file, in the order to ship them; deletes unfinished ones."""
+        found: list[tuple[tuple[str, int, int], Path]] = []
+        oldest_ns: dict[str, int] = {}
+        for path in self._directory.iterdir():
+            if match := _NAME.fullmatch(path.name):
+                sidecar, incarnation, first_seq = match.groups()
+                found.append(((sidecar, int(incarnation), int(first_seq)), path))
+                # Of several ids (after a clone) the older one goes first. Times tell no more than that: a copied
+                # directory has its files in any order.
+                written_ns = path.stat().st_mtime_ns
+                oldest_ns[sidecar] = min(written_ns, oldest_ns.get(sidecar, written_ns))
+            elif _NAME.fullmatch(path.with_suffix(".log").name) and path.suffix == _UNFINISHED:
+                path.unlink(missing_ok=True)
+        return sorted(found, key=lambda file: (oldest_ns[file[0][0]], file[0]))
+
+    def _delete(self, segment: Segment) -> None:
+        with contextlib.suppress(OSError):
+            segment.path.unlink()
+        self.segments.remove(segment)
+        self._resume.pop(segment.path, None)
+        self._total_bytes -= segment.size
+
     def _open_segment(self, header: LogHeader, records: Sequence[bytes]) -> None:
         path = self._directory / f"usage-{header.sidecar}-{header.incarnation:010d}-{header.first_seq:016d}.log"
-        temporary = path.with_suffix(".new")
+        temporary = path.with_suffix(_UNFINISHED)
         head = frame(
             HEADER,
             envelope.pack(
@@ -338,6 +379,10 @@ class UsageLog:
         except OSError as error:
             raise UsageLogError(f"cannot write {path}: {error.strerror}; free space there") from error
         self._descriptor = descriptor
+        for replaced in [segment for segment in self.segments if segment.path == path]:  # it held no event
+            self.segments.remove(replaced)
+            self._total_bytes -= replaced.size
+        self._resume.pop(path, None)
         self.segments.append(Segment(path, header, len(data), header.first_seq - 1))
         self._total_bytes += len(data)
 
@@ -351,7 +396,10 @@ class UsageLog:
         last_seq = 0
         for kind, payload, offset in _records(data):
             if kind == HEADER:
-                header = LogHeader(*_header_fields(payload))
+                try:
+                    header = LogHeader(*_header_fields(payload))
+                except (envelope.EnvelopeError, TypeError) as error:
+                    raise UsageLogError(f"cannot read {path}: {error}") from error
                 last_seq = header.first_seq - 1
             elif kind == EVENT:
                 last_seq += 1
@@ -359,12 +407,12 @@ class UsageLog:
         if header is None:
             recovered.damaged.append(f"{path}: no readable header; the file was left as it is")
             return
-        if end < len(data):
-            if _has_record_after(data, end):
-                recovered.damaged.append(f"{path}: bytes {end:,} to {len(data):,} are damaged; events before are kept")
-            else:
-                os.truncate(path, end)
-        self.segments.append(Segment(path, header, end, last_seq))
+        damaged = end < len(data) and _has_record_after(data, end)
+        if damaged:
+            recovered.damaged.append(f"{path}: bytes {end:,} to {len(data):,} are damaged; events before are kept")
+        elif end < len(data):
+            os.truncate(path, end)
+        self.segments.append(Segment(path, header, end, last_seq, damaged))
 
     def _recover_leases(self, segment: Segment, recovered: Recovered) -> None:
         data = segment.path.read_bytes()[: segment.size]
@@ -397,7 +445,7 @@ def _records(data: bytes) -> Iterator[tuple[int, bytes, int]]:
     while offset + _FRAME.size <= size:
         length, checksum, kind = _FRAME.unpack_from(data, offset)
         start = offset + _FRAME.size
-        if length > _RECORD_BYTES_MAX or start + length > size:
+        if not 0 < length <= _RECORD_BYTES_MAX or start + length > size:  # zeros, say, have no length and a right sum
             return
         payload = data[start : start + length]
         if zlib.crc32(payload, kind) != checksum:
@@ -408,7 +456,7 @@ def _records(data: bytes) -> Iterator[tuple[int, bytes, int]]:
 
 def _has_record_after(data: bytes, damaged: int) -> bool:
     """Whether a whole record begins anywhere after the damage: then it is not a torn tail."""
-    for offset in range(damaged + 1, min(len(data), damaged + 64 * 1024) - _FRAME.size):
+    for offset in range(damaged + 1, len(data) - _FRAME.size):
         length, checksum, kind = _FRAME.unpack_from(data, offset)
         start = offset + _FRAME.size
         plausible = kind in (EVENT, LEASE, FLOOR) and 0 < length <= _RECORD_BYTES_MAX and start + length <= len(data)

@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from licet.domain.catalog import Action, Attribute, AttributeType, AttributeValue
-from licet.domain.ids import UNITS_MAX
+from licet.domain.ids import NAME_CHARS_MAX, UNITS_MAX
 
 _NONE: Final[Mapping[str, Any]] = {}
+
+TIMESTAMP_US_MIN: Final = -62_135_596_800_000_000
+TIMESTAMP_US_MAX: Final = 253_402_300_799_999_999
+"""Years 1 to 9999, the range of ``google.protobuf.Timestamp`` and of what conditions can compare."""
 
 
 class InvalidInquiry(ValueError):
@@ -95,7 +99,9 @@ def meter_units(action: Action, only_meter: str | None, inquiry: Inquiry) -> dic
     for meter in quantities:
         if meter not in action.meters:
             known = ", ".join(sorted(name for name in action.meters if name)) or "only one: use `quantity`"
-            raise InvalidInquiry(f"quantities[{meter!r}]", f"action {action.name} has no such meter; it has {known}")
+            raise InvalidInquiry(
+                f"quantities[{meter[:NAME_CHARS_MAX]!r}]", f"action {action.name} has no such meter; it has {known}"
+            )
     return dict(quantities)
 
 
@@ -103,7 +109,7 @@ def declared_context(action: Action, inquiry: Inquiry) -> dict[str, AttributeVal
     """The attributes that the action declares, defaults filled in; others are not looked at and not recorded.
 
     Raises:
-        InvalidInquiry: an attribute of the wrong type.
+        InvalidInquiry: an attribute of the wrong type, or a time out of range.
     """
     given = inquiry.context
     values: dict[str, AttributeValue] = {}
@@ -116,6 +122,8 @@ def declared_context(action: Action, inquiry: Inquiry) -> dict[str, AttributeVal
         accepted = _ACCEPTED[spec.type]
         if type(value) not in accepted:
             raise InvalidInquiry(f"context.{name}", f"{spec.type.value} is declared, {_type_name(value)} was sent")
+        if spec.type is AttributeType.TIMESTAMP and not TIMESTAMP_US_MIN <= value <= TIMESTAMP_US_MAX:  # type: ignore[operator]  # an int
+            raise InvalidInquiry(f"context.{name}", "is not a time between the years 1 and 9999")
         values[name] = float(value) if spec.type is AttributeType.DOUBLE else value  # type: ignore[arg-type]  # checked above
     return values
 

@@ -68,6 +68,9 @@ class LeasingService:
         self._ticked_ms = 0
         self._to_assert: Pair | None = None
         self.asserted = Pair(0, "")
+        self.urgent = asyncio.Event()
+        """Set when upkeep should not wait for its turn: leases stay closed everywhere until all have asserted."""
+        self.on_asserted: Callable[[], None] = lambda: None
         self.live = 1
 
     # For checks
@@ -113,8 +116,9 @@ class LeasingService:
     def assert_all(self, epoch: int, run: str) -> None:
         """The server or the epoch changed: say what is held, for every tenant."""
         pair = Pair(epoch, run)
-        if pair != self.asserted:
+        if pair not in (self.asserted, self._to_assert):
             self._to_assert = pair
+            self.urgent.set()
 
     async def upkeep(self) -> None:
         """One round: refills what runs low, keeps holds alive, returns what is idle, asserts after a loss."""
@@ -136,7 +140,10 @@ class LeasingService:
                 calls.append((held, call))
         again = await self._send_all(calls)
         if asserting is not None and not again and len(due) <= UPKEEP_TENANTS_MAX:
-            self.asserted, self._to_assert = asserting, None
+            self.asserted = asserting
+            if self._to_assert == asserting:
+                self._to_assert = None
+            self.on_asserted()
 
     async def give_back_all(self) -> int:
         """Returns everything that is not spent or reserved. How many tenants could not be told."""

@@ -14,7 +14,7 @@ from typing import Final
 
 from licet.wire import documents
 from licet.wire.signing import VerificationError, Verifier
-from licet.wire.usage import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, UsageBatch, log_id
+from licet.wire.usage import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, UsageBatch, event_seq, log_id
 from licet_sidecar.adapters.usage_log import LogHeader, UsageLog, UsageLogError
 from licet_sidecar.clock import Clock
 from licet_sidecar.logs import Logger
@@ -161,6 +161,7 @@ class ShippingService:
         )
         if not events:
             return None
+        first_seq = event_seq(events[0])  # later than what was asked for, where events are gone
         shipped = first_seq + len(events) - 1
         batch = UsageBatch(
             header.sidecar,
