@@ -59,6 +59,11 @@ class Program:
         """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """Process id; 0 when it does not run."""
+        return self._process.pid if self._process else 0
+
     def log(self) -> str:
         """What it has written so far."""
         return self.log_path.read_text(errors="replace")
@@ -102,7 +107,9 @@ class Fleet:
         """Starts everything, and waits until the sidecars are ready."""
         self.valkey.start()
         self.server.start()
-        wait_until("the server serves", lambda: self.page(self.server_url.removeprefix("http://"), "/healthz"))
+        address = self.server_url.removeprefix("http://")
+        wait_until("the server serves", lambda: self.page(address, "/healthz") or not self.server.running)
+        assert self.server.running, f"the server ended:\n{self.server.log()[-2_000:]}"
         self.sidecars = [
             Program(
                 f"sidecar-{number}",

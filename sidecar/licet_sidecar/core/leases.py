@@ -16,6 +16,7 @@ Owned by one event loop. No I/O, no clock: ``now_s`` is wall time (seconds since
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -63,6 +64,7 @@ class Lease:
         "end",
         "hold_until_ms",
         "idle_elsewhere",
+        "keepalive_ms",
         "limit_key",
         "low_water",
         "quota",
@@ -85,6 +87,8 @@ class Lease:
         self.end = end
         self.amount = amount
         self.quota = quota_name(limit_key, scope, start)
+        # Spread over half of the time, so that what was leased together is not kept alive in one burst.
+        self.keepalive_ms = KEEPALIVE_MS - zlib.crc32(self.quota.encode()) % (KEEPALIVE_MS // 2)
         self.cap = 0
         self.used = 0
         self.reserved = 0
@@ -364,7 +368,7 @@ class LeaseBook:
             lease.spent_lately = 0
             held_units = lease.free > 0 or lease.reserved > 0
             due |= lease.wanted or lease.free < lease.low_water
-            due |= held_units and (self._is_idle(lease, boot_ms) or boot_ms >= lease.asked_ms + KEEPALIVE_MS)
+            due |= held_units and (self._is_idle(lease, boot_ms) or boot_ms >= lease.asked_ms + lease.keepalive_ms)
         return due
 
     def prefetch(self, held: TenantLeases, lease: Lease, start: int, end: int) -> None:

@@ -1,0 +1,1 @@
+"""What Licet costs, measured beside a peer in the same run. ``make bench``; see ``bench/README.md``."""

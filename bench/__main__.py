@@ -1,0 +1,73 @@
+"""``make bench``: prints what Licet costs. ``ARGS=--json`` for one JSON object; ``ARGS=service`` for that part only."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+SERVICE_US_MAX = 25.0
+BATCH_US_MAX = 15.0
+
+
+def main() -> None:
+    """Measures, prints, and says which of the promised numbers were held; the exit status is always 0."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("part", nargs="?", choices=["service", "processes"], help="only this part")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    arguments = parser.parse_args()
+    out = sys.stderr if arguments.json else sys.stdout
+    found: dict[str, Any] = {}
+    if arguments.part in (None, "service"):
+        from bench import service
+
+        print("Service layer in process, log included, no transport: CPU each", file=out)
+        costs = service.run()
+        for name, cost in costs.items():
+            print(f"  {name:48} {cost}", file=out)
+        found["service"] = {name: dataclasses.asdict(cost) for name, cost in costs.items()}
+        print(f"  promised: a check {SERVICE_US_MAX:.0f} µs, a decision in a batch {BATCH_US_MAX:.0f} µs", file=out)
+    if arguments.part in (None, "processes"):
+        from bench import processes
+
+        print("\nOver gRPC, one sidecar beside a bare grpc.aio echo in the same run (takes a minute)", file=out)
+        results = processes.run()
+        _print_processes(results, out)
+        found["processes"] = dataclasses.asdict(results)
+    if arguments.json:
+        print(json.dumps(found))
+
+
+def _print_processes(results: Any, out: Any) -> None:
+    rows = (
+        ("echo, closed loop", results.echo, 1),
+        ("check, closed loop", results.check, 1),
+        ("batch of 32, a decision", results.batch, 32),
+        ("echo, 2,000/s open loop", results.open_loop_echo, 1),
+        ("check, 2,000/s open loop", results.open_loop, 1),
+    )
+    for name, row, units in rows:
+        print(
+            f"  {name:26} server CPU {row.cpu_us / units:7.1f} µs   {row.calls_per_s * units:8,.0f}/s"
+            f"   p50 {row.p50_ms:6.2f} ms   p99 {row.p99_ms:6.2f} ms"
+            f"{f'   {row.failed} failed' if row.failed else ''}",
+            file=out,
+        )
+    print(
+        f"  a check costs {results.check.cpu_us - results.echo.cpu_us:.1f} µs more than an echo"
+        f" ({results.check.cpu_us / results.echo.cpu_us:.2f} times it)",
+        file=out,
+    )
+    footprint = results.footprint
+    print(
+        f"  resident: {footprint.idle_mb:.1f} MB idle, {footprint.loaded_mb:.1f} MB with 1,000 tenants and 100 rules"
+        f"\n  ready after {footprint.ready_s:.2f} s and {footprint.ready_cpu_s:.2f} s of CPU;"
+        f" idle: {100 * footprint.idle_share:.2f} % of a core",
+        file=out,
+    )
+
+
+if __name__ == "__main__":
+    main()
