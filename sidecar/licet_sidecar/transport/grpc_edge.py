@@ -5,7 +5,7 @@ A faster transport can take this module's place without touching the service.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,8 +42,8 @@ class GrpcEdge:
         )
         self._health = health_aio.HealthServicer()
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Check": grpc.unary_unary_rpc_method_handler(self._check),
-            "CheckBatch": grpc.unary_unary_rpc_method_handler(self._check_batch),
+            "Check": grpc.unary_unary_rpc_method_handler(self._unary("Check")),
+            "CheckBatch": grpc.unary_unary_rpc_method_handler(self._unary("CheckBatch")),
             "CheckStream": grpc.stream_stream_rpc_method_handler(self._check_stream),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
@@ -82,28 +82,29 @@ class GrpcEdge:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
-    async def _check(self, request: bytes, context: aio.ServicerContext[bytes, bytes]) -> bytes:
-        return await self._answer("Check", request, context)
+    def _unary(self, method: str) -> Callable[[bytes, Any], Awaitable[bytes]]:
+        handle = self._service.handle
 
-    async def _check_batch(self, request: bytes, context: aio.ServicerContext[bytes, bytes]) -> bytes:
-        return await self._answer("CheckBatch", request, context)
-
-    async def _check_stream(
-        self, requests: AsyncIterator[bytes], context: aio.ServicerContext[bytes, bytes]
-    ) -> AsyncIterator[bytes]:
-        async for request in requests:
-            yield await self._answer("CheckStream", request, context)
-
-    async def _answer(self, method: str, request: bytes, context: Any) -> bytes:
-        try:
+        async def call(request: bytes, context: Any) -> bytes:
             remaining_s = context.time_remaining()
-            answer = self._service.handle(method, request, DEADLINE_DEFAULT_S if remaining_s is None else remaining_s)
-            return answer if isinstance(answer, bytes) else await answer
-        except Malformed as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except NotReady as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-        raise AssertionError("abort raises")
+            try:
+                answer = handle(method, request, DEADLINE_DEFAULT_S if remaining_s is None else remaining_s)
+                return answer if type(answer) is bytes else await answer
+            except (Malformed, NotReady) as error:
+                return await _abort(context, error)
+
+        return call
+
+    async def _check_stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        check = self._unary("CheckStream")
+        async for request in requests:
+            yield await check(request, context)
+
+
+async def _abort(context: Any, error: Malformed | NotReady) -> bytes:
+    code = grpc.StatusCode.INVALID_ARGUMENT if isinstance(error, Malformed) else grpc.StatusCode.UNAVAILABLE
+    await context.abort(code, str(error))
+    raise AssertionError("abort raises")
 
 
 def _clear_stale_socket(path: Path) -> None:
