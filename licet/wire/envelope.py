@@ -17,7 +17,8 @@ class EnvelopeError(ValueError):
 
 def pack(kind: str, body: Any) -> bytes:
     """``body`` (msgpack-able) in an envelope that says what it is."""
-    return msgpack.packb([SCHEMA_VERSION, kind, body], use_bin_type=True)
+    packed: bytes = msgpack.packb([SCHEMA_VERSION, kind, body], use_bin_type=True)
+    return packed
 
 
 def unpack(kind: str, data: bytes) -> Any:

@@ -288,7 +288,7 @@ class Sidecar:
                     await self._sink.deregister(self.identity.sidecar)
                 except (LinkDown, LinkRefused) as error:
                     self.link.failed(error)
-        await self.sync.save_snapshot()
+        await self.sync.save_snapshot(last=True)
         unacked = self.shipping.unacked_events
         if unacked:
             self._logger.warning(

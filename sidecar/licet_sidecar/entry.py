@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Final, NoReturn
 
-
 GC_THRESHOLDS: Final = (20_000, 20, 100)
 """A check leaves no cycles behind: looking for them after every 700 objects only costs time."""
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -27,6 +27,9 @@ BLOCK_SLACK_S: Final = 2.0
 """How much longer than a blocking read was asked to block its socket waits."""
 
 CONNECTIONS_MAX: Final = 8
+POOL_WAIT_S: Final = 5.0
+"""How long a call waits for one of them. Longer than any check waits: many cold tenants at once are a queue, and not
+an outage."""
 
 _TRANSIENT_CODES: Final = re.compile(
     r"^(READONLY|LOADING|OOM|MISCONF|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|MOVED|ASK|BUSY|NOREPLICAS|UNKILLABLE)\b"
@@ -40,12 +43,13 @@ def connect(url: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> Redis:
         LinkRefused: the URL is not one.
     """
     try:
-        return Redis.from_url(
+        pool = BlockingConnectionPool.from_url(
             url,
             socket_timeout=timeout_s,
             socket_connect_timeout=COMMAND_TIMEOUT_S,
             socket_keepalive=True,
             max_connections=CONNECTIONS_MAX,
+            timeout=POOL_WAIT_S,
             retry=Retry(NoBackoff(), 0),
             retry_on_error=[],
             decode_responses=False,
@@ -53,6 +57,7 @@ def connect(url: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> Redis:
         )
     except ValueError as error:
         raise LinkRefused(f"Redis URL {without_password(url)!r}: {error}; give redis://host:port/0") from error
+    return Redis.from_pool(pool)
 
 
 @asynccontextmanager
@@ -106,8 +111,8 @@ def is_transient(text: str) -> bool:
 
 
 def without_password(url: str) -> str:
-    """The URL fit for a log."""
-    return re.sub(r"://[^@/]*@", "://…@", url)
+    """The URL fit for a log, also when it is not one: up to the last ``@``, and without what follows a ``?``."""
+    return re.sub(r"\?.*", "?…", re.sub(r"://.*@", "://…@", url))
 
 
 def decoded(value: Any) -> str:

@@ -486,10 +486,12 @@ def _apply_rules(
 ) -> Decision | None:
     """Any deny wins; then any require_approval, unless an allow rule of the same policy exempts from it."""
     bindings = _bindings(bound, tenant, inquiry, units, context, now_us) if bound.variables else {}
-    pending: BoundRule | None = None
+    denial: Decision | None = None
     exempt: set[str] = set()
     approvals: list[BoundRule] = []
     for rule in bound.rules:
+        if denial is not None and not rule.shadow:
+            continue  # decided; what shadow policies say is recorded all the same
         problem = rule.broken
         matched = True
         if rule.condition is not None:
@@ -502,17 +504,19 @@ def _apply_rules(
                 shadow.append(f"{rule.name}={'error' if problem else rule.effect.value}")
             continue
         if problem:
-            return Decision(
+            denial = Decision(
                 Effect.DENIED, Reason.POLICY_ERROR, f"The condition of {rule.name} failed: {problem}", rule.name
             )
-        if not matched:
+        elif not matched:
             continue
-        if rule.effect is RuleEffect.DENY:
-            return Decision(Effect.DENIED, Reason.POLICY_DENIED, f"Policy rule {rule.name} denies this.", rule.name)
-        if rule.effect is RuleEffect.ALLOW:
+        elif rule.effect is RuleEffect.DENY:
+            denial = Decision(Effect.DENIED, Reason.POLICY_DENIED, f"Policy rule {rule.name} denies this.", rule.name)
+        elif rule.effect is RuleEffect.ALLOW:
             exempt.add(rule.policy)
         else:
             approvals.append(rule)
+    if denial is not None:
+        return denial
     pending = next((rule for rule in approvals if rule.policy not in exempt), None)
     if pending is None:
         return None
@@ -545,7 +549,8 @@ def _bindings(
             case "quantity":
                 bindings[variable] = sum(units.values())
             case "quantities":
-                bindings[variable] = dict(inquiry.quantities) or dict.fromkeys(bound.action.meters, sum(units.values()))
+                asked = inquiry.quantities or dict.fromkeys(bound.action.meters, sum(units.values()))
+                bindings[variable] = {**dict.fromkeys(bound.action.meters, 0), **asked}
             case "tenant":
                 bindings[variable] = inquiry.tenant
             case "action":

@@ -78,6 +78,11 @@ _ACCEPTED: Final[Mapping[AttributeType, tuple[type, ...]]] = {
     AttributeType.TIMESTAMP: (int,),
 }
 
+_RANGES: Final[Mapping[AttributeType, tuple[int, int, str]]] = {
+    AttributeType.INT: (-(2**63), 2**63 - 1, "an integer of 64 bits"),
+    AttributeType.TIMESTAMP: (TIMESTAMP_US_MIN, TIMESTAMP_US_MAX, "a time between the years 1 and 9999"),
+}
+
 
 def meter_units(action: Action, only_meter: str | None, inquiry: Inquiry) -> dict[str, int]:
     """Units asked of each meter of the action.
@@ -109,7 +114,7 @@ def declared_context(action: Action, inquiry: Inquiry) -> dict[str, AttributeVal
     """The attributes that the action declares, defaults filled in; others are not looked at and not recorded.
 
     Raises:
-        InvalidInquiry: an attribute of the wrong type, or a time out of range.
+        InvalidInquiry: an attribute of the wrong type, or out of its range.
     """
     given = inquiry.context
     values: dict[str, AttributeValue] = {}
@@ -122,8 +127,10 @@ def declared_context(action: Action, inquiry: Inquiry) -> dict[str, AttributeVal
         accepted = _ACCEPTED[spec.type]
         if type(value) not in accepted:
             raise InvalidInquiry(f"context.{name}", f"{spec.type.value} is declared, {_type_name(value)} was sent")
-        if spec.type is AttributeType.TIMESTAMP and not TIMESTAMP_US_MIN <= value <= TIMESTAMP_US_MAX:  # type: ignore[operator]  # an int
-            raise InvalidInquiry(f"context.{name}", "is not a time between the years 1 and 9999")
+        if type(value) is int and spec.type is not AttributeType.DOUBLE:
+            least, most, range_ = _RANGES[spec.type]
+            if not least <= value <= most:
+                raise InvalidInquiry(f"context.{name}", f"is not {range_}")
         values[name] = float(value) if spec.type is AttributeType.DOUBLE else value  # type: ignore[arg-type]  # checked above
     return values
 

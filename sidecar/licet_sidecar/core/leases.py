@@ -348,6 +348,18 @@ class LeaseBook:
         if held.outstanding is call:
             held.outstanding = None
 
+    def unasserted(self, since_ms: int, now_s: int, boot_ms: int) -> list[str]:
+        """Tenants that hold something no call begun after ``since_ms`` (boot time) was answered for.
+
+        An unanswered call from before counts: its answer may still be on its way, with units that were lost since.
+        """
+        return [
+            tenant
+            for tenant, held in self.tenants.items()
+            if (held.outstanding is not None and held.outstanding.sent_boot_ms <= since_ms)
+            or any(lease.asked_ms <= since_ms for lease in held.all() if self._sayable(lease) and now_s < lease.end)
+        ]
+
     # Upkeep
 
     def tick(self, held: TenantLeases, now_s: int, boot_ms: int, elapsed_s: float) -> bool:

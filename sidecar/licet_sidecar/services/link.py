@@ -4,11 +4,14 @@ from __future__ import annotations
 
 
 class LinkState:
-    """Shared by the services of one sidecar. ``trouble`` says what the last failure was; empty while the link is up."""
+    """Shared by the services of one sidecar. ``trouble`` says what the last failure was; empty while the link is up.
+
+    Up until an attempt says otherwise: after a start the first check shall try, not be told that nobody has yet.
+    """
 
     def __init__(self) -> None:
-        self.up = False
-        self.trouble = "no connection was tried yet"
+        self.up = True
+        self.trouble = ""
         self.refused = False
 
     def succeeded(self) -> None:

@@ -26,7 +26,7 @@ from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.sync import Changes, HeadVerdict, SyncState
 from licet_sidecar.logs import Logger
-from licet_sidecar.ports import LinkDown, LinkRefused, PulseReport, StateSource
+from licet_sidecar.ports import Change, LinkDown, LinkRefused, PulseReport, StateSource
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.tally import Tally
 
@@ -36,7 +36,10 @@ RESYNC_JITTER_S: Final = 0.2
 """Resyncs of many sidecars at once are spread over this long."""
 CATCH_UP_READS_MAX: Final = 50
 SNAPSHOT_FILE: Final = "snapshot"
-SNAPSHOT_EVERY_S: Final = 1.0
+HEAD_FILE: Final = "head"
+HEAD_EVERY_MS: Final = 30_000
+"""How often the newest head is written to disk while nothing changes: a restart without Redis is then no staler than
+this, at the price of one small file."""
 _SNAPSHOT_KIND: Final = "snapshot"
 
 
@@ -86,8 +89,11 @@ class SyncService:
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._dirty: set[str] = set()
         self._advanced = asyncio.Condition()
-        self._resync_wanted = True
+        self._resync_wanted = asyncio.Event()
+        self._resync_wanted.set()
         self._snapshot_due = False
+        self._head_written: bytes | None = None
+        self._head_written_ms = 0
 
     # For checks
 
@@ -105,8 +111,11 @@ class SyncService:
             task = asyncio.get_running_loop().create_task(self._load(tenant), name=f"load {tenant}")
             self._loads[tenant] = task
             task.add_done_callback(lambda done: self._loaded(tenant, done))
-        async with asyncio.timeout(timeout_s):
-            await asyncio.shield(task)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(task)
+        except (Inconsistent, ValueError, KeyError, TypeError) as error:
+            raise LinkDown(str(error)) from error
 
     # For upkeep
 
@@ -131,18 +140,24 @@ class SyncService:
             self._engine.as_of_us = max(self._engine.as_of_us, head.at_us)
             self._head_document = report.head
         elif verdict is HeadVerdict.RESYNC:
-            self._resync_wanted = True
+            self._resync_wanted.set()
 
-    async def save_snapshot(self) -> None:
-        """Writes the last good state to disk when it changed."""
+    async def save_snapshot(self, *, last: bool = False) -> None:
+        """Writes the last good state to disk when it changed; else, now and then or at the ``last``, its age."""
         bundle = self._bundle
-        if not self._snapshot_due or bundle is None:
+        if bundle is None:
+            return
+        if not self._snapshot_due:
+            due = last or self._clock.boot_ms() - self._head_written_ms >= HEAD_EVERY_MS
+            if due and self._head_document is not None and self._head_document is not self._head_written:
+                await self._write(HEAD_FILE, self._head_document)
             return
         self._snapshot_due = False
+        head = self._head_document or b""
         data = envelope.pack(
             _SNAPSHOT_KIND,
             {
-                "head": self._head_document or b"",
+                "head": head,
                 "manifest": bundle.document,
                 "chunks": bundle.chunks,
                 "generation": self.state.generation,
@@ -150,13 +165,19 @@ class SyncService:
                 "licenses": [tenant.document for tenant in self._engine.tenants.values()],
             },
         )
-        try:
-            await asyncio.to_thread(self._directory.write_atomically, SNAPSHOT_FILE, data)
-        except StateDirectoryError as error:
+        if not await self._write(SNAPSHOT_FILE, data):
             self._snapshot_due = True
+
+    async def _write(self, name: str, data: bytes) -> bool:
+        self._head_written, self._head_written_ms = self._head_document, self._clock.boot_ms()
+        try:
+            await asyncio.to_thread(self._directory.write_atomically, name, data)
+        except StateDirectoryError as error:
             self._logger.error(
                 "the snapshot cannot be written; a restart without Redis would know less", error=str(error)
             )
+            return False
+        return True
 
     def restore(self, floor: tuple[int, int]) -> None:
         """Starts from the snapshot on disk, when it is not older than what was acted on before (``floor``)."""
@@ -180,32 +201,41 @@ class SyncService:
                 tenant = self._verified_license(document, key=None)
                 if (tenant.generation, tenant.revision) <= version:
                     licenses.append(tenant)
-            as_of_us = 0
-            if body["head"]:
-                statement = self._verifier.verify(body["head"], kind=documents.HEAD, key=documents.HEAD_KEY)
-                as_of_us = Head.from_payload(statement.payload).at_us
-                self._head_document = body["head"]
+            self._install(bundle, licenses, *version)
+        except (Inconsistent, ValueError, KeyError, TypeError) as error:
+            self._reject(error)
+            return
+        for head_document in (body.get("head"), self._directory.read(HEAD_FILE)):
+            self._restore_age(head_document, version)
+
+    def _restore_age(self, head_document: bytes | None, version: tuple[int, int]) -> None:
+        """Takes up a head from disk, when it speaks of ``version`` or of one that is in it."""
+        if not head_document:
+            return
+        try:
+            statement = self._verifier.verify(head_document, kind=documents.HEAD, key=documents.HEAD_KEY)
+            at_us = Head.from_payload(statement.payload).at_us
         except (ValueError, KeyError, TypeError) as error:
             self._reject(error)
             return
-        self._engine.as_of_us = as_of_us
-        self._install(bundle, licenses, *version)
+        # A later one says only that there was something newer, which is not on disk.
+        if statement.version <= version and at_us > self._engine.as_of_us:
+            self._engine.as_of_us = at_us
+            self._head_document = head_document
 
     async def run(self) -> None:
         """Follows the published state for ever."""
         failures = 0
         while True:
             try:
-                if self._resync_wanted:
+                if self._resync_wanted.is_set():
                     if self.ready.is_set():
                         await asyncio.sleep(random.uniform(0, RESYNC_JITTER_S))
                     await self._resync()
-                    self._resync_wanted = False
-                cursor = self.state.revision
-                changes = await self._source.read_changes(cursor, BLOCK_MS)
-                self._link.succeeded()
+                    self._resync_wanted.clear()
+                changes = await self._next_changes()
                 if changes and not await self._apply(changes):
-                    self._resync_wanted = True
+                    self._resync_wanted.set()
                 failures = 0
             except (LinkDown, LinkRefused) as error:
                 if self._link.failed(error, refused=isinstance(error, LinkRefused)):
@@ -214,9 +244,9 @@ class SyncService:
                 if not self.ready.is_set():
                     self.problem = str(error)
                 failures = await self._back_off(failures)
-            except (Inconsistent, VerificationError, ValueError, KeyError) as error:
+            except (Inconsistent, ValueError, KeyError, TypeError) as error:
                 self._reject(error)
-                self._resync_wanted = True
+                self._resync_wanted.set()
                 failures = await self._back_off(failures)
 
     # Inside
@@ -225,6 +255,22 @@ class SyncService:
         delay_s = RETRY_S[min(failures, len(RETRY_S) - 1)]
         await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
         return failures + 1
+
+    async def _next_changes(self) -> list[Change]:
+        """What follows in the stream; nothing when everything is to be read again first."""
+        reading = asyncio.ensure_future(self._source.read_changes(self.state.revision, BLOCK_MS))
+        waking = asyncio.ensure_future(self._resync_wanted.wait())
+        try:
+            await asyncio.wait((reading, waking), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                return []
+            changes = reading.result()
+            self._link.succeeded()
+            return changes
+        finally:
+            waking.cancel()
+            reading.cancel()
+            await asyncio.gather(waking, reading, return_exceptions=True)
 
     async def _resync(self) -> None:
         """Reads everything again: the head says which revision is complete, the stream what came since."""
@@ -313,7 +359,8 @@ class SyncService:
     def _install(self, bundle: _Bundle | None, licenses: Iterable[Tenant], generation: int, revision: int) -> None:
         """Puts what was read in force, in one step, and notes durably that it was."""
         try:
-            self._log.append(floor_record(generation, revision), 0)
+            if (generation, revision) > self.state.floor:  # else it is noted already
+                self._log.append(floor_record(generation, revision), 0)
         except UsageLogError as error:
             # Without the note a restart might answer from an older state. Better to stay where we are, and say so.
             raise Inconsistent(f"revision {revision} cannot be noted: {error}") from error
@@ -401,14 +448,14 @@ class SyncService:
             if head.run_id != run_id or statement.generation < self.state.generation:
                 raise LinkDown("the control plane has not checked this Redis server")
             if document is None:
-                await self._until(statement.revision)
+                await self._until(statement.version)
                 if tenant not in self._dirty:
                     self._engine.install_absence(tenant, self._clock.boot_ms())
                     return
                 continue
             loaded = self._verified_license(document, key=tenant)
-            await self._until(loaded.revision)
-            if tenant in self._dirty:
+            await self._until((loaded.generation, loaded.revision))
+            if tenant in self._dirty or loaded.generation < self.state.generation:
                 continue
             for evicted in self._engine.install_license(loaded):
                 self._evicted(evicted)
@@ -418,12 +465,12 @@ class SyncService:
             self._snapshot_due = True
             return
 
-    async def _until(self, revision: int) -> None:
-        """Waits until that revision is in force."""
-        if self.state.revision >= revision:
+    async def _until(self, version: tuple[int, int]) -> None:
+        """Waits until that (generation, revision) is in force."""
+        if (self.state.generation, self.state.revision) >= version:
             return
         async with self._advanced:
-            await self._advanced.wait_for(lambda: self.state.revision >= revision)
+            await self._advanced.wait_for(lambda: (self.state.generation, self.state.revision) >= version)
 
     def _evicted(self, tenant: str) -> None:
         """A tenant made room: what it holds goes back with the next upkeep."""

@@ -89,7 +89,7 @@ class GrpcEdge:
             remaining_s = context.time_remaining()
             try:
                 answer = handle(method, request, DEADLINE_DEFAULT_S if remaining_s is None else remaining_s)
-                return answer if type(answer) is bytes else await answer
+                return answer if isinstance(answer, bytes) else await answer
             except (Malformed, NotReady) as error:
                 return await _abort(context, error)
 
