@@ -41,6 +41,7 @@ DEADLINE_SLACK_S: Final = 0.02
 BATCH_CHECKS_MAX: Final = 1_000
 
 _APPROVED: Final = Effect.APPROVED
+_KEY_REUSED: Final = "idempotency_key: it was used for another request; use a new key for each action, and the same one only to repeat it"
 _CHECKS_TAG: Final = b"\x0a"  # field 1 of CheckBatchResponse, length-delimited
 
 
@@ -115,6 +116,7 @@ class ApprovalService:
         question = Question(inquiry, data, _key_of(inquiry))
         answer = self._earlier(question)
         if answer is not None:
+            self._tally.idempotent_repeats += 1
             return answer
         outcome = self._decide(inquiry, patient=True)
         if isinstance(outcome, Decision):
@@ -131,7 +133,8 @@ class ApprovalService:
             raise Malformed(str(error)) from error
         if not 1 <= len(request.checks) <= BATCH_CHECKS_MAX:
             raise Malformed(f"checks: {len(request.checks)} were sent; send 1 to {BATCH_CHECKS_MAX}")
-        questions = []
+        questions: list[Question] = []
+        by_key: dict[Key, Question] = {}
         for position, check in enumerate(request.checks):
             try:
                 inquiry = parse_check(check)
@@ -139,7 +142,13 @@ class ApprovalService:
             except InvalidInquiry as error:
                 raise Malformed(f"checks[{position}].{error}") from error
             key = _key_of(inquiry)
-            questions.append(Question(inquiry, check.SerializeToString() if key else b"", key))
+            question = Question(inquiry, check.SerializeToString() if key else b"", key)
+            if key is not None:
+                self._earlier(question)  # refuses a key that was used for another request
+                same_key = by_key.setdefault(key, question)
+                if same_key is not question and not _same_request(same_key.data, question.data):
+                    raise Malformed(f"checks[{position}].{_KEY_REUSED}")
+            questions.append(question)
         stop_on = _STOP_ON.get(request.semantics)
         responses: list[bytes] = []
         position, waiting = self._advance(questions, 0, responses, stop_on, started_ns)
@@ -221,13 +230,20 @@ class ApprovalService:
                 keys.add(question.key)
             earlier_answer = self._earlier(question)
             if earlier_answer is None:
-                outcome = self._decide(question.inquiry, patient=True)
+                try:
+                    outcome = self._decide(question.inquiry, patient=True)
+                except Malformed:
+                    # A bundle that came while the batch waited reads it differently. What was decided is recorded.
+                    if decided:
+                        self._conclude(decided, started_ns)
+                    raise
                 if not isinstance(outcome, Decision):
                     waiting = outcome
                     break
                 decided.append((question, outcome))
                 stopped = stop_on is not None and stop_on(_APPROVED if outcome.observed else outcome.effect)
             elif isinstance(earlier_answer, bytes):
+                self._tally.idempotent_repeats += 1
                 if decided:
                     responses.extend(self._conclude(decided, started_ns))
                     decided = []
@@ -353,6 +369,8 @@ class ApprovalService:
             _APPROVED if allowed else Effect.DENIED, Reason.USAGE_LOG_FULL, f"The usage could not be recorded: {why}."
         )
         replaced.degraded = True
+        replaced.stale = decision.stale
+        replaced.observed = not allowed and rulebook is not None and rulebook.observe
         return replaced
 
     def _earlier(self, question: Question) -> Answer | None:
@@ -363,11 +381,7 @@ class ApprovalService:
             return None
         data, answer = earlier
         if data and data != question.data and not _same_request(data, question.data):
-            raise Malformed(
-                "idempotency_key: it was used for another request; use a new key for each action, and the same one"
-                " only to repeat it"
-            )
-        self._tally.idempotent_repeats += 1
+            raise Malformed(_KEY_REUSED)
         return answer
 
     def _require_ready(self) -> None:
