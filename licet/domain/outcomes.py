@@ -14,7 +14,7 @@ class Effect(IntEnum):
 
 
 class Reason(IntEnum):
-    """Why a decision says it. Stable and documented in ``docs/reasons.md``; never renumbered."""
+    """Why a decision says it. Stable and documented in ``docs/decisions.md``; never renumbered."""
 
     OK = 1
     OVERAGE = 2

@@ -44,14 +44,17 @@ class BodyLimit:
 
         async def watched(message: Message) -> None:
             nonlocal started
+            if received > BODY_BYTES_MAX:
+                return  # whatever the application made of the body that was cut short
             started = True
             await send(message)
 
         try:
             await self._app(scope, counted, watched)
         except _TooLarge:
-            if not started:
-                await _refuse(scope, receive, send)
+            pass
+        if received > BODY_BYTES_MAX and not started:
+            await _refuse(scope, receive, send)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:

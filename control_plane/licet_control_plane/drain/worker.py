@@ -8,6 +8,7 @@ aside, so that it holds up nobody; one that the ledger cannot take now stays, an
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -35,6 +36,8 @@ CLAIM_IDLE_MS: Final = 30_000
 CLAIM_S: Final = 10.0
 DEAD_MAX: Final = 10_000
 """Undecodable batches that are kept to be looked at."""
+_MISFIT: Final = (SQLAlchemyError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+"""What the ledger raises for an event whose fields are not what they should be. A database that is away is not it."""
 _PENDING: Final = "0"
 _NEW: Final = ">"
 
@@ -74,7 +77,7 @@ class ShardWorker:
         self._shard = shard
         self._redis = redis
         self._stream = names.usage(shard)
-        self._dead = f"{names.prefix}:usage:dead"
+        self._dead = names.usage_dead()
         self._acked = names.acked()
         self._database = database
         self._key = key
@@ -82,7 +85,7 @@ class ShardWorker:
         self._consumer = consumer
         self._now_s = now_s
         self._cursor = _PENDING
-        self._claimed_s = 0.0
+        self._claimed_s = -math.inf
         self._claim_from = "0-0"
 
     async def run(self) -> None:
@@ -105,7 +108,7 @@ class ShardWorker:
         entries = await self._read()
         if entries:
             await self._drain(entries)
-        if self._now_s() - self._claimed_s >= CLAIM_S:
+        if asyncio.get_running_loop().time() - self._claimed_s >= CLAIM_S:
             await self._claim()
 
     async def _read(self) -> list[Entry]:
@@ -143,7 +146,7 @@ class ShardWorker:
             self._counts.backlog[self._shard] = await self._redis.xlen(self._stream)
         self._claim_from = cursor.decode()
         if self._claim_from == "0-0":
-            self._claimed_s = self._now_s()
+            self._claimed_s = asyncio.get_running_loop().time()
         if entries:
             await self._drain(entries)
 
@@ -154,7 +157,7 @@ class ShardWorker:
         if decoded:
             try:
                 done = await self._record([batch for _, batch in decoded])
-            except (SQLAlchemyError, TypeError, ValueError, OverflowError):
+            except _MISFIT:
                 done = await self._record_singly(decoded, poison)
         await self._acknowledge(done)
         await self._set_aside(poison)
@@ -183,7 +186,7 @@ class ShardWorker:
         for entry, batch in list(decoded):
             try:
                 one = await self._record([batch])
-            except (SQLAlchemyError, TypeError, ValueError, OverflowError) as error:
+            except _MISFIT as error:
                 decoded.remove((entry, batch))
                 poison.append((entry, batch.batch.pack(), f"does not fit the ledger: {type(error).__name__}: {error}"))
                 continue

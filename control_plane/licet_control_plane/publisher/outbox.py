@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Final
 
-from licet.domain.catalog import Catalog, License
+from licet.domain.catalog import Catalog
 from licet.wire.documents import BUNDLE, LICENSE
 from licet_control_plane.publisher.documents import RedisDocuments
 from licet_control_plane.publisher.quotas import SLICE, Quotas, changed_plans, limits_under
@@ -109,11 +109,10 @@ class OutboxCopier:
         changed = changed_plans(self.catalog, catalog)
         after = ""
         while changed:
-            page = await self._database.read(licenses.page, after=after, limit=SLICE)
+            page = await self._database.read(licenses.holding, changed, after=after, limit=SLICE)
             if not page:
                 break
-            affected = [stored.license for stored in page if _uses(stored.license, changed)]
-            limits = {one.tenant: limits_under(one, catalog) for one in affected}
+            limits = {stored.license.tenant: limits_under(stored.license, catalog) for stored in page}
             await self._quotas.publish(limits, dict.fromkeys(limits, revision))
             after = page[-1].license.tenant
 
@@ -122,7 +121,3 @@ class OutboxCopier:
         found = await self._database.read(licenses.of_tenants, list(revision_of))
         limits = {tenant: limits_under(stored.license, self.catalog) for tenant, stored in found.items()}
         return await self._quotas.publish(limits, revision_of) if limits else []
-
-
-def _uses(license_: License, plans: set[str]) -> bool:
-    return license_.plan in plans or not plans.isdisjoint(license_.addons)

@@ -122,11 +122,14 @@ class Quotas:
             self.learning.update(dict.fromkeys(doubted))
         self.learning.update(dict.fromkeys(name for name, state in present.items() if not state.is_open))
 
-    async def open_learned(self, in_force: InForce) -> list[str]:
-        """Open what may be opened of the next ``SLICE`` marks that are learning. Returns the sidecars waited for."""
+    async def open_learned(self, in_force: InForce) -> tuple[int, list[str]]:
+        """Open what may be opened of the next ``SLICE`` marks that are learning.
+
+        Returns how many left learning, and the sidecars that the others wait for.
+        """
         tenants = list(islice(self.learning, SLICE))
         if not tenants:
-            return []
+            return 0, []
         now_s = self._now_s()
         holders = self._fleet.holders()
         registry_s = self._fleet.complete_for_s(now_s)
@@ -157,7 +160,7 @@ class Quotas:
             await self._database.write(marks.set_learning, finished, False)
         if opened:
             log.info("quotas opened", tenants=len(opened), still_learning=len(self.learning), epoch=self.epoch)
-        return sorted(waited_for)
+        return len(finished), sorted(waited_for)
 
     async def _open(self, states: Mapping[str, MarkState], in_force: InForce) -> list[str]:
         tenants = list(states)

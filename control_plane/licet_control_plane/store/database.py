@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
@@ -28,6 +28,8 @@ READERS_MAX: Final = 4
 BUSY_TIMEOUT_MS: Final = 10_000
 """How long SQLite waits for another process's lock, such as a backup's."""
 CACHE_KIB: Final = 32 * 1024
+WAL_PAGES_MAX: Final = 8_000
+"""Pages (32 MB) after which the log is copied to the file: at a ledger's pace every second or two, not every commit."""
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 
 
@@ -85,17 +87,23 @@ class Database:
 
     def write_now(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """``write``, on the calling thread. Only where no other thread writes."""
-        try:
-            with self.engine.connect().execution_options(licet_write=True) as connection, connection.begin():
-                return work(connection, *args, **kwargs)
-        except (OperationalError, InternalError) as error:
-            raise DatabaseUnavailable(f"the database failed: {error.orig}") from error
+        return self._transact(True, lambda connection: work(connection, *args, **kwargs))
 
     def read_now(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """``read``, on the calling thread."""
+        return self._transact(False, lambda connection: work(connection, *args, **kwargs))
+
+    def _transact(self, writes: bool, work: Callable[[Connection], T]) -> T:
         try:
-            with self.engine.connect() as connection, connection.begin():
-                return work(connection, *args, **kwargs)
+            with self.engine.connect().execution_options(licet_write=writes) as connection:
+                try:
+                    with connection.begin():
+                        return work(connection)
+                except BaseException:
+                    # A query that was left in the middle would keep SQLite's old snapshot open on this connection,
+                    # for whoever gets it next.
+                    connection.invalidate()
+                    raise
         except (OperationalError, InternalError) as error:
             raise DatabaseUnavailable(f"the database failed: {error.orig}") from error
 
@@ -113,6 +121,14 @@ def upsert(connection: Connection, table: Table) -> sqlite.Insert:
     return sqlite.insert(table)
 
 
+@lru_cache
+def insert_sql(dialect: str, table: Table, columns: tuple[str, ...]) -> str:
+    """An INSERT of ``columns`` that takes tuples, for ``exec_driver_sql`` on a database of ``dialect``."""
+    dialects: Any = postgresql if dialect == "postgresql" else sqlite
+    positional = dialects.dialect(paramstyle="format" if dialect == "postgresql" else "qmark")
+    return str(table.insert().compile(dialect=positional, column_keys=list(columns)))
+
+
 def _engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
         return create_engine(url, pool_pre_ping=True)
@@ -128,6 +144,7 @@ def _engine(url: str) -> Engine:
             "journal_mode = WAL",
             "synchronous = FULL",
             f"cache_size = -{CACHE_KIB}",
+            f"wal_autocheckpoint = {WAL_PAGES_MAX}",
         ):
             connection.execute(f"PRAGMA {pragma}")
 

@@ -170,7 +170,7 @@ def conflict_count(connection: Connection) -> int:
 def verify(connection: Connection) -> Verification:
     """Recount everything: sequence numbers, predecessors, duplicates, conflicts, and the rollups from the events.
 
-    Reads every event; about a minute for ten million.
+    Reads every event; about two minutes for ten million.
     """
     found_logs, gaps = _verify_logs(connection)
     total = sum(log.events for log in found_logs)

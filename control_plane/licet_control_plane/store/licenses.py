@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, or_, select, update
 
 from licet.domain.catalog import License, LicenseStatus
 from licet_control_plane.store.schema import licenses
@@ -56,6 +56,14 @@ def page(
     if status:
         query = query.where(licenses.c.status == status)
     return [_stored(row) for row in connection.execute(query)]
+
+
+def holding(connection: Connection, plans: Collection[str], *, after: str, limit: int) -> list[StoredLicense]:
+    """Licenses by tenant that hold one of ``plans``, and all those with add-ons; after ``after``."""
+    query = select(licenses).where(
+        licenses.c.tenant > after, or_(licenses.c.plan.in_(list(plans)), licenses.c.addons != "{}")
+    )
+    return [_stored(row) for row in connection.execute(query.order_by(licenses.c.tenant).limit(limit))]
 
 
 def of_tenants(connection: Connection, tenants: Iterable[str]) -> dict[str, StoredLicense]:

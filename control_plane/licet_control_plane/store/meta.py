@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 
 from licet_control_plane.store.schema import META_ID, meta
 
@@ -42,21 +43,19 @@ def ensure(connection: Connection, *, deployment: str, now_us: int) -> bool:
 
 def read(connection: Connection) -> Meta:
     """The row."""
-    row = connection.execute(select(meta)).one()
-    return Meta(row.deployment, row.generation, row.ledger_generation, row.revision, row.epoch, row.redis_run)
+    return _meta(connection.execute(select(meta)).one())
 
 
 def lock(connection: Connection) -> Meta:
     """The row, locked until the transaction ends."""
-    connection.execute(select(meta.c.id).with_for_update()).one()
-    return read(connection)
+    return _meta(connection.execute(select(meta).with_for_update()).one())
 
 
 def allocate_revision(connection: Connection) -> Meta:
     """The row with a new revision; the lock is held until the transaction ends."""
-    lock(connection)
-    connection.execute(update(meta).values(revision=meta.c.revision + 1))
-    return read(connection)
+    row = lock(connection)
+    connection.execute(update(meta).values(revision=row.revision + 1))
+    return replace(row, revision=row.revision + 1)
 
 
 def allocate_epoch(connection: Connection, *, above: int = 0) -> int:
@@ -82,3 +81,7 @@ def start_generation(connection: Connection, *, revision: int) -> Meta:
 def set_redis_run(connection: Connection, run: str) -> None:
     """Remember the server whose contents and marks were checked."""
     connection.execute(update(meta).values(redis_run=run))
+
+
+def _meta(row: Row[Any]) -> Meta:
+    return Meta(row.deployment, row.generation, row.ledger_generation, row.revision, row.epoch, row.redis_run)

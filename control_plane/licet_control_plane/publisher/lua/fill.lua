@@ -4,7 +4,7 @@
 -- ARGV  1 epoch  2 run  3 sidecar  4 u, units from the ledger  5 marker name
 --       6 window start  7 window end (seconds)  8 window grace, seconds  9 seconds the hash outlives its grace
 -- Answer: 1 when the register was raised, 0 when not: not learning, another pair, already asserted, not below u,
---         or the window is over. May be repeated.
+--         the window is over, or the sum would reach 2^53. May be repeated.
 
 local mark = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'phase')
 if mark[1] ~= ARGV[1] or mark[2] ~= ARGV[2] or mark[3] ~= 'learning' then return 0 end
@@ -24,7 +24,8 @@ end
 if spent <= u then return 0 end
 local new_g = math.max(g, spent + h)
 local base = tonumber(state[1] or '0')
-local sum, used = tonumber(state[2] or '0') + new_g - g, tonumber(state[3] or '0') + spent - u
+local sum, used = tonumber(state[2] or '0') + (new_g - g), tonumber(state[3] or '0') + (spent - u)
+if sum > 9007199254740991 then return 0 end -- beyond 2^53 - 1 a double loses count, for good
 redis.call('HSET', KEYS[2], 'base', text(base), 'sum', text(sum), 'used', text(used), 'wanted', state[4] or '0',
   field, table.concat({text(new_g), text(spent), text(h), incarnation, op, epoch, run, at, sealed, d}, '|'))
 redis.call('EXPIREAT', KEYS[2], tonumber(ARGV[7]) + tonumber(ARGV[8]) + tonumber(ARGV[9]))

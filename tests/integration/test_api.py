@@ -1,0 +1,327 @@
+"""The REST API over a real control plane."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from licet.wire.names import usage_shard
+from licet_control_plane.api.app import make_app
+from licet_control_plane.api.limits import BODY_BYTES_MAX
+from tests.support.control_plane import NAMES, Deployment, deployment, heartbeat, until
+from tests.support.usage import AT_US, batch
+from tests.support.valkey import ValkeyProcess
+
+BUNDLE = """\
+kind: Feature
+name: reports
+---
+kind: Action
+name: report.export
+feature: reports
+---
+kind: Plan
+name: pro
+features:
+  reports:
+    limits:
+      - {amount: 100, per: month}
+"""
+
+
+class Api:
+    """A client with the administrator's key."""
+
+    def __init__(self, running: Deployment, client: httpx.AsyncClient) -> None:
+        self.running = running
+        self.client = client
+
+    async def get(self, path: str, **params: Any) -> httpx.Response:
+        return await self.client.get(path, params=params)
+
+    async def push(self, content: str = BUNDLE, **fields: Any) -> httpx.Response:
+        body = {"documents": [{"path": "a.yaml", "content": content}], **fields}
+        return await self.client.post("/v1/bundles", json=body)
+
+    async def license(self, tenant: str = "acme", plan: str = "pro", **fields: Any) -> httpx.Response:
+        return await self.client.post("/v1/licenses", json={"tenant": tenant, "plan": plan, **fields})
+
+
+@pytest.fixture
+async def api(tmp_path: Path, valkey_process: ValkeyProcess) -> AsyncIterator[Api]:
+    async with deployment(tmp_path / "state", valkey_process.url) as running:
+        transport = httpx.ASGITransport(make_app(running.plane))
+        headers = {"Authorization": f"Bearer {running.admin_key}"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://licet", headers=headers) as client:
+            yield Api(running, client)
+
+
+def assert_problem(response: httpx.Response, status: int, *, says: str = "") -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"]
+    assert problem["fix"]
+    assert says in response.text
+    return problem
+
+
+async def test_a_request_without_a_key_or_with_a_wrong_one_is_refused(api: Api) -> None:
+    for headers in ({"Authorization": ""}, {"Authorization": "Bearer licet_wrong"}, {"Authorization": "Basic x"}):
+        response = await api.client.get("/v1/status", headers=headers)
+        assert_problem(response, 401)
+        assert response.headers["www-authenticate"] == "Bearer"
+    assert (await api.client.get("/healthz", headers={"Authorization": ""})).status_code == 200
+
+
+async def test_a_pushed_bundle_is_published_and_is_the_current_one(api: Api) -> None:
+    pushed = await api.push(message="first")
+    assert pushed.status_code == 201
+    body = pushed.json()
+    assert (body["revision"], body["generation"], body["unchanged"]) == (1, 1, False)
+    assert body["changed"] == {
+        "added": ["Action/report.export", "Feature/reports", "Plan/pro"],
+        "modified": [],
+        "removed": [],
+    }
+    await api.running.headed(1)
+    current = (await api.get("/v1/bundles/current")).json()
+    assert (current["revision"], current["observe"], current["message"]) == (1, False, "first")
+    assert current["published_at"].endswith("Z")
+    assert {"kind": "Plan", "name": "pro"} in current["documents"]
+
+
+async def test_the_same_bundle_again_publishes_nothing(api: Api) -> None:
+    await api.push()
+    again = await api.push()
+    assert (again.status_code, again.json()["revision"], again.json()["unchanged"]) == (200, 1, True)
+    observed = await api.push(observe=True)
+    assert (observed.status_code, observed.json()["revision"]) == (201, 2)
+
+
+async def test_a_changed_bundle_names_what_changed(api: Api) -> None:
+    await api.push()
+    changed = BUNDLE.replace("100", "200") + "---\nkind: Feature\nname: editor\n"
+    body = (await api.push(changed)).json()
+    assert body["changed"] == {"added": ["Feature/editor"], "modified": ["Plan/pro"], "removed": []}
+
+
+async def test_a_dry_run_changes_nothing(api: Api) -> None:
+    response = await api.push(dry_run=True)
+    assert response.status_code == 200
+    assert response.json()["changed"]["added"]
+    assert_problem(await api.get("/v1/bundles/current"), 404)
+
+
+async def test_an_invalid_bundle_is_refused_with_every_error_and_its_place(api: Api) -> None:
+    problem = assert_problem(await api.push("kind: Featur\nname: reports\n"), 422)
+    error = problem["errors"][0]
+    assert (error["file"], error["line"]) == ("a.yaml", 1)
+    assert "Feature" in error["fix"]
+    assert_problem(await api.get("/v1/bundles/current"), 404)
+
+
+async def test_a_bundle_without_a_plan_that_a_license_holds_is_refused(api: Api) -> None:
+    await api.push()
+    await api.license()
+    problem = assert_problem(await api.push("kind: Feature\nname: reports\n"), 422, says="acme")
+    assert problem["errors"][0]["path"] == "Plan/pro"
+
+
+async def test_a_license_is_created_read_changed_and_listed(api: Api) -> None:
+    await api.push()
+    created = await api.license(ends_at="2030-01-01T00:00:00+01:00", overrides={"reports:month": 7})
+    assert created.status_code == 201, created.text
+    assert created.headers["location"] == "/v1/licenses/acme"
+    read = await api.get("/v1/licenses/acme")
+    assert read.headers["etag"] == '"2"'
+    assert read.json() == created.json()
+    assert read.json() | {"updated_at": ""} == {
+        "tenant": "acme",
+        "plan": "pro",
+        "status": "active",
+        "starts_at": None,
+        "ends_at": "2029-12-31T23:00:00Z",
+        "addons": {},
+        "overrides": {"reports:month": 7},
+        "revision": 2,
+        "updated_at": "",
+    }
+    changed = await api.client.patch("/v1/licenses/acme", json={"status": "suspended", "ends_at": None})
+    assert (changed.json()["status"], changed.json()["ends_at"], changed.json()["revision"]) == ("suspended", None, 3)
+    assert changed.json()["overrides"] == {"reports:month": 7}
+    listed = (await api.get("/v1/licenses", status="suspended")).json()
+    assert [one["tenant"] for one in listed["items"]] == ["acme"]
+    assert (await api.get("/v1/licenses", plan="other")).json() == {"items": [], "next": None}
+
+
+async def test_pages_of_licenses_follow_on_each_other(api: Api) -> None:
+    await api.push()
+    for tenant in ("a", "b", "c"):
+        await api.license(tenant)
+    first = (await api.get("/v1/licenses", limit=2)).json()
+    assert ([one["tenant"] for one in first["items"]], first["next"]) == (["a", "b"], "b")
+    second = (await api.get("/v1/licenses", limit=2, after=first["next"])).json()
+    assert ([one["tenant"] for one in second["items"]], second["next"]) == (["c"], None)
+
+
+async def test_what_cannot_be_licensed_is_refused_with_a_suggestion(api: Api) -> None:
+    await api.push()
+    assert_problem(await api.license(plan="prro"), 422, says="Did you mean 'pro'?")
+    assert_problem(await api.license("a:b"), 422, says="letters")
+    assert_problem(await api.license(overrides={"reports:monht": 1}), 422, says="reports:month")
+    assert_problem(await api.license(overrides={"reports:month": -1}), 422, says="-1")
+    assert_problem(await api.license(addons={"extra": 1}), 422, says="extra")
+    assert_problem(await api.license(ends_at="soon"), 422, says="2026-11-24T08:00:00Z")
+    assert_problem(await api.license(colour="red"), 422, says="colour")
+    assert_problem(await api.get("/v1/licenses/acme"), 404)
+
+
+async def test_a_second_license_and_a_stale_change_conflict(api: Api) -> None:
+    await api.push()
+    await api.license()
+    assert_problem(await api.license(), 409)
+    stale = await api.client.patch("/v1/licenses/acme", json={"plan": "pro"}, headers={"If-Match": '"1"'})
+    assert_problem(stale, 412)
+    fresh = await api.client.patch("/v1/licenses/acme", json={"status": "canceled"}, headers={"If-Match": '"2"'})
+    assert fresh.status_code == 200
+    assert_problem(await api.client.patch("/v1/licenses/nobody", json={}), 404)
+
+
+async def test_a_rollout_waits_for_a_sidecar_that_is_behind(api: Api) -> None:
+    await api.push()
+    await api.running.headed(1)
+    done = (await api.get("/v1/revisions/1/rollout")).json()
+    assert done == {"revision": 1, "published": True, "confirmed": [], "waiting": [], "silent": [], "done": True}
+    await beat(api, "a" * 32, revision=0)
+    behind = (await api.get("/v1/revisions/1/rollout")).json()
+    assert not behind["done"]
+    assert behind["waiting"][0]["sidecar"] == "a" * 32
+    await beat(api, "a" * 32, revision=1)
+    assert (await api.get("/v1/revisions/1/rollout")).json()["confirmed"] == ["a" * 32]
+    assert_problem(await api.get("/v1/revisions/9/rollout"), 404)
+
+
+async def test_sidecars_are_listed_with_what_they_said(api: Api) -> None:
+    await beat(api, "a" * 32, revision=4, tenants_held=3, log_bytes=17)
+    item = (await api.get("/v1/sidecars")).json()["items"][0]
+    assert (item["sidecar"], item["revision"], item["tenants_held"], item["log_bytes"]) == ("a" * 32, 4, 3, 17)
+    assert item["state"] == "live"
+    assert item["last_heard_s"] >= 0
+    assert item["as_of"].endswith("Z")
+    assert (await api.get("/v1/status")).json()["sidecars_live"] == 1
+
+
+async def test_usage_is_summed_and_tallied(api: Api) -> None:
+    sidecar = "a" * 32
+    stream = NAMES.usage(usage_shard(sidecar))
+    for one in (
+        batch(1, 4, units={"reports": 2}, cost_nanos=1_500_000_000),
+        batch(5, 6, effect=2, reason=13, cost_nanos=0, currency=""),
+        batch(7, 7, idempotency_key="other-1", tenant="globex"),
+    ):
+        await api.running.redis.xadd(stream, {"b": one.pack()})
+    await until(lambda: committed(api, 7))
+    summary = (await api.get("/v1/usage/summary", tenant="acme")).json()
+    assert summary["items"] == [
+        {
+            "tenant": "acme",
+            "feature": "reports",
+            "effect": "APPROVED",
+            "events": 4,
+            "units": 8,
+            "cost": [{"currency": "USD", "amount": "6.00"}],
+        },
+        {"tenant": "acme", "feature": "reports", "effect": "DENIED", "events": 2, "units": 2, "cost": []},
+    ]
+    reasons = (await api.get("/v1/usage/summary", by="reason")).json()["items"]
+    assert {(one["reason"], one["events"]) for one in reasons} == {("OK", 5), ("QUOTA_EXHAUSTED", 2)}
+    tally = (await api.get("/v1/usage/tally", idempotency_prefix="job-")).json()
+    assert tally == {
+        "events": 6,
+        "approved": 4,
+        "denied": {"QUOTA_EXHAUSTED": 2},
+        "pending": 0,
+        "units_approved": 8,
+        "units_by_feature": {"reports": 8},
+    }
+    at_s = AT_US // 1_000_000
+    assert (await api.get("/v1/usage/tally", **{"from": at_s + 10})).json()["events"] == 0
+    assert (await api.get("/v1/usage/tally", to="2026-09-21T14:13:21Z")).json()["events"] == 7
+    assert_problem(await api.get("/v1/usage/summary", by="planet"), 422, says="tenant")
+    assert_problem(await api.get("/v1/usage/tally", to="tomorrow"), 422)
+    verified = (await api.get("/v1/ledger/verify")).json()
+    assert verified["ok"] is True
+    assert verified["logs"][0]["watermark"] == 7
+
+
+async def test_readiness_says_what_is_wrong_and_passes_when_it_is_right(
+    api: Api, valkey_process: ValkeyProcess
+) -> None:
+    await until(lambda: ready(api))
+    await asyncio.to_thread(valkey_process.kill)
+
+    async def unready() -> bool:
+        return not (await api.get("/readyz")).json()["checks"]["redis"]["ok"]
+
+    await until(unready)
+    checks = (await api.get("/readyz")).json()["checks"]
+    assert checks["database"]["ok"]
+    assert not checks["redis"]["ok"]
+    assert "keeps trying" in checks["redis"]["fix"]
+    assert (await api.get("/healthz")).status_code == 200
+    await asyncio.to_thread(valkey_process.start)
+    await until(lambda: ready(api))
+
+
+async def test_metrics_are_prometheus_text(api: Api) -> None:
+    await api.push()
+    await api.running.headed(1)
+    response = await api.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    lines = response.text.splitlines()
+    assert "licet_revision 1.0" in lines
+    assert any(line.startswith("licet_ledger_events_total ") for line in lines)
+
+
+async def test_a_body_that_is_too_large_is_refused(api: Api) -> None:
+    response = await api.client.post("/v1/bundles", content=b" " * (BODY_BYTES_MAX + 1))
+    assert_problem(response, 413)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(17):
+            yield b" " * 1024 * 1024
+
+    assert_problem(await api.client.post("/v1/bundles", content=chunks()), 413)
+
+
+async def test_an_unknown_address_is_a_problem_too(api: Api) -> None:
+    assert_problem(await api.get("/v1/nothing"), 404)
+    assert_problem(await api.client.delete("/v1/licenses"), 405)
+
+
+async def beat(api: Api, sidecar: str, **fields: Any) -> None:
+    """A heartbeat, and wait until the control plane has taken it in."""
+    one = heartbeat(sidecar, **fields)
+    await api.running.redis.hset(NAMES.sidecars(), sidecar, one.pack())
+
+    async def heard() -> bool:
+        known = api.running.plane.fleet.sidecars.get(sidecar)
+        return known is not None and known.heartbeat == one
+
+    await until(heard)
+
+
+async def committed(api: Api, events: int) -> bool:
+    return api.running.plane.drain.events >= events
+
+
+async def ready(api: Api) -> bool:
+    return (await api.get("/readyz")).status_code == 200

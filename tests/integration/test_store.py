@@ -1,0 +1,156 @@
+"""The store on a real SQLite."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, select
+
+from licet.wire.signing import Statement
+from licet_control_plane.core.accounting import DecodedBatch
+from licet_control_plane.store import ledger, licenses, marks, meta, revisions
+from licet_control_plane.store.database import Database, DatabaseUnavailable
+from licet_control_plane.store.schema import events, metadata, ranges
+from tests.support.usage import batch
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    made = Database(f"sqlite:///{tmp_path / 'licet.db'}")
+    made.migrate()
+    made.write_now(meta.ensure, deployment="d", now_us=1)
+    yield made
+    made.close()
+
+
+def sign(statement: Statement) -> bytes:
+    return repr(statement).encode()
+
+
+def append(connection: Connection, key: str = "acme") -> int:
+    return revisions.append(connection, kind="license", key=key, payload={}, sign=sign, now_us=1, by="test")
+
+
+def test_the_migrations_make_exactly_the_schema(database: Database) -> None:
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, metadata) == []
+
+
+def test_migrating_again_changes_nothing(database: Database) -> None:
+    append_once = database.write_now(append)
+    database.migrate()
+    assert database.read_now(meta.read).revision == append_once
+
+
+def test_revisions_of_concurrent_writers_have_no_gaps_and_commit_in_order(database: Database) -> None:
+    seen: list[int] = []
+
+    def write() -> None:
+        for _ in range(20):
+            seen.append(database.write_now(append))
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == list(range(1, 81))
+
+
+def test_a_failed_change_uses_up_no_revision(database: Database) -> None:
+    def fails(connection: Connection) -> None:
+        append(connection)
+        raise RuntimeError("after the revision was allocated")
+
+    with pytest.raises(RuntimeError):
+        database.write_now(fails)
+    assert database.write_now(append) == 1
+
+
+def test_last_published_stops_at_the_first_that_is_not(database: Database) -> None:
+    for _ in range(5):
+        database.write_now(append)
+    assert database.read_now(revisions.last_published) == 0
+    database.write_now(revisions.mark_published, up_to=3, now_us=2)
+    assert database.read_now(revisions.last_published) == 3
+    assert [row.revision for row in database.read_now(revisions.outbox, after=3, limit=10)] == [4, 5]
+
+
+def test_the_newest_documents_are_those_at_a_revision(database: Database) -> None:
+    for key in ("a", "b", "a", "c", "a"):
+        database.write_now(append, key)
+    newest = database.read_now(revisions.newest, "license", up_to=4, limit=10)
+    assert [(row.key, row.revision) for row in newest] == [("a", 3), ("b", 2), ("c", 4)]
+    page = database.read_now(revisions.newest, "license", up_to=4, after_key="a", limit=1)
+    assert [row.key for row in page] == ["b"]
+
+
+def test_an_intended_mark_is_new_only_once(database: Database) -> None:
+    assert database.write_now(marks.intend, ["a", "b"], now_us=1) == {"a", "b"}
+    assert database.write_now(marks.intend, ["b", "c"], now_us=1) == {"c"}
+
+
+def test_a_reader_after_a_failed_one_sees_what_was_committed_since(database: Database, tmp_path: Path) -> None:
+    database.write_now(append)
+    writer = Database(f"sqlite:///{tmp_path / 'licet.db'}")  # its connections are never the reader's
+    kept = []
+
+    def fails(connection: Connection) -> None:
+        result = connection.execute(select(meta.meta))
+        kept.append(result)  # a query left in the middle, and still referenced
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        database.read_now(fails)
+    writer.write_now(append)
+    writer.close()
+    assert database.read_now(meta.read).revision == 2
+
+
+def test_a_failing_disk_is_unavailable_and_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a-file").write_text("")
+    database = Database(f"sqlite:///{tmp_path / 'a-file' / 'licet.db'}")
+    with pytest.raises(DatabaseUnavailable):
+        database.migrate()
+    database.close()
+
+
+def test_a_ledger_transaction_that_fails_halfway_leaves_nothing(database: Database) -> None:
+    good = DecodedBatch.of(batch(1, 5).pack())
+    bad = DecodedBatch.of(batch(6, 7, tenant=None).pack())
+    with pytest.raises(Exception, match="tenant"):
+        database.write_now(ledger.record, 0, [good, bad], now_us=1)
+    assert database.read_now(lambda connection: connection.execute(select(events)).all()) == []
+    done = database.write_now(ledger.record, 0, [good], now_us=1)
+    assert (done.inserted, done.watermarks) == (5, {f"{'a' * 32}:1": 5})
+
+
+def test_a_worker_that_resumes_after_its_batch_was_claimed_bills_nothing_twice(database: Database) -> None:
+    paused = [DecodedBatch.of(batch(1, 5).pack()), DecodedBatch.of(batch(6, 9).pack())]
+    database.write_now(ledger.record, 0, paused, now_us=1)
+    done = database.write_now(ledger.record, 0, paused, now_us=2)
+    assert (done.inserted, done.duplicates, done.conflicts) == (0, 9, 0)
+
+
+def test_out_of_order_batches_leave_no_ranges_behind(database: Database) -> None:
+    for first in (21, 11, 31, 1):
+        database.write_now(ledger.record, 0, [DecodedBatch.of(batch(first, first + 9).pack())], now_us=1)
+    done = database.write_now(ledger.record, 0, [DecodedBatch.of(batch(35, 45).pack())], now_us=1)
+    assert list(done.watermarks.values()) == [45]
+    assert database.read_now(lambda connection: connection.execute(select(ranges)).all()) == []
+
+
+def test_only_licenses_of_changed_plans_and_with_addons_are_looked_at(database: Database) -> None:
+    from licet.domain.catalog import License
+
+    for tenant, plan, addons in (("a", "pro", {}), ("b", "free", {}), ("c", "free", {"pro": 1})):
+        license_ = License(tenant, plan, addons=addons)
+        database.write_now(licenses.save, license_, revision=1, now_us=1, new=True)
+    found = database.read_now(licenses.holding, {"pro"}, after="", limit=10)
+    assert [stored.license.tenant for stored in found] == ["a", "c"]

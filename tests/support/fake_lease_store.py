@@ -1,0 +1,472 @@
+"""Quota registers in plain Python: what ``settle.lua`` and the publisher's scripts promise, and a store over them.
+
+Written from the protocol (``docs/adr/0002-registers-not-tokens.md``) and the scripts' headers, not from the scripts:
+sums are never stored but added up when asked for, so that a script that loses count answers differently. Time stands
+still unless a test moves ``now_ms``; another ``run_id`` is another Redis server.
+
+``without`` takes a rule out. The simulation must notice each: a rule nobody misses is a rule nobody tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import Final
+
+from licet.wire.registers import WINDOW_GRACE_S, Marker, Pair
+from licet_sidecar.core.leases import Ask, Granted, LeaseBook, SettleAnswer, SettleCall, Status
+from licet_sidecar.ports import LinkRefused
+
+UNITS_MAX: Final = 2**53 - 1
+WANTED_MS: Final = 2_000
+GENEROUS_SHARE: Final = 64
+FAIR_SHARE: Final = 2
+LEARNING: Final = "learning"
+OPEN: Final = "open"
+NEVER: Final = Pair(0, "0")
+"""The pair of a register that no sidecar asserted: the ledger filled it."""
+
+
+class Rule(Enum):
+    """What the scripts must do; each can be left out."""
+
+    LEARN_ON_NEW_RUN = auto()
+    """1. Another run id puts the mark in learning."""
+    CHECK_PAIR = auto()
+    """1. A call under another pair than the mark's is ``STALE``."""
+    UNPUBLISHED = auto()
+    """1. A call that knows newer limits than the mark gets nothing."""
+    MARKERS = auto()
+    """1. A marker without its hash is a loss."""
+    CLOSE = auto()
+    """2. A window that is over takes no calls."""
+    FENCE = auto()
+    """3. A call older than the register's last is refused."""
+    REPEAT = auto()
+    """3. The same call again gets the same answer."""
+    ASSERT_EXACTLY = auto()
+    """4. Under a new pair a register becomes what its sidecar says it is."""
+    ASSERT_GRANTS_NOTHING = auto()
+    """4. The call that asserts is granted nothing."""
+    ADOPT = auto()
+    """5. Where more is registered than the caller knows of, the answer tells, and grants nothing."""
+    FLOOR = auto()
+    """5. A return never takes a register below what is spent and reserved."""
+    ONLY_OPEN = auto()
+    """5. Nothing is granted while learning."""
+    WITHIN_AMOUNT = auto()
+    """5. A grant leaves the sum within the amount."""
+    ALL_OR_NOTHING = auto()
+    """5. If one quota of a call falls short, no quota is granted anything."""
+    REMEMBER_SPENT = auto()
+    """4. What was reported as spent stays spent."""
+    OPEN_SAME_PAIR = auto()
+    """*open* works only under the pair that was learned."""
+    OPEN_NOT_OLDER = auto()
+    """*open* does not replace newer limits by older ones."""
+    FILL_UNASSERTED = auto()
+    """*fill* leaves registers alone that asserted themselves."""
+
+
+@dataclass(slots=True)
+class FakeRegister:
+    """What one quota knows of one sidecar."""
+
+    g: int = 0
+    u: int = 0
+    h: int = 0
+    incarnation: int = 0
+    op: int = 0
+    pair: Pair = NEVER
+    d: int = 0
+    sealed: bool = False
+
+
+@dataclass(slots=True)
+class FakeQuota:
+    """One quota hash."""
+
+    base: int = 0
+    wanted_ms: int = 0
+    registers: dict[str, FakeRegister] = field(default_factory=dict)
+
+    @property
+    def sum(self) -> int:
+        """Units that are not to be had."""
+        return self.base + sum(register.g for register in self.registers.values())
+
+    @property
+    def used(self) -> int:
+        """Units spent or reserved, as last reported."""
+        return self.base + sum(register.u + register.h for register in self.registers.values())
+
+
+@dataclass(slots=True)
+class FakeMark:
+    """One tenant's mark."""
+
+    pair: Pair
+    phase: str
+    since_ms: int
+    revision: int = 0
+    amounts: dict[str, int] = field(default_factory=dict)
+    markers: dict[str, Marker] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Contents:
+    """All a server holds; a deep copy of it is a snapshot."""
+
+    marks: dict[str, FakeMark] = field(default_factory=dict)
+    quotas: dict[tuple[str, str], FakeQuota] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One quota of a call under way: ``register`` as it will be written, unless the call is refused; ``others`` is
+    the sum without it.
+    """
+
+    ask: Ask
+    quota: FakeQuota
+    register: FakeRegister
+    marker: Marker | None
+    others: int
+    asserting: bool
+    repeated: bool
+    grant: int = 0
+    short: bool = False
+
+
+class _Refused(Exception):
+    def __init__(self, status: Status, about: int = -1) -> None:
+        self.status = status
+        self.about = about
+
+
+class FakeRegisters:
+    """A Redis server with nothing but quota registers in it."""
+
+    def __init__(self, *, now_ms: int, run_id: str = "run1", without: frozenset[Rule] = frozenset()) -> None:
+        self.now_ms = now_ms
+        self.run_id = run_id
+        self.without = without
+        self.contents = Contents()
+        self.asks: list[tuple[str, str]] = []
+        self.listeners: list[asyncio.Queue[tuple[str, str, list[str]]]] = []
+
+    # Faults
+
+    def snapshot(self) -> Contents:
+        """What a replica holds at this moment."""
+        return copy.deepcopy(self.contents)
+
+    def restart(self, run_id: str) -> None:
+        """Another process with the same contents."""
+        self.run_id = run_id
+
+    def wipe(self, run_id: str) -> None:
+        """Another process that holds nothing."""
+        self.run_id = run_id
+        self.contents = Contents()
+
+    def roll_back(self, snapshot: Contents, run_id: str) -> None:
+        """A failover to a replica that had fallen behind."""
+        self.run_id = run_id
+        self.contents = copy.deepcopy(snapshot)
+
+    def lose_quota(self, tenant: str, quota: str) -> None:
+        """One hash is gone, and the mark is not."""
+        self.contents.quotas.pop((tenant, quota), None)
+
+    def lose_mark(self, tenant: str) -> None:
+        """The mark is gone, and the quotas are not."""
+        self.contents.marks.pop(tenant, None)
+
+    # The sidecar's script
+
+    def settle(self, sidecar: str, incarnation: int, call: SettleCall, live: int) -> SettleAnswer:
+        """One call, wholly or not at all.
+
+        Raises:
+            LinkRefused: an amount is no integer in [0, 2^53).
+        """
+        mark = self.contents.marks.get(call.tenant)
+        try:
+            granted = self._settle(mark, sidecar, incarnation, call, max(1, live))
+            status, about = Status.OK, -1
+        except _Refused as refused:
+            granted = ()
+            status, about = refused.status, refused.about
+        return SettleAnswer(
+            status=status,
+            incarnation=incarnation,
+            op=call.op,
+            pair=mark.pair if mark else Pair(0, ""),
+            phase=mark.phase if mark else "",
+            redis_ms=self.now_ms,
+            granted=granted,
+            about=about,
+        )
+
+    def _settle(
+        self, mark: FakeMark | None, sidecar: str, incarnation: int, call: SettleCall, live: int
+    ) -> tuple[Granted, ...]:
+        if mark is None:
+            raise _Refused(Status.LEARN)
+        self._notice_new_run(mark)
+        if call.pair != mark.pair and self._has(Rule.CHECK_PAIR):
+            raise _Refused(Status.STALE)
+        entries = [self._examine(mark, sidecar, incarnation, call, ask, about) for about, ask in enumerate(call.asks)]
+        if not all(entry.repeated for entry in entries):
+            self._move(mark, incarnation, call, entries, live)
+            for entry in entries:
+                self._write(mark, call.tenant, sidecar, entry)
+        return tuple(self._granted(mark, entry) for entry in entries)
+
+    def _examine(
+        self, mark: FakeMark, sidecar: str, incarnation: int, call: SettleCall, ask: Ask, about: int
+    ) -> _Entry:
+        for units in (ask.cap, ask.used, ask.reserved, ask.want, ask.min, ask.amount, ask.used + ask.reserved):
+            if units != int(units) or not 0 <= units <= UNITS_MAX:
+                raise LinkRefused(f"LICET quota {about + 1}: units must be integers from 0 to 2^53 - 1")
+        lease = ask.lease
+        now_s = self.now_ms // 1_000
+        if now_s >= lease.end + WINDOW_GRACE_S and self._has(Rule.CLOSE):
+            raise _Refused(Status.CLOSED, about)
+        if lease.start > now_s + WINDOW_GRACE_S:
+            raise _Refused(Status.EARLY, about)
+        quota = self.contents.quotas.get((call.tenant, lease.quota))
+        new_marker = self._marker_for(mark, ask, quota is not None, about)
+        quota = quota or FakeQuota()
+        old = quota.registers.get(sidecar)
+        if old is None:
+            # Who holds nothing has nothing to assert.
+            holds = ask.cap > 0 or ask.used + ask.reserved > 0
+            return _Entry(ask, quota, FakeRegister(), new_marker, quota.sum, asserting=holds, repeated=False)
+        if old.sealed:
+            raise _Refused(Status.SEALED, about)
+        if (old.incarnation, old.op) > (incarnation, call.op) and self._has(Rule.FENCE):
+            raise _Refused(Status.FENCED, about)
+        repeated = (old.incarnation, old.op) == (incarnation, call.op) and self._has(Rule.REPEAT)
+        others = quota.sum - old.g
+        return _Entry(ask, quota, replace(old), new_marker, others, asserting=old.pair != mark.pair, repeated=repeated)
+
+    def _marker_for(self, mark: FakeMark, ask: Ask, exists: bool, about: int) -> Marker | None:
+        """The marker to write, if another one is due."""
+        lease = ask.lease
+        marker = mark.markers.get(LeaseBook.marker(lease))
+        if marker is None:
+            return Marker(lease.start, lease.end, 0)
+        if lease.start > marker.start:
+            return Marker(lease.start, lease.end, marker.start)
+        if marker.previous_start < lease.start < marker.start:
+            return Marker(marker.start, marker.end, lease.start)
+        if not exists and self._has(Rule.MARKERS):
+            if lease.start < marker.previous_start:
+                raise _Refused(Status.CLOSED, about)
+            if mark.phase == OPEN:
+                raise _Refused(Status.LEARN, about)
+        return None
+
+    def _move(self, mark: FakeMark, incarnation: int, call: SettleCall, entries: Sequence[_Entry], live: int) -> None:
+        grants = mark.phase == OPEN or not self._has(Rule.ONLY_OPEN)
+        for entry in entries:
+            ask, register = entry.ask, entry.register
+            if entry.repeated:
+                grants = False
+                continue
+            acquiring = ask.want > 0 or ask.min > 0
+            u = max(ask.used, register.u) if self._has(Rule.REMEMBER_SPENT) else ask.used
+            floor = u + ask.reserved if self._has(Rule.FLOOR) else 0
+            holds = max(ask.cap, floor)
+            if entry.asserting and self._has(Rule.ASSERT_EXACTLY):
+                g = holds
+                grants = grants and not (acquiring and self._has(Rule.ASSERT_GRANTS_NOTHING))
+            elif acquiring and register.g > ask.cap and self._has(Rule.ADOPT):
+                g = max(register.g, floor)
+                grants = False
+            elif entry.asserting:
+                g = max(register.g, floor)
+            else:
+                g = holds
+            if entry.others + g > UNITS_MAX:
+                raise LinkRefused("LICET: all sidecars together would hold more than 2^53 - 1 units")
+            entry.register = FakeRegister(g, u, ask.reserved, incarnation, call.op, mark.pair)
+        if grants:
+            self._grant(mark, call, entries, live)
+
+    def _grant(self, mark: FakeMark, call: SettleCall, entries: Sequence[_Entry], live: int) -> None:
+        for about, entry in enumerate(entries):
+            ask = entry.ask
+            if ask.want == 0 and ask.min == 0:
+                continue
+            amount = mark.amounts.get(ask.lease.limit_key)
+            if mark.revision < call.revision and amount != ask.amount and self._has(Rule.UNPUBLISHED):
+                raise _Refused(Status.UNPUBLISHED, about)
+            remaining = max(0, (amount or 0) - entry.others - entry.register.g)
+            entry.short = remaining < ask.min
+            if entry.short and self._has(Rule.WITHIN_AMOUNT):
+                continue
+            generous = max(ask.want, remaining // (GENEROUS_SHARE * live))
+            share = max(ask.min, min(generous, remaining // (FAIR_SHARE * live)))
+            entry.grant = min(share, remaining) if self._has(Rule.WITHIN_AMOUNT) else max(share, ask.want)
+        refused = any(entry.short for entry in entries) and self._has(Rule.ALL_OR_NOTHING)
+        for entry in entries:
+            if not refused:
+                entry.register.d = entry.grant
+                entry.register.g += entry.grant
+
+    def _write(self, mark: FakeMark, tenant: str, sidecar: str, entry: _Entry) -> None:
+        if entry.repeated:
+            return
+        lease = entry.ask.lease
+        entry.quota.registers[sidecar] = entry.register
+        if entry.short:
+            entry.quota.wanted_ms = self.now_ms + WANTED_MS
+        self.contents.quotas[(tenant, lease.quota)] = entry.quota
+        if entry.marker is not None:
+            mark.markers[LeaseBook.marker(lease)] = entry.marker
+
+    def _granted(self, mark: FakeMark, entry: _Entry) -> Granted:
+        register, quota = entry.register, entry.quota
+        amount = mark.amounts.get(entry.ask.lease.limit_key, 0)
+        wanted = quota.wanted_ms > self.now_ms
+        return Granted(register.g, register.d, register.u, amount, quota.sum, quota.used, wanted)
+
+    # The publisher's scripts
+
+    def touch_mark(self, tenant: str) -> FakeMark | None:
+        """What a mark says; one last used on another server learns."""
+        mark = self.contents.marks.get(tenant)
+        if mark is not None:
+            self._notice_new_run(mark)
+        return copy.deepcopy(mark)
+
+    def begin(self, tenant: str, epoch: int) -> str | None:
+        """Makes a mark, in learning, where there is none. The run id when it did."""
+        if tenant in self.contents.marks:
+            return None
+        self.contents.marks[tenant] = FakeMark(Pair(epoch, self.run_id), LEARNING, self.now_ms)
+        return self.run_id
+
+    def relearn(self, tenant: str, old_epoch: int, epoch: int) -> str | None:
+        """Puts a mark of ``old_epoch`` in learning under a greater one. The run id when it did."""
+        mark = self.contents.marks.get(tenant)
+        if mark is None or mark.pair.epoch != old_epoch or epoch <= old_epoch:
+            return None
+        mark.pair, mark.phase, mark.since_ms = Pair(epoch, self.run_id), LEARNING, self.now_ms
+        return self.run_id
+
+    def fill(self, tenant: str, pair: Pair, sidecar: str, units: int, quota: str, marker: str, window: Marker) -> bool:
+        """While learning, counts what the ledger knows a sidecar spent, unless it said so itself.
+
+        ``quota`` is the quota's name; of ``window`` only start and end are read.
+        """
+        mark = self.contents.marks.get(tenant)
+        if mark is None or mark.pair != pair or mark.phase != LEARNING:
+            return False
+        if self.now_ms // 1_000 >= window.end + WINDOW_GRACE_S:
+            return False
+        registers = self.contents.quotas[(tenant, quota)].registers if (tenant, quota) in self.contents.quotas else {}
+        register = replace(registers.get(sidecar, FakeRegister()))
+        if register.pair == pair and self._has(Rule.FILL_UNASSERTED):
+            return False
+        if units <= register.u and self._has(Rule.FILL_UNASSERTED):
+            return False
+        register.u = units
+        register.g = max(register.g, units + register.h) if self._has(Rule.FILL_UNASSERTED) else units + register.h
+        others = sum(one.g for name, one in registers.items() if name != sidecar)
+        if others + register.g > UNITS_MAX:
+            return False
+        self.contents.quotas.setdefault((tenant, quota), FakeQuota()).registers[sidecar] = register
+        old = mark.markers.get(marker)
+        if old is None:
+            mark.markers[marker] = Marker(window.start, window.end, 0)
+        elif window.start > old.start:
+            mark.markers[marker] = Marker(window.start, window.end, old.start)
+        elif old.previous_start < window.start < old.start:
+            mark.markers[marker] = Marker(old.start, old.end, window.start)
+        return True
+
+    def open(
+        self, tenant: str, pair: Pair, revision: int, amounts: Mapping[str, int], quotas: Sequence[str] = ()
+    ) -> bool:
+        """Ends learning under ``pair``; of ``quotas``, those that are missing are made, empty."""
+        mark = self.contents.marks.get(tenant)
+        if mark is None or mark.phase != LEARNING:
+            return False
+        if self._has(Rule.OPEN_SAME_PAIR) and not (pair == mark.pair and mark.pair.run == self.run_id):
+            return False
+        if mark.revision > revision and self._has(Rule.OPEN_NOT_OLDER):
+            return False
+        mark.phase, mark.since_ms, mark.revision, mark.amounts = OPEN, self.now_ms, revision, dict(amounts)
+        for quota in quotas:
+            self.contents.quotas.setdefault((tenant, quota), FakeQuota())
+        return True
+
+    def publish_limits(self, tenant: str, revision: int, amounts: Mapping[str, int]) -> str:
+        """Replaces the limits by those of a newer revision: ``OK``, ``NOMARK`` or ``OLDER``."""
+        mark = self.contents.marks.get(tenant)
+        if mark is None:
+            return "NOMARK"
+        if mark.revision > revision:
+            return "OLDER"
+        mark.revision, mark.amounts = revision, dict(amounts)
+        return "OK"
+
+    def seal(self, tenant: str, quota: str, sidecar: str) -> None:
+        """Takes a register out of its sidecar's hands."""
+        self.contents.quotas[(tenant, quota)].registers[sidecar].sealed = True
+
+    # Inside
+
+    def _notice_new_run(self, mark: FakeMark) -> None:
+        if mark.pair.run != self.run_id and self._has(Rule.LEARN_ON_NEW_RUN):
+            mark.pair, mark.phase, mark.since_ms = Pair(mark.pair.epoch, self.run_id), LEARNING, self.now_ms
+
+    def _has(self, rule: Rule) -> bool:
+        return rule not in self.without
+
+
+class FakeLeaseStore:
+    """The ``LeaseStore`` of one sidecar."""
+
+    def __init__(self, registers: FakeRegisters, *, sidecar: str, incarnation: int) -> None:
+        self._registers = registers
+        self._sidecar = sidecar
+        self._incarnation = incarnation
+
+    async def settle(self, calls: Sequence[SettleCall], live: int) -> list[SettleAnswer | Exception]:
+        """See ``LeaseStore``."""
+        answers: list[SettleAnswer | Exception] = []
+        for call in calls:
+            try:
+                answers.append(self._registers.settle(self._sidecar, self._incarnation, call, live))
+            except LinkRefused as error:
+                answers.append(error)
+        return answers
+
+    async def ask(self, tenant: str, why: str) -> None:
+        """See ``LeaseStore``."""
+        self._registers.asks.append((tenant, why))
+
+    async def recall(self, tenant: str, quotas: Sequence[str]) -> None:
+        """See ``LeaseStore``."""
+        for listener in self._registers.listeners:
+            listener.put_nowait((self._sidecar, tenant, list(quotas)))
+
+    async def recalls(self) -> AsyncIterator[tuple[str, list[str]]]:
+        """See ``LeaseStore``."""
+        mine: asyncio.Queue[tuple[str, str, list[str]]] = asyncio.Queue()
+        self._registers.listeners.append(mine)
+        try:
+            while True:
+                sidecar, tenant, quotas = await mine.get()
+                if sidecar != self._sidecar:
+                    yield tenant, quotas
+        finally:
+            self._registers.listeners.remove(mine)

@@ -1,0 +1,104 @@
+"""A control plane by hand on a real server: signed documents, changes, heads, and marks by the publisher's scripts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import redis
+
+from licet.domain.catalog import Catalog, License
+from licet.domain.entitlements import entitlements_of, limits_of
+from licet.wire.names import RedisNames
+from licet.wire.usage import UsageBatch, UsageEvent, unpack_event
+from tests.support.published import Signer
+
+LUA: Final = Path(__file__).parents[2] / "control_plane" / "licet_control_plane" / "publisher" / "lua"
+EPOCH: Final = 1
+
+
+class RedisPublisher:
+    """Publishes to one server. Synchronous, so that a test with real processes needs no loop."""
+
+    def __init__(self, url: str, signer: Signer | None = None) -> None:
+        self.redis: Any = redis.Redis.from_url(url, protocol=2)
+        self.names = RedisNames()
+        self.signer = signer or Signer()
+        self.revision = 0
+        self._catalog = Catalog()
+        self._licenses: dict[str, License] = {}
+        self._scripts = {path.stem: self.redis.register_script(path.read_text()) for path in LUA.glob("*.lua")}
+
+    def push(self, content: Catalog) -> int:
+        """A bundle, the limits that follow from it, its change, and a head."""
+        self.revision += 1
+        self._catalog = content
+        manifest, chunks = self.signer.bundle(content, self.revision)
+        for digest, chunk in chunks.items():
+            self.redis.set(self.names.chunk(digest), chunk)
+        self.redis.set(self.names.bundle(), manifest)
+        return self._changed("bundle", "bundle")
+
+    def license(self, tenant: str, plan: str = "pro", **fields: Any) -> int:
+        """A license, its limits, its change, and a head."""
+        self.revision += 1
+        self._licenses[tenant] = License(tenant, plan, **fields)
+        self.redis.set(self.names.license(tenant), self.signer.license(self._licenses[tenant], self.revision))
+        return self._changed("license", tenant)
+
+    def beat(self) -> None:
+        """A head of now."""
+        run_id = self.redis.info("server")["run_id"]
+        head = self.signer.head(self.revision, run_id, time.time_ns() // 1_000, epoch=EPOCH)
+        self.redis.set(self.names.head(), head)
+
+    def events(self) -> list[UsageEvent]:
+        """Everything handed over, in the order of the streams."""
+        found = []
+        for shard in range(4):
+            for _, fields in self.redis.xrange(self.names.usage(shard)):
+                found += [unpack_event(event) for event in UsageBatch.unpack(fields[b"b"]).events]
+        return found
+
+    def acknowledge(self, sidecar: str, incarnation: int, watermark: int) -> None:
+        """As the drain does once the ledger has committed."""
+        log = f"{sidecar}:{incarnation}"
+        self.redis.hset(self.names.acked(), log, self.signer.ack(log, watermark))
+
+    def registers(self, tenant: str) -> dict[str, tuple[int, int, int]]:
+        """(granted, used, reserved) by ``<quota>/<sidecar>``."""
+        found = {}
+        for key in self.redis.scan_iter(self.names.quota(tenant, "*")):
+            for name, value in self.redis.hgetall(key).items():
+                if name.startswith(b"r|"):
+                    granted, used, reserved = value.split(b"|")[:3]
+                    quota = key.decode().partition(":q:")[2]
+                    found[f"{quota}/{name[2:].decode()}"] = (int(granted), int(used), int(reserved))
+        return found
+
+    def sidecars(self) -> list[str]:
+        """Ids in the registry."""
+        return [name.decode() for name in self.redis.hkeys(self.names.sidecars())]
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self.redis.close()
+
+    def _changed(self, kind: str, key: str) -> int:
+        for tenant, license_ in self._licenses.items():
+            amounts = limits_of(entitlements_of(license_, self._catalog))
+            mark = self.names.limits(tenant)
+            run = self._scripts["begin"](keys=[mark], args=[EPOCH])
+            if run:
+                self._scripts["open"](keys=[mark], args=[EPOCH, run, self.revision, *_counted(amounts)])
+            else:
+                self._scripts["publish_limits"](keys=[mark], args=[self.revision, *_counted(amounts)])
+        self.redis.xadd(self.names.changes(), {"kind": kind, "key": key}, id=f"{self.revision}-0")
+        self.beat()
+        return self.revision
+
+
+def _counted(amounts: Mapping[Any, int]) -> list[Any]:
+    return [len(amounts), *(value for pair in amounts.items() for value in pair)]
