@@ -33,6 +33,7 @@ CATALOG = catalog(
     Action("report.export", {"": "reports"}, {"note": Attribute(AttributeType.STRING, "")}),
     Action("free", {"": "free"}),
     Plan("pro", {"reports": Entitlement(limits=(limit(AMOUNT),)), "free": Entitlement()}),
+    Plan("large", {"reports": Entitlement(limits=(limit(1_000_000),))}),
 )
 
 
@@ -106,6 +107,7 @@ class Sidecar:
 def publisher(valkey_process: ValkeyProcess) -> Iterator[RedisPublisher]:
     made = RedisPublisher(valkey_process.url)
     made.push(CATALOG)
+    made.license("large", "large")
     made.license("acme")
     yield made
     made.close()
@@ -140,7 +142,7 @@ def refused(directory: Path, *flags: str) -> str:
 
 def test_serves_what_is_published(sidecar: Sidecar, publisher: RedisPublisher) -> None:
     response = sidecar.check(quantity=3)
-    assert (response.effect, response.reason, response.revision) == (pb.EFFECT_APPROVED, pb.REASON_OK, 2)
+    assert (response.effect, response.reason, response.revision) == (pb.EFFECT_APPROVED, pb.REASON_OK, 3)
     assert [(quota.window, quota.limit, quota.remaining) for quota in response.quotas] == [("month", AMOUNT, 97)]
     assert sidecar.check(ask("nobody")).reason == pb.REASON_NO_LICENSE
     revision = publisher.license("acme", "free")
@@ -182,7 +184,7 @@ def test_health_and_reflection_are_served(sidecar: Sidecar) -> None:
 def test_pages_tell_health_readiness_and_metrics(sidecar: Sidecar) -> None:
     sidecar.check()
     assert sidecar.page("/healthz") == (200, "ok\n")
-    assert sidecar.page("/readyz") == (200, "ready: revision 2\n")
+    assert sidecar.page("/readyz") == (200, "ready: revision 3\n")
     status, text = sidecar.page("/metrics")
     assert status == 200
     assert 'licet_checks_total{effect="APPROVED",reason="OK"} 1.0' in text
@@ -366,18 +368,18 @@ def test_a_wrong_public_key_never_becomes_ready_and_says_why(
 def test_while_redis_is_paused_leases_carry_on_and_answers_say_degraded(
     sidecar: Sidecar, valkey_process: ValkeyProcess
 ) -> None:
-    sidecar.check()
+    sidecar.check(ask("large"))
     valkey_process.pause()
     try:
         wait_until("noticed", lambda: "degraded" in sidecar.page("/readyz")[1], within_s=10)
-        response = sidecar.check()
+        response = sidecar.check(ask("large", quantity=100))
         assert (response.effect, response.reason, response.degraded) == (pb.EFFECT_APPROVED, pb.REASON_OK, True)
         assert sidecar.page("/readyz")[0] == 200
-        denied = sidecar.check(quantity=AMOUNT - 2)
+        denied = sidecar.check(ask("large", quantity=900_000))
         assert (denied.reason, denied.degraded) == (pb.REASON_DEGRADED_DENY, True)
     finally:
         valkey_process.resume()
-    wait_until("recovered", lambda: not sidecar.check(action="free").degraded, within_s=15)
+    wait_until("recovered", lambda: sidecar.check(ask("large", quantity=900_000)).reason == pb.REASON_OK, within_s=15)
 
 
 # Ends
@@ -420,12 +422,12 @@ def test_two_sidecars_share_a_limit_to_the_unit(
 
 
 def test_sigterm_returns_leases_deregisters_and_ends_well(sidecar: Sidecar, publisher: RedisPublisher) -> None:
-    sidecar.check(quantity=5)
+    sidecar.check(ask("large", quantity=5))
     wait_until("registered", lambda: publisher.sidecars(), within_s=5)
-    ((granted, used, _),) = publisher.registers("acme").values()
-    assert (granted > 5, used) == (True, 0)
+    ((granted, _, _),) = publisher.registers("large").values()
+    assert granted > 5
     assert sidecar.stop() == 0
-    assert list(publisher.registers("acme").values()) == [(5, 5, 0)]
+    assert list(publisher.registers("large").values()) == [(5, 5, 0)]
     assert publisher.sidecars() == []
     assert len(publisher.events()) == 1
     assert sidecar.log_lines("stopping with events the ledger has not acknowledged")
@@ -451,7 +453,7 @@ def test_a_restart_without_redis_serves_from_disk(
     valkey_process.stop()
     sidecar.start()
     response = sidecar.check(action="free")
-    assert (response.effect, response.revision, response.stale) == (pb.EFFECT_APPROVED, 2, False)
+    assert (response.effect, response.revision, response.stale) == (pb.EFFECT_APPROVED, 3, False)
 
 
 def test_a_damaged_log_costs_the_id_and_no_event_that_can_be_read(sidecar: Sidecar, publisher: RedisPublisher) -> None:
@@ -476,11 +478,13 @@ def test_a_full_log_is_an_answer_also_after_a_restart(
     one = made[0].start()
     reasons = set()
     with one.stub() as stub:
-        for _ in range(40):
-            batch = pb.CheckBatchRequest(checks=[ask(action="free")] * 1_000)
-            reasons |= {decision.reason for decision in stub.CheckBatch(batch, timeout=20).decisions}
-            if pb.REASON_USAGE_LOG_FULL in reasons:
-                break
+        for size in (1_000, 100, 10, 1):
+            batch = pb.CheckBatchRequest(checks=[ask(action="free")] * size)
+            for _ in range(40):
+                told = {decision.reason for decision in stub.CheckBatch(batch, timeout=20).decisions}
+                reasons |= told
+                if pb.REASON_USAGE_LOG_FULL in told:
+                    break
     assert reasons == {pb.REASON_OK, pb.REASON_USAGE_LOG_FULL}
     one.program.kill()
     one.start()  # also full, it starts, says so per action, and ships what it has

@@ -11,7 +11,7 @@ import redis
 
 from licet.domain.catalog import Catalog, License
 from licet.domain.entitlements import entitlements_of, limits_of
-from licet.wire.names import RedisNames
+from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.usage import UsageBatch, UsageEvent, unpack_event
 from tests.support.published import Signer
 
@@ -55,12 +55,14 @@ class RedisPublisher:
         self.redis.set(self.names.head(), head)
 
     def events(self) -> list[UsageEvent]:
-        """Everything handed over, in the order of the streams."""
-        found = []
-        for shard in range(4):
+        """Everything handed over, each event of a log once, as the ledger would take it."""
+        found: dict[tuple[str, int], UsageEvent] = {}
+        for shard in range(USAGE_SHARDS):
             for _, fields in self.redis.xrange(self.names.usage(shard)):
-                found += [unpack_event(event) for event in UsageBatch.unpack(fields[b"b"]).events]
-        return found
+                batch = UsageBatch.unpack(fields[b"b"])
+                for event in map(unpack_event, batch.events):
+                    found[batch.log_id, event.seq] = event
+        return list(found.values())
 
     def acknowledge(self, sidecar: str, incarnation: int, watermark: int) -> None:
         """As the drain does once the ledger has committed."""

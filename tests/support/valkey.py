@@ -98,6 +98,15 @@ class ValkeyProcess:
         shutil.rmtree(self.data_dir, ignore_errors=True)
         self.start()
 
+    def command(self, *words: str) -> None:
+        """Carry out one command, such as FLUSHALL."""
+        request = f"*{len(words)}\r\n" + "".join(f"${len(word)}\r\n{word}\r\n" for word in words)
+        with socket.create_connection(("127.0.0.1", self.port), timeout=STOP_S_MAX) as connection:
+            connection.sendall(request.encode())
+            answer = connection.recv(1024)
+        if answer.startswith(b"-"):
+            raise RuntimeError(answer.decode())
+
     def pause(self) -> None:
         """Freeze it: connections stay, nothing answers (SIGSTOP)."""
         if self._process:

@@ -1,0 +1,149 @@
+"""Real processes that are killed, paused and robbed of their data under load: what clients were told still holds.
+
+Clients keep their own record of every answer. At the end the limit was not exceeded (P1), everything that was not
+spent can still be spent (P2), and the ledger holds every answered decision exactly once, as answered (P6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import licet
+from tests.support.fleet import Fleet, wait_until
+from tests.support.ledger import recorded_decisions
+from tests.support.load import Record, drive
+
+LIMIT = 40_000
+CATALOG = f"""\
+kind: Feature
+name: reports
+---
+kind: Action
+name: report.export
+feature: reports
+---
+kind: Plan
+name: pro
+features:
+  reports:
+    limits:
+      - {{name: monthly, amount: {LIMIT}, per: month}}
+"""
+APPROVED = 1
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    fleet = Fleet(tmp_path)
+    try:
+        fleet.start()
+        fleet.push(CATALOG)
+        fleet.licet("license", "create", "acme", "--plan", "pro", "--wait")
+        yield fleet
+    finally:
+        fleet.stop()
+
+
+def kill_a_sidecar(fleet: Fleet, chance: random.Random) -> None:
+    sidecar = chance.choice(fleet.sidecars)
+    sidecar.kill()
+    sidecar.start()
+
+
+def kill_the_server(fleet: Fleet, _: random.Random) -> None:
+    fleet.server.kill()
+    fleet.server.start()
+
+
+def kill_redis(fleet: Fleet, _: random.Random) -> None:
+    fleet.valkey.kill()
+    fleet.valkey.start()
+
+
+def empty_redis(fleet: Fleet, _: random.Random) -> None:
+    fleet.valkey.command("FLUSHALL")
+
+
+def wipe_redis(fleet: Fleet, _: random.Random) -> None:
+    fleet.valkey.wipe()
+
+
+def pause_redis(fleet: Fleet, _: random.Random) -> None:
+    fleet.valkey.pause()
+    time.sleep(1.5)
+    fleet.valkey.resume()
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("faults", "count"),
+    [
+        pytest.param([kill_a_sidecar], 6, id="sidecars killed"),
+        pytest.param([kill_the_server], 3, id="control plane killed"),
+        pytest.param([kill_redis], 2, id="redis killed"),
+        pytest.param([empty_redis], 1, id="redis emptied"),
+        pytest.param([wipe_redis], 1, id="redis replaced by an empty one"),
+        pytest.param([kill_a_sidecar, kill_the_server, pause_redis], 6, id="one after the other"),
+    ],
+)
+def test_answers_hold_under(fleet: Fleet, faults: list[Callable[[Fleet, random.Random], None]], count: int) -> None:
+    record = Record()
+    chance = random.Random(count)
+
+    async def load() -> None:
+        until = asyncio.Event()
+        clients = asyncio.create_task(
+            drive(fleet.addresses, record, tenant="acme", action="report.export", until=until, clients=12, pause_s=0.02)
+        )
+        for number in range(count):
+            before = len(record.approved) + len(record.refused)
+            await asyncio.to_thread(faults[number % len(faults)], fleet, chance)
+            # Some answers in between, whatever they are: every fault hits a system at work.
+            await asyncio.to_thread(
+                wait_until, "answers go on", lambda then=before: len(record.approved) + len(record.refused) > then + 200
+            )
+        until.set()
+        await clients
+
+    asyncio.run(load())
+    for number in range(fleet.count):
+        fleet.wait_ready(number)
+
+    answered = record.approved.keys() | record.refused.keys()
+    wait_until("the ledger has every answer", lambda: answered <= recorded_decisions(fleet).keys())
+    ledger = recorded_decisions(fleet)
+    assert {name: ledger[name] for name in record.approved} == {
+        name: (APPROVED, units) for name, units in record.approved.items()
+    }
+    assert all(ledger[name][0] != APPROVED for name in record.refused)
+    spent = sum(units for effect, units in ledger.values() if effect == APPROVED)
+    assert record.units <= spent <= LIMIT
+
+    rest = asyncio.run(spend_the_rest(fleet, LIMIT - spent))
+    assert spent + rest == LIMIT
+    wait_until("the ledger is consistent", lambda: fleet.licet("ledger", "verify")["ok"])
+
+
+async def spend_the_rest(fleet: Fleet, units: int) -> int:
+    """Asks one sidecar for all that is left, in shrinking steps, until it is gone or time is up; what was got."""
+    deadline = time.monotonic() + 90  # learning after a loss may take as long as a lease lives
+    got = 0
+    async with licet.AsyncClient(fleet.addresses[0]) as client:
+        step = 1_000
+        while got <= units and time.monotonic() < deadline:
+            decision = await client.check("acme", "report.export", quantity=step, timeout=5.0)
+            if decision.approved:
+                got += step
+            elif decision.reason is not licet.Reason.QUOTA_EXHAUSTED:
+                await asyncio.sleep(0.1)
+            elif step > 1:
+                step = max(1, step // 4)
+            else:
+                break
+    return got

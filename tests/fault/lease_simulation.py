@@ -1,0 +1,832 @@
+"""A seeded simulation of sidecars, a control plane and a Redis that share quotas, and of what can go wrong.
+
+Real: ``LeaseBook`` and ``may_open``. Modeled: the scripts (``FakeRegisters``), what the sidecar's shell keeps on disk,
+a network that drops, repeats, delays and reorders, clocks, crashes, and a control plane that may stop anywhere and go
+on later, beside another one. After every step the promises are checked; at the end, whether every unit that no dead
+sidecar holds can be spent.
+
+*What is checked.* ``held`` of a sidecar: what it spent of a quota (by its log) and what it may still spend, counting
+answers under way to it. A *gap* is by how much ``held`` exceeds its register. While nothing acknowledged is lost there
+is no gap, ever. After a loss, gaps may be left when leasing reopens, but only of sidecars that did not assert
+themselves; from then on they only shrink, and the units approved never exceed amount + gaps at reopening.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from licet.domain.ids import LimitKey
+from licet.wire.registers import HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Mark, Marker, Pair
+from licet_control_plane.core.learning import Holder, Verdict, may_open
+from licet_control_plane.publisher.marks import quotas_to_keep
+from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, Status, TenantLeases
+from tests.support.fake_lease_store import OPEN, Contents, FakeRegisters, Rule
+
+TENANT: Final = "acme"
+START_MS: Final = 1_800_000_000_000
+WINDOW_S: Final = {
+    LimitKey("calls:short"): 120,
+    LimitKey("calls:long"): 100_000_000,
+    LimitKey("seats:long"): 100_000_000,
+}
+LIMITS: Final = tuple(WINDOW_S)
+PREFETCH_AHEAD_S: Final = 5
+TICK_MS: Final = 1_000
+QUIESCE_ROUNDS_MAX: Final = 400
+STEPS: Final = 400
+REFUSED_MAX: Final = 60
+"""Refused checks, half a second apart, until units that were not called back count as stranded: a holder that nobody
+reminds (its reservation was cancelled, so Redis takes the units for used) says so with its next keepalive, in 20 s."""
+
+
+class Violation(AssertionError):
+    """A promise was broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What may go wrong in a run: chances for each step. Families are run apart and together."""
+
+    network: bool = True
+    crashes: bool = True
+    partitions: bool = True
+    clocks: bool = True
+    limits: bool = True
+    restarts: bool = True
+    losses: bool = True
+    partial_losses: bool = True
+
+
+@dataclass(slots=True)
+class Logged:
+    """What the log says of one lease."""
+
+    limit: LimitKey
+    start: int
+    end: int
+    amount: int
+    cap: int
+    used: int
+
+
+@dataclass(slots=True)
+class Message:
+    """A call on its way to Redis, or an answer on its way back."""
+
+    sidecar: str
+    incarnation: int
+    call: SettleCall
+    answer: SettleAnswer | None = None
+
+
+class Sidecar:
+    """One sidecar: its process (``book``), and what survives it (``log``)."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.skew_ms = 0
+        self.boot_offset_ms = world.random.randrange(10**9)
+        self.log: dict[str, Logged] = {}
+        self.incarnation = 0
+        self.running = False
+        self.dead = False
+        self.cut_until_ms = 0
+        self.revision = world.revision
+        self.amounts = dict(world.amounts)
+        self.start()
+
+    # Clocks
+
+    @property
+    def now_s(self) -> int:
+        return (self.world.now_ms + self.skew_ms) // 1_000
+
+    @property
+    def boot_ms(self) -> int:
+        return self.world.now_ms + self.boot_offset_ms
+
+    @property
+    def connected(self) -> bool:
+        return self.running and self.world.now_ms >= self.cut_until_ms
+
+    @property
+    def held(self) -> TenantLeases:
+        return self.book.of(TENANT)
+
+    # Process
+
+    def start(self) -> None:
+        self.incarnation += 1
+        self.book = self.world.new_book(self.incarnation)
+        self.running = True
+        self.asserted = Pair(0, "")
+        self.to_assert: Pair | None = None
+        self.to_assert_since_ms = 0
+        self.ticked_ms = self.boot_ms
+        self.reserved: list[tuple[Lease, int]] = []
+        self.live = 1
+        for key in [key for key in self.world.answered_until_ms if key[0] == self.name]:
+            del self.world.answered_until_ms[key]
+        kept = {quota: one for quota, one in self.log.items() if one.end + QUOTA_KEPT_S > self.now_s}
+        for one in kept.values():
+            lease = Lease(one.limit, "", one.start, one.end, one.amount)
+            lease.cap, lease.used = one.cap, one.used
+            self.book.restore(TENANT, lease, self.boot_ms)
+        self.log = {lease.quota: _logged(lease) for lease in self.held.all() if lease.cap or lease.used}
+
+    def crash(self) -> None:
+        self.running = False
+
+    # Checks
+
+    def check(self, asks: dict[LimitKey, int], *, reserve: bool = False, die_at_log: bool = False) -> bool | None:
+        """Decides as the engine does: true or false, or ``None`` when leases are needed (and now called for)."""
+        leases = [(self.lease(limit), units) for limit, units in asks.items()]
+        needs = []
+        for lease, units in leases:
+            if not self.book.can_spend(lease, units, self.boot_ms):
+                if units > lease.amount or self.book.known_short(lease, units, self.boot_ms):
+                    return False
+                needs.append((lease, units))
+        if needs:
+            for lease, units in needs:
+                self.book.need(self.held, lease, units)
+            self.call()
+            return None
+        for lease, units in leases:
+            if reserve:
+                lease.reserved += units
+                self.reserved.append((lease, units))
+            else:
+                self.spend(lease, units, die_at_log=die_at_log)
+        if die_at_log:
+            self.crash()
+        return True
+
+    def spend(self, lease: Lease, units: int, *, die_at_log: bool = False) -> None:
+        """Logs, then spends. The log is what counts: a call that crashed before its answer may be recorded too."""
+        self.world.spent(self, lease, units)
+        logged = self.log.get(lease.quota)
+        if logged is not None:
+            logged.used += units
+        if not die_at_log:
+            self.book.spend(lease, units, self.boot_ms)
+
+    def settle_reservation(self) -> None:
+        if not self.reserved:
+            return
+        lease, units = self.reserved.pop(self.world.random.randrange(len(self.reserved)))
+        lease.reserved -= units
+        # Committed in the window and hold it was made in, or cancelled.
+        if (
+            self.world.random.random() < 0.5
+            and self.book.can_spend(lease, units, self.boot_ms)
+            and self.now_s < lease.end
+        ):
+            self.spend(lease, units)
+
+    def lease(self, limit: LimitKey) -> Lease:
+        start, end = window(limit, self.now_s)
+        return self.book.lease(self.held, limit, "", start, end, self.amounts.get(limit, 0))
+
+    # Calls
+
+    def call(self, *, giving_back: bool = False) -> None:
+        """Sends the outstanding call again, or the next one."""
+        held = self.held
+        call = held.outstanding
+        if call is None:
+            caps = {lease: lease.cap for lease in held.all()}
+            call = self.book.begin_call(
+                held, revision=self.revision, now_s=self.now_s, boot_ms=self.boot_ms, giving_back=giving_back
+            )
+            if call is None:
+                return
+            if self.world.log_before_return:
+                self.write([ask.lease for ask in call.asks if ask.cap < caps.get(ask.lease, 0)])
+        if self.world.verbatim:
+            self.world.send(Message(self.name, self.incarnation, call))
+        else:
+            self.world.send(Message(self.name, self.incarnation, self.world.altered(self, call)))
+
+    def take(self, answer: SettleAnswer) -> Outcome | None:
+        """An answer arrived, maybe not the one that is waited for."""
+        call = self.held.outstanding
+        if call is None:
+            return None
+        caps = {ask.lease: ask.lease.cap for ask in call.asks}
+        outcome = self.book.end_call(self.held, call, answer, self.boot_ms)
+        self.write([lease for lease, cap in caps.items() if lease.cap != cap])
+        if outcome is Outcome.AGAIN:
+            self.call()
+        elif outcome is Outcome.RECALL:
+            for other in self.world.sidecars.values():
+                if other is not self and other.connected and self.world.arrives():
+                    other.recalled({ask.lease.quota for ask in call.asks if ask.min})
+            for ask in call.asks:
+                ask.lease.short_until_ms = 0
+        elif outcome is Outcome.ASK_CONTROL_PLANE:
+            self.world.asked.add(self.held.why)
+        elif outcome is Outcome.REPLACED:
+            raise Violation(f"{self.name} was fenced off from its own registers")
+        return outcome
+
+    def write(self, leases: list[Lease]) -> None:
+        for lease in leases:
+            self.log[lease.quota] = _logged(lease)
+
+    def recalled(self, quotas: set[str]) -> None:
+        for lease in self.held.all():
+            if lease.quota in quotas and lease.free > 0:
+                lease.wanted = True
+        self.call()
+
+    def upkeep(self) -> None:
+        """What the shell does each tenth of a second, and once a second."""
+        if self.boot_ms - self.ticked_ms >= TICK_MS:
+            elapsed_s = (self.boot_ms - self.ticked_ms) / 1_000
+            self.ticked_ms = self.boot_ms
+            for lease in list(self.held.leases.values()):
+                if lease.end - PREFETCH_AHEAD_S <= self.now_s < lease.end and lease.rate > 0:
+                    self.book.prefetch(self.held, lease, *window(lease.limit_key, lease.end))
+            if self.book.tick(self.held, self.now_s, self.boot_ms, elapsed_s) or self.held.outstanding:
+                self.call()
+        if self.to_assert is not None:
+            if self.book.unasserted(self.to_assert_since_ms, self.now_s, self.boot_ms):
+                self.call()
+            else:
+                self.asserted, self.to_assert = self.to_assert, None
+
+    def head(self, pair: Pair, live: int) -> None:
+        self.live = live
+        if pair != self.asserted and pair != self.to_assert:
+            self.to_assert, self.to_assert_since_ms = pair, self.boot_ms
+
+
+class ControlPlane:
+    """One control plane. ``work`` is what it is doing; it may stop between any two steps of it."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.work: Iterator[None] | None = None
+        self.learning_seen = False
+
+    def step(self) -> None:
+        if self.work is None:
+            self.work = self.look()
+        try:
+            next(self.work)
+        except StopIteration:
+            self.work = None
+
+    def publish(self) -> Generator[None]:
+        world = self.world
+        revision, amounts = world.revision, dict(world.amounts)
+        yield
+        if world.registers.publish_limits(TENANT, revision, amounts) == "NOMARK":
+            yield
+            yield from self.begin()
+
+    def begin(self) -> Generator[None]:
+        epoch = self.world.allocate_epoch()
+        yield
+        self.world.registers.begin(TENANT, epoch)
+
+    def look(self) -> Generator[None]:
+        """One round of the publisher: limits, what sidecars asked, opening, a head."""
+        world = self.world
+        registers = world.registers
+        yield from self.publish()
+        why = set(world.asked)
+        world.asked.clear()
+        mark = registers.touch_mark(TENANT)
+        yield
+        if mark is None:
+            yield from self.begin()
+        elif "quota-lost" in why and mark.phase == OPEN:
+            epoch = world.allocate_epoch()
+            yield
+            registers.relearn(TENANT, mark.pair.epoch, epoch)
+        yield
+        yield from self.open()
+        yield
+        world.head()
+
+    def open(self) -> Generator[None]:
+        world, registers = self.world, self.world.registers
+        revision, amounts = world.revision, dict(world.amounts)
+        state = registers.touch_mark(TENANT)
+        if state is None or state.phase == OPEN:
+            return
+        yield
+        verdict, _ = may_open(
+            state.pair,
+            learning_s=(registers.now_ms - state.since_ms) / 1_000,
+            registry_s=1e9,
+            holders=list(world.holders.values()),
+            now_s=world.now_ms / 1_000,
+        )
+        if verdict is Verdict.WAIT and not world.hasty:
+            return
+        yield
+        spent = {key: units for key, units in world.ledger.items() if units}
+        for (quota, sidecar), units in spent.items():
+            limit, _, start = quota.rpartition(":")
+            lease_window = Marker(int(start), int(start) + WINDOW_S[LimitKey(limit)], 0)
+            registers.fill(TENANT, state.pair, sidecar, units, quota, limit, lease_window)
+        yield
+        mark = registers.contents.marks.get(TENANT)
+        if mark is None:
+            return
+        whole = Mark(mark.pair, mark.phase, mark.since_ms, mark.revision, mark.amounts, dict(mark.markers))
+        keep = [quota for quota, _ in quotas_to_keep(whole, registers.now_ms / 1_000)]
+        yield
+        before = registers.contents.marks.get(TENANT)
+        was = before.phase if before else ""
+        if registers.open(TENANT, state.pair, revision, amounts, keep) and was != OPEN:
+            world.opened(verdict)
+
+
+@dataclass
+class World:
+    """Everything, and the seeded choice of what happens next."""
+
+    seed: int
+    faults: Faults = field(default_factory=Faults)
+    without: frozenset[Rule] = frozenset()
+    book: type[LeaseBook] = LeaseBook
+    log_before_return: bool = True
+    verbatim: bool = True
+    hasty: bool = False
+    trace: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.now_ms = START_MS + self.random.randrange(240_000)
+        self.registers = FakeRegisters(now_ms=self.now_ms, without=self.without)
+        self.runs = 1
+        self.revision = 1
+        self.epoch = 0
+        self.amounts = {limit: self.random.choice([3, 10, 40]) for limit in LIMITS}
+        self.asked: set[str] = set()
+        self.network: list[Message] = []
+        self.holders: dict[str, Holder] = {}
+        self.ledger: dict[tuple[str, str], int] = {}
+        self.snapshots: list[Contents] = []
+        self.spent_units: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self.answered_until_ms: dict[tuple[str, str], int] = {}
+        self.lost = False
+        self.partly_lost_while_learning = False
+        self.allowance: dict[tuple[str, str], int] = {}
+        self.high: defaultdict[str, int] = defaultdict(int)
+        self.quiet = False
+        self.control_planes = [ControlPlane(self), ControlPlane(self)]
+        self.sidecars: dict[str, Sidecar] = {}
+        for number in range(self.random.randint(2, 4)):
+            self.sidecars[f"s{number}"] = Sidecar(self, f"s{number}")
+        if self.faults.clocks:
+            for sidecar in self.sidecars.values():
+                sidecar.skew_ms = self.random.randint(-4_000, 4_000)
+        self.heartbeats()
+        if self.random.random() < 0.8:  # else the first mark is made under way
+            run = self.registers.begin(TENANT, self.allocate_epoch())
+            assert run is not None
+            self.registers.open(TENANT, Pair(1, run), self.revision, self.amounts)
+
+    def new_book(self, incarnation: int) -> LeaseBook:
+        return self.book(incarnation)
+
+    # Running
+
+    def run(self, steps: int = STEPS) -> None:
+        for _ in range(steps):
+            self.step()
+            self.check()
+        self.quiesce()
+
+    def step(self) -> None:
+        self.registers.now_ms = self.now_ms
+        choices = [
+            (40, self.do_deliver),
+            (16, self.do_check),
+            (14, self.do_upkeep),
+            (14, self.do_control_plane),
+            (9, self.do_time),
+            (3, self.do_resend),
+            (2, self.do_ship),
+            (2, self.do_reservation),
+            (2, self.do_sync),
+        ]
+        if self.faults.crashes:
+            choices.append((2, self.do_crash))
+        if self.faults.partitions:
+            choices.append((1, self.do_cut))
+        if self.faults.clocks:
+            choices.append((3, self.do_clock))
+        if self.faults.limits:
+            choices.append((1, self.do_limits))
+        if self.faults.restarts:
+            choices.append((1, self.do_restart))
+        if self.faults.losses or self.faults.partial_losses:
+            choices.append((1, self.do_lose))
+            choices.append((1, self.do_snapshot))
+        weights, actions = zip(*choices, strict=True)
+        self.random.choices(actions, weights)[0]()
+
+    def note(self, what: str) -> None:
+        self.trace.append(f"{(self.now_ms - START_MS) / 1_000:9.3f} {what}")
+
+    def pick(self) -> Sidecar:
+        return self.random.choice(list(self.sidecars.values()))
+
+    # Steps
+
+    def do_time(self) -> None:
+        self.advance(self.random.choices([10, 300, 1_000, 5_000, 20_000, 61_000], [3, 5, 8, 3, 1, 0.3])[0])
+
+    def advance(self, ms: int) -> None:
+        self.now_ms += ms
+        self.registers.now_ms = self.now_ms
+        self.heartbeats()
+
+    def heartbeats(self) -> None:
+        for sidecar in self.sidecars.values():
+            if sidecar.connected:
+                self.holders[sidecar.name] = Holder(sidecar.name, self.now_ms / 1_000, sidecar.asserted)
+
+    def do_check(self) -> None:
+        sidecar = self.pick()
+        if not sidecar.running:
+            return
+        limits = self.random.sample(LIMITS, self.random.choice([1, 1, 2, 3]))
+        asks = {limit: self.random.choice([1, 1, 1, 2, 4]) for limit in limits}
+        reserve = self.random.random() < 0.1
+        die = self.faults.crashes and not reserve and self.random.random() < 0.02
+        answer = sidecar.check(asks, reserve=reserve, die_at_log=die)
+        if answer is None and self.random.random() < 0.6:
+            self.hurry(sidecar)
+            answer = sidecar.check(asks, reserve=reserve, die_at_log=die) if sidecar.running else None
+        self.note(f"{sidecar.name} checks {asks}: {answer}{' reserved' if reserve else ''}{' and dies' if die else ''}")
+
+    def do_reservation(self) -> None:
+        sidecar = self.pick()
+        if sidecar.running:
+            sidecar.settle_reservation()
+
+    def do_upkeep(self) -> None:
+        sidecar = self.pick()
+        if sidecar.running:
+            sidecar.upkeep()
+            if self.random.random() < 0.1:
+                self.note(f"{sidecar.name} gives back")
+                sidecar.call(giving_back=True)
+
+    def do_resend(self) -> None:
+        sidecar = self.pick()
+        if sidecar.running and sidecar.held.outstanding is not None:
+            sidecar.call()
+
+    def do_sync(self) -> None:
+        sidecar = self.pick()
+        sidecar.revision, sidecar.amounts = self.revision, dict(self.amounts)
+
+    def do_ship(self) -> None:
+        """The ledger learns what a sidecar logged, perhaps only a part."""
+        for (quota, sidecar), units in self.spent_units.items():
+            if self.random.random() < 0.5 and not self.sidecars[sidecar].dead:
+                known = self.ledger.get((quota, sidecar), 0)
+                self.ledger[(quota, sidecar)] = self.random.randint(known, units)
+
+    def do_control_plane(self) -> None:
+        self.random.choices(self.control_planes, [5, 1])[0].step()
+
+    def do_crash(self) -> None:
+        sidecar = self.pick()
+        if sidecar.running and self.random.random() < 0.5:
+            sidecar.crash()
+            sidecar.dead = self.random.random() < 0.15 and sum(s.dead for s in self.sidecars.values()) < 1
+            self.note(f"{sidecar.name} {'dies' if sidecar.dead else 'crashes'}")
+        elif not sidecar.running and not sidecar.dead:
+            sidecar.start()
+            self.note(f"{sidecar.name} starts: {list(sidecar.held.all())}")
+
+    def do_cut(self) -> None:
+        sidecar = self.pick()
+        sidecar.cut_until_ms = self.now_ms + self.random.choice([2_000, 30_000, 120_000])
+        self.note(f"{sidecar.name} is cut off")
+
+    def do_clock(self) -> None:
+        sidecar = self.pick()
+        sidecar.skew_ms = self.random.randint(-4_000, 4_000)
+        self.note(f"{sidecar.name}'s clock is {sidecar.skew_ms} ms off")
+
+    def do_limits(self) -> None:
+        self.revision += 1
+        self.amounts[self.random.choice(LIMITS)] = self.random.choice([0, 3, 10, 40])
+        self.note(f"limits {self.amounts}")
+
+    def do_restart(self) -> None:
+        self.runs += 1
+        self.registers.restart(f"run{self.runs}")
+        self.note(f"Redis restarts: run{self.runs}")
+
+    def do_snapshot(self) -> None:
+        self.snapshots = [*self.snapshots[-2:], self.registers.snapshot()]
+
+    def do_lose(self) -> None:
+        kind = self.random.choice(["wipe", "roll back", "quota", "quota", "mark"])
+        whole = kind in ("wipe", "roll back")
+        if not (self.faults.losses if whole else self.faults.partial_losses):
+            return
+        self.runs += 1
+        run = f"run{self.runs}"
+        if kind == "wipe":
+            self.registers.wipe(run)
+        elif kind == "roll back":
+            if not self.snapshots:
+                return
+            self.registers.roll_back(self.random.choice(self.snapshots), run)
+        elif kind == "mark":
+            self.registers.lose_mark(TENANT)
+        elif self.registers.contents.quotas:
+            _, quota = self.random.choice(list(self.registers.contents.quotas))
+            self.registers.lose_quota(TENANT, quota)
+            kind = f"loses {quota}"
+            mark = self.registers.contents.marks.get(TENANT)
+            self.partly_lost_while_learning |= mark is not None and mark.phase != OPEN
+        self.lost = True
+        self.note(f"Redis {kind} ({run})")
+
+    # Network
+
+    def arrives(self) -> bool:
+        return self.quiet or not self.faults.network or self.random.random() < 0.8
+
+    def send(self, message: Message) -> None:
+        if not self.sidecars[message.sidecar].connected:
+            return
+        if self.arrives():
+            self.network.append(message)
+            if not self.quiet and self.faults.network and self.random.random() < 0.1:
+                self.network.append(message)
+
+    def do_deliver(self) -> None:
+        if not self.network:
+            return
+        position = self.random.randrange(len(self.network)) if self.faults.network else 0
+        self.deliver(self.network.pop(position))
+
+    def deliver(self, message: Message) -> None:
+        sidecar = self.sidecars[message.sidecar]
+        if message.answer is None:
+            answer = self.registers.settle(message.sidecar, message.incarnation, message.call, sidecar.live)
+            self.note(f"{message.sidecar}/{message.incarnation} settles {_told(message.call, answer)}")
+            if any(granted.d for granted in answer.granted):
+                self.granted(message.call)
+            self.network_add_answer(replace(message, answer=answer))
+        elif sidecar.connected:
+            call = sidecar.held.outstanding
+            until_ms = call.sent_boot_ms + 1_000 * HOLD_S if call else 0
+            outcome = sidecar.take(message.answer)
+            if outcome is not None and message.answer.status is Status.OK and call is not None:
+                for ask in call.asks:
+                    self.answered_until_ms[(sidecar.name, ask.lease.quota)] = until_ms
+
+    def hurry(self, sidecar: Sidecar) -> None:
+        """What is under way to and from one sidecar arrives at once, mostly."""
+        for _ in range(4):
+            mine = [message for message in self.network if message.sidecar == sidecar.name]
+            if mine:
+                self.network.remove(mine[-1])
+                self.deliver(mine[-1])
+
+    def network_add_answer(self, message: Message) -> None:
+        if self.sidecars[message.sidecar].connected and self.arrives():
+            self.network.append(message)
+
+    def altered(self, sidecar: Sidecar, call: SettleCall) -> SettleCall:
+        """For the ablation of verbatim repeats: the same number, and what is true now."""
+        asks = tuple(
+            ask._replace(cap=ask.lease.cap, used=ask.lease.used, reserved=ask.lease.reserved) for ask in call.asks
+        )
+        return replace(call, asks=asks)
+
+    # The control plane's world
+
+    def allocate_epoch(self) -> int:
+        self.epoch += 1
+        return self.epoch
+
+    def head(self) -> None:
+        pair = Pair(self.epoch, self.registers.run_id)
+        for sidecar in self.sidecars.values():
+            if sidecar.connected and self.arrives():
+                sidecar.head(pair, max(1, sum(one.connected for one in self.sidecars.values())))
+
+    def opened(self, verdict: Verdict) -> None:
+        mark = self.registers.contents.marks[TENANT]
+        self.allowance = {}
+        for name, sidecar in self.sidecars.items():
+            holder = self.holders.get(name)
+            said = (
+                holder is not None and holder.asserted.epoch >= mark.pair.epoch and holder.asserted.run == mark.pair.run
+            )
+            for quota in self.quotas_of(sidecar):
+                gap = self.held_units(sidecar, quota) - self.registered(sidecar, quota)
+                if gap <= 0 or self.closed(quota):
+                    continue
+                if not self.lost:
+                    raise Violation(f"opened with {gap} of {quota} missing for {name}, and nothing was lost")
+                if said and not self.partly_lost_while_learning and sidecar.running:
+                    raise Violation(
+                        f"opened ({verdict.value}) with {gap} of {quota} missing for {name}, which asserted"
+                    )
+                self.allowance[(name, quota)] = gap
+        self.partly_lost_while_learning = False
+        self.note(f"opened ({verdict.value}), missing {self.allowance}")
+
+    # Checks
+
+    def spent(self, sidecar: Sidecar, lease: Lease, units: int) -> None:
+        until_ms = self.answered_until_ms.get((sidecar.name, lease.quota), 0)
+        if sidecar.boot_ms >= until_ms:
+            raise Violation(f"{sidecar.name} spends {units} of {lease.quota} past its hold")
+        self.spent_units[(lease.quota, sidecar.name)] += units
+
+    def quotas_of(self, sidecar: Sidecar) -> set[str]:
+        quotas = {quota for quota, name in self.spent_units if name == sidecar.name}
+        if sidecar.running:
+            quotas |= {lease.quota for lease in sidecar.held.all()}
+        return quotas | set(sidecar.log)
+
+    def held_units(self, sidecar: Sidecar, quota: str) -> int:
+        """What a sidecar spent of a quota and may still spend, with every answer that is under way to it."""
+        spent = self.spent_units.get((quota, sidecar.name), 0)
+        if not sidecar.running:
+            logged = sidecar.log.get(quota)
+            return spent + (max(0, logged.cap - logged.used) if logged else 0)
+        lease = next((one for one in sidecar.held.all() if one.quota == quota), None)
+        if lease is None:
+            return spent
+        free = lease.cap - lease.used
+        call = sidecar.held.outstanding
+        for message in self.network:
+            answer = message.answer
+            if call is None or answer is None or message.sidecar != sidecar.name or not answer.granted:
+                continue
+            if (answer.incarnation, answer.op) == (sidecar.incarnation, call.op):
+                for ask, granted in zip(message.call.asks, answer.granted, strict=True):
+                    if ask.lease is lease:
+                        free = max(free, granted.g - max(lease.used, lease.used + granted.u - ask.used))
+        return spent + max(0, free)
+
+    def registered(self, sidecar: Sidecar, quota: str) -> int:
+        held = self.registers.contents.quotas.get((TENANT, quota))
+        register = held.registers.get(sidecar.name) if held else None
+        return register.g if register else 0
+
+    def closed(self, quota: str) -> bool:
+        limit, _, start = quota.rpartition(":")
+        return self.now_ms // 1_000 >= int(start) + WINDOW_S[LimitKey(limit)] + WINDOW_GRACE_S
+
+    def granted(self, call: SettleCall) -> None:
+        mark = self.registers.contents.marks[TENANT]
+        for ask in call.asks:
+            quota = ask.lease.quota
+            allowed = sum(gap for (_, missing), gap in self.allowance.items() if missing == quota)
+            amount = mark.amounts.get(ask.lease.limit_key, 0)
+            self.high[quota] = max(self.high[quota], amount + allowed)
+
+    def check(self) -> None:
+        """After every step."""
+        approved: defaultdict[str, int] = defaultdict(int)
+        for (quota, _), units in self.spent_units.items():
+            approved[quota] += units
+        for quota, units in approved.items():
+            if units > self.high[quota]:
+                raise Violation(f"P1: {units} of {quota} were approved, at most {self.high[quota]} may be")
+        for (_, quota), held in self.registers.contents.quotas.items():
+            for name, register in held.registers.items():
+                if register.u + register.h > register.g:
+                    raise Violation(f"{name} has u + h > g in {quota}: {register}")
+        mark = self.registers.contents.marks.get(TENANT)
+        trusted = mark is not None and mark.phase == OPEN and mark.pair.run == self.registers.run_id
+        for name, sidecar in self.sidecars.items():
+            for quota in self.quotas_of(sidecar):
+                gap = self.held_units(sidecar, quota) - self.registered(sidecar, quota)
+                if gap <= 0 or self.closed(quota):
+                    continue
+                if not self.lost:
+                    raise Violation(f"{name} holds {gap} of {quota} more than is registered, and nothing was lost")
+                present = (TENANT, quota) in self.registers.contents.quotas
+                if trusted and present and gap > self.allowance.get((name, quota), 0):
+                    raise Violation(f"{name} holds {gap} of {quota} more than is registered, while open")
+
+    # The end
+
+    def quiesce(self) -> None:
+        """No more faults: whatever no dead sidecar holds can be spent by whoever asks, and not a unit more."""
+        self.quiet = True
+        self.note("--- quiet ---")
+        for sidecar in self.sidecars.values():
+            sidecar.skew_ms = sidecar.cut_until_ms = 0
+            if not sidecar.running and not sidecar.dead:
+                sidecar.start()
+            sidecar.revision, sidecar.amounts = self.revision, dict(self.amounts)
+            if sidecar.running:
+                for lease, units in sidecar.reserved:
+                    lease.reserved -= units
+                sidecar.reserved.clear()
+        for round_ in range(QUIESCE_ROUNDS_MAX):
+            self.settle_down()
+            mark = self.registers.contents.marks.get(TENANT)
+            unasserted = any(s.running and s.to_assert is not None for s in self.sidecars.values())
+            if (
+                mark is not None
+                and mark.phase == OPEN
+                and mark.revision == self.revision
+                and not unasserted
+                and round_ > 3
+            ):
+                break
+        else:
+            raise Violation("P2: leasing did not reopen")
+        alive = [sidecar for sidecar in self.sidecars.values() if sidecar.running]
+        if not alive:
+            return
+        for limit in LIMITS:
+            self.into_window()
+            self.spend_all(self.random.choice(alive), limit)
+
+    def settle_down(self) -> None:
+        self.advance(500)
+        for control_plane in self.control_planes:
+            control_plane.step()
+        for sidecar in self.sidecars.values():
+            if sidecar.running:
+                sidecar.upkeep()
+        self.drain()
+        self.check()
+
+    def drain(self) -> None:
+        for _ in range(10_000):
+            if not self.network:
+                return
+            self.deliver(self.network.pop(0))
+        raise Violation("calls without end")
+
+    def into_window(self) -> None:
+        """Far enough from every window's end for what follows."""
+        while True:
+            left_s = min(window(limit, self.now_ms // 1_000)[1] - self.now_ms // 1_000 for limit in LIMITS)
+            if left_s > 100:
+                return
+            self.settle_down()
+
+    def spend_all(self, sidecar: Sidecar, limit: LimitKey) -> None:
+        quota = f"{limit}:{window(limit, self.now_ms // 1_000)[0]}"
+        amount = self.amounts[limit]
+        taken = 0
+        for name, other in self.sidecars.items():
+            taken += self.registered(other, quota) if other.dead else self.spent_units.get((quota, name), 0)
+        expected = max(0, amount - taken)
+        had = 0
+        refused = 0
+        while refused < REFUSED_MAX:
+            size = min(5, expected - had) if expected - had > 0 else 1
+            answer = sidecar.check({limit: size})
+            if answer:
+                had += size
+                refused = 0
+            else:
+                refused += 1
+                self.settle_down()
+        if had != expected:
+            raise Violation(f"P2: {sidecar.name} could spend {had} of {quota}, expected {expected} (of {amount})")
+
+
+def window(limit: LimitKey, at_s: int) -> tuple[int, int]:
+    """The window that holds an instant."""
+    length = WINDOW_S[limit]
+    start = at_s - at_s % length
+    return start, start + length
+
+
+def _logged(lease: Lease) -> Logged:
+    return Logged(lease.limit_key, lease.start, lease.end, lease.amount, lease.cap, lease.used)
+
+
+def _told(call: SettleCall, answer: SettleAnswer) -> str:
+    asks = " ".join(
+        f"{ask.lease.quota}[cap={ask.cap} u={ask.used} h={ask.reserved} want={ask.want} min={ask.min}]"
+        for ask in call.asks
+    )
+    granted = " ".join(f"(g={one.g} d={one.d} sum={one.sum}/{one.amount})" for one in answer.granted)
+    return (
+        f"op {call.op} under {call.pair.epoch}/{call.pair.run}: {asks} -> {answer.status.name} {answer.phase} {granted}"
+    )

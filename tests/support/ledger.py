@@ -1,0 +1,21 @@
+"""The ledger of a fleet, read as anybody could who has the file."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+
+from licet.wire.usage import decision_id
+from tests.support.fleet import Fleet
+
+_QUERY = """
+    SELECT logs.decision_prefix, events.seq, events.effect, events.units_total
+    FROM ledger_events AS events JOIN ledger_logs AS logs ON logs.log = events.log
+"""
+
+
+def recorded_decisions(fleet: Fleet) -> dict[str, tuple[int, int]]:
+    """(effect, units) of every recorded decision, by its id."""
+    path = fleet.directory / "server" / "licet.db"
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database:
+        return {decision_id(prefix, seq): (effect, units) for prefix, seq, effect, units in database.execute(_QUERY)}
