@@ -30,7 +30,7 @@ class ServerConfig:
     database_url: str = ""
     redis_url: str = DEFAULT_REDIS_URL
     redis_prefix: str = "licet"
-    staleness_max_s: float = 60.0
+    staleness_max_s: float = 300.0
     log_level: str = "info"
     new_generation: bool = False
 
@@ -63,7 +63,7 @@ class ServerConfig:
             database_url=str(value("database_url", "LICET_DATABASE_URL", "")),
             redis_url=redis_url,
             redis_prefix=prefix,
-            staleness_max_s=parse_seconds(str(value("staleness_max", "LICET_STALENESS_MAX", "60s"))),
+            staleness_max_s=parse_seconds(str(value("staleness_max", "LICET_STALENESS_MAX", "300s"))),
             log_level=log_level,
             new_generation=bool(flags.get("new_generation")),
         )

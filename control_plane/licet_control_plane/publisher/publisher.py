@@ -42,7 +42,7 @@ from licet_control_plane.store.database import Database, DatabaseUnavailable
 log = structlog.get_logger(__name__)
 
 HEAD_S: Final = 1.0
-"""Between heads; a sidecar is stale after ``staleness_max``, sixty of them unless configured."""
+"""Between heads; a sidecar is stale after ``staleness_max`` without one."""
 OPENING_S_MAX: Final = 0.25
 """Of each second, spent on opening marks, so that a push is not kept waiting: some 2,000 tenants."""
 
