@@ -87,7 +87,7 @@ def test_a_setting_can_be_overridden_and_rolls_the_pods(tmp_path: Path) -> None:
         sidecar = rendered["shop"]["spec"]["template"]["spec"]["initContainers"][0]
         names.append(sidecar["envFrom"][0]["configMapRef"]["name"])
     assert rendered[names[1]]["data"]["LICET_LOG_LEVEL"] == "debug"
-    assert rendered[names[1]]["data"]["LICET_STALENESS_MAX"] == "60s"
+    assert rendered[names[1]]["data"]["LICET_STALENESS_MAX"] == "300s"
     assert names[0] != names[1]
 
 

@@ -13,7 +13,7 @@ from licet_control_plane.config import ConfigError, ServerConfig
 def test_defaults() -> None:
     config = ServerConfig.of({})
     assert (config.host, config.port, config.redis_prefix) == ("127.0.0.1", 7430, "licet")
-    assert config.staleness_max_s == 60.0
+    assert config.staleness_max_s == 300.0
     assert config.database == "sqlite:///licet-state/licet.db"
 
 
