@@ -195,6 +195,28 @@ def test_every_setting_of_the_control_plane_is_described() -> None:
     assert {flag[2:].replace("-", "_"): variable for flag, variable in rows if variable} == read
 
 
+def test_defaults_of_settings_are_those_the_programs_have() -> None:
+    helps = {one.option_strings[0]: str(one.help) for one in config._parser()._actions}
+    defaults = {flag: found[1] for flag, text in helps.items() if (found := re.search(r"\(default (.+?)\)$", text))}
+    assert len(defaults) >= 10
+    _assert_rows_show("Sidecar settings", defaults)
+    helps = {one.opts[0]: str(one.help) for one in _server_options()}
+    defaults = {flag: found[1] for flag, text in helps.items() if (found := re.search(r"\[default: ([^],]+)", text))}
+    assert len(defaults) >= 6
+    _assert_rows_show("Control plane settings", defaults)
+
+
+def _server_options() -> list[Any]:
+    commands: Any = typer.main.get_command(app)
+    return [one for one in commands.commands["server"].params if one.opts[0] != "--help"]
+
+
+def _assert_rows_show(section: str, defaults: dict[str, str]) -> None:
+    rows = re.findall(r"^\| `(--[\w-]+)` \|[^|]*\|([^|]*)\|", _section(DOCS / "operations.md", section), re.M)
+    shown = dict(rows)
+    assert {flag: default for flag, default in defaults.items() if default not in shown[flag]} == {}
+
+
 def test_examples_of_documents_are_valid_together() -> None:
     blocks = [body for language, body in _FENCED.findall((DOCS / "documents.md").read_text()) if language == "yaml"]
     found = validate([SourceFile(f"example-{number}.yaml", body) for number, body in enumerate(blocks, 1)])
