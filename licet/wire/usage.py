@@ -115,11 +115,11 @@ class UsageBatch:
             if inflater.unconsumed_tail:
                 raise envelope.EnvelopeError("usage: the batch is larger than is accepted")
             events = _split(raw)
-        except (ValueError, TypeError, zlib.error) as error:
+            seqs = [event_seq(event) for event in events]
+        except (ValueError, TypeError, zlib.error, msgpack.UnpackException) as error:
             if isinstance(error, envelope.EnvelopeError):
                 raise
             raise envelope.EnvelopeError(f"usage: damaged batch: {error}") from error
-        seqs = [event_seq(event) for event in events]
         if not seqs or seqs != list(range(first, last + 1)):
             raise envelope.EnvelopeError(f"usage: batch {first}…{last} of {sidecar} does not hold exactly these events")
         return cls(sidecar, incarnation, prev_incarnation, prev_last, prefix, first, last, tuple(events))

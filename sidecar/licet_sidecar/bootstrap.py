@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from licet.wire.documents import Head, Heartbeat
 from licet.wire.names import RedisNames
-from licet.wire.registers import Pair
+from licet.wire.registers import QUOTA_KEPT_S, Pair
 from licet.wire.signing import Verifier
 from licet_sidecar.adapters.redis_lease_store import RedisLeaseStore
 from licet_sidecar.adapters.redis_link import connect
@@ -84,7 +84,7 @@ class Sidecar:
         leases = LeaseBook(self.identity.incarnation)
         boot_ms = self.clock.boot_ms()
         for (tenant, _), lease in recovered.leases.items():
-            if lease.end > self._started_us // 1_000_000:
+            if lease.end + QUOTA_KEPT_S > self._started_us // 1_000_000:  # the clock may be ahead, or step back
                 leases.restore(tenant, lease, boot_ms)
         self.engine = Engine(leases, tenants_max=config.tenants_max, staleness_us_max=int(config.staleness_max_s * 1e6))
         names = RedisNames(config.redis_prefix)

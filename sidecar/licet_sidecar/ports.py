@@ -23,6 +23,10 @@ class LinkRefused(Exception):
     """Permanent until configuration changes: wrong password, missing permission. The message says what to do."""
 
 
+class CallRefused(LinkRefused):
+    """Permanent for this one call, which had no effect; the link is fine, and so are other calls."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """One entry of the change stream. ``kind`` is ``bundle``, ``license`` or ``resync``; ``key`` says of what."""

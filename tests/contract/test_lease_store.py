@@ -14,7 +14,7 @@ import pytest
 from licet.domain.ids import LimitKey
 from licet.wire.registers import QUOTA_KEPT_S, WINDOW_GRACE_S, Pair
 from licet_sidecar.core.leases import Ask, Granted, Lease, SettleAnswer, SettleCall, Status
-from licet_sidecar.ports import LinkRefused
+from licet_sidecar.ports import CallRefused
 from tests.support.lease_backends import TENANT, Backend, FakeBackend, RealBackend, real_backend
 from tests.support.valkey import ValkeyProcess
 
@@ -701,7 +701,7 @@ async def test_amounts_that_are_no_units_are_refused_and_change_nothing(backend:
     before = [await backend.quota(good), await backend.quota(lease)]
     call = SettleCall(TENANT, 99, pair, REVISION, (ask(good, cap=0), ask(lease, **bad)), 0)
     (answer,) = await one.send(call)
-    assert isinstance(answer, LinkRefused)
+    assert isinstance(answer, CallRefused)
     assert "integers" in str(answer)
     assert [await backend.quota(good), await backend.quota(lease)] == before
 
@@ -713,7 +713,7 @@ async def test_a_sum_that_doubles_cannot_count_is_refused(backend: Backend) -> N
     await one(ask(lease, cap=UNITS_MAX - 5, used=1))
     assert (await two(ask(lease, cap=5))).granted[0].sum == UNITS_MAX
     (answer,) = await two.send(SettleCall(TENANT, 9, pair, REVISION, (ask(lease, cap=6),), 0))
-    assert isinstance(answer, LinkRefused)
+    assert isinstance(answer, CallRefused)
     assert (await one(ask(lease, cap=1, used=1))).granted[0].sum == 6, "a return gets through"
 
 
@@ -724,7 +724,7 @@ async def test_one_bad_call_of_several_does_not_spoil_the_others(backend: Backen
     bad = SettleCall(TENANT, 1, pair, REVISION, (ask(lease, cap=-1),), 0)
     good = SettleCall(TENANT, 2, pair, REVISION, (ask(lease, min=5),), 0)
     answers = await one.send(bad, good)
-    assert isinstance(answers[0], LinkRefused)
+    assert isinstance(answers[0], CallRefused)
     assert isinstance(answers[1], SettleAnswer)
     assert answers[1].granted[0].g == 5
 
@@ -736,7 +736,7 @@ async def test_a_damaged_register_is_refused_by_name(real: RealBackend) -> None:
     await one(ask(lease, min=5))
     await real.damage(lease, "one")
     (answer,) = await one.store.settle([SettleCall(TENANT, 2, pair, REVISION, (ask(lease, min=5),), 0)], 1)
-    assert isinstance(answer, LinkRefused)
+    assert isinstance(answer, CallRefused)
     assert "damaged" in str(answer)
 
 

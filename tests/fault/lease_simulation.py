@@ -16,15 +16,15 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
 from licet.domain.ids import LimitKey
 from licet.wire.registers import HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Mark, Marker, Pair
-from licet_control_plane.core.learning import Holder, Verdict, may_open
+from licet_control_plane.core.learning import WAIT_S_MAX, Holder, Verdict, may_open
 from licet_control_plane.publisher.marks import quotas_to_keep
 from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, Status, TenantLeases
-from tests.support.fake_lease_store import OPEN, Contents, FakeRegisters, Rule
+from tests.support.fake_lease_store import OPEN, Contents, FakeMark, FakeRegisters, Rule
 
 TENANT: Final = "acme"
 START_MS: Final = 1_800_000_000_000
@@ -37,7 +37,7 @@ LIMITS: Final = tuple(WINDOW_S)
 PREFETCH_AHEAD_S: Final = 5
 TICK_MS: Final = 1_000
 QUIESCE_ROUNDS_MAX: Final = 400
-STEPS: Final = 400
+STEPS: Final = 500
 REFUSED_MAX: Final = 60
 """Refused checks, half a second apart, until units that were not called back count as stranded: a holder that nobody
 reminds (its reservation was cancelled, so Redis takes the units for used) says so with its next keepalive, in 20 s."""
@@ -59,6 +59,13 @@ class Faults:
     restarts: bool = True
     losses: bool = True
     partial_losses: bool = True
+    disks: bool = True
+
+    @classmethod
+    def some(cls, seed: int) -> Faults:
+        """Some of them: what is rare beside everything else shows when only a few things go wrong."""
+        chance = random.Random(f"faults {seed}")
+        return cls(**{one.name: chance.random() < 0.6 for one in fields(cls)})
 
 
 @dataclass(slots=True)
@@ -137,7 +144,7 @@ class Sidecar:
             lease = Lease(one.limit, "", one.start, one.end, one.amount)
             lease.cap, lease.used = one.cap, one.used
             self.book.restore(TENANT, lease, self.boot_ms)
-        self.log = {lease.quota: _logged(lease) for lease in self.held.all() if lease.cap or lease.used}
+        self.log = {lease.quota: _logged(lease) for lease in self.held.all()}
 
     def crash(self) -> None:
         self.running = False
@@ -202,13 +209,11 @@ class Sidecar:
         call = held.outstanding
         if call is None:
             caps = {lease: lease.cap for lease in held.all()}
-            call = self.book.begin_call(
-                held, revision=self.revision, now_s=self.now_s, boot_ms=self.boot_ms, giving_back=giving_back
-            )
+            call = self.book.begin_call(held, revision=self.revision, boot_ms=self.boot_ms, giving_back=giving_back)
             if call is None:
                 return
             if self.world.log_before_return:
-                self.write([ask.lease for ask in call.asks if ask.cap < caps.get(ask.lease, 0)])
+                self.write([ask.lease for ask in call.asks if ask.cap < caps.get(ask.lease, 0) or not ask.lease.logged])
         if self.world.verbatim:
             self.world.send(Message(self.name, self.incarnation, call))
         else:
@@ -221,7 +226,8 @@ class Sidecar:
             return None
         caps = {ask.lease: ask.lease.cap for ask in call.asks}
         outcome = self.book.end_call(self.held, call, answer, self.boot_ms)
-        self.write([lease for lease, cap in caps.items() if lease.cap != cap])
+        if not (self.world.may.disks and self.world.random.random() < 0.1):  # else the disk was full at that moment
+            self.write([lease for lease, cap in caps.items() if lease.cap != cap])
         if outcome is Outcome.AGAIN:
             self.call()
         elif outcome is Outcome.RECALL:
@@ -239,6 +245,7 @@ class Sidecar:
     def write(self, leases: list[Lease]) -> None:
         for lease in leases:
             self.log[lease.quota] = _logged(lease)
+            lease.logged = True
 
     def recalled(self, quotas: set[str]) -> None:
         for lease in self.held.all():
@@ -257,7 +264,7 @@ class Sidecar:
             if self.book.tick(self.held, self.now_s, self.boot_ms, elapsed_s) or self.held.outstanding:
                 self.call()
         if self.to_assert is not None:
-            if self.book.unasserted(self.to_assert_since_ms, self.now_s, self.boot_ms):
+            if self.book.unasserted(self.to_assert_since_ms, self.boot_ms):
                 self.call()
             else:
                 self.asserted, self.to_assert = self.to_assert, None
@@ -333,6 +340,7 @@ class ControlPlane:
         )
         if verdict is Verdict.WAIT and not world.hasty:
             return
+        excused = world.excused(state)
         yield
         spent = {key: units for key, units in world.ledger.items() if units}
         for (quota, sidecar), units in spent.items():
@@ -346,10 +354,9 @@ class ControlPlane:
         whole = Mark(mark.pair, mark.phase, mark.since_ms, mark.revision, mark.amounts, dict(mark.markers))
         keep = [quota for quota, _ in quotas_to_keep(whole, registers.now_ms / 1_000)]
         yield
-        before = registers.contents.marks.get(TENANT)
-        was = before.phase if before else ""
-        if registers.open(TENANT, state.pair, revision, amounts, keep) and was != OPEN:
-            world.opened(verdict)
+        before = registers.touch_mark(TENANT)
+        if registers.open(TENANT, state.pair, revision, amounts, keep) and before is not None:
+            world.opened(verdict, before, revision, spent, excused)
 
 
 @dataclass
@@ -357,7 +364,7 @@ class World:
     """Everything, and the seeded choice of what happens next."""
 
     seed: int
-    faults: Faults = field(default_factory=Faults)
+    faults: Faults | None = None
     without: frozenset[Rule] = frozenset()
     book: type[LeaseBook] = LeaseBook
     log_before_return: bool = True
@@ -367,6 +374,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self.may = self.faults or Faults.some(self.seed)
         self.now_ms = START_MS + self.random.randrange(240_000)
         self.registers = FakeRegisters(now_ms=self.now_ms, without=self.without)
         self.runs = 1
@@ -389,7 +397,7 @@ class World:
         self.sidecars: dict[str, Sidecar] = {}
         for number in range(self.random.randint(2, 4)):
             self.sidecars[f"s{number}"] = Sidecar(self, f"s{number}")
-        if self.faults.clocks:
+        if self.may.clocks:
             for sidecar in self.sidecars.values():
                 sidecar.skew_ms = self.random.randint(-4_000, 4_000)
         self.heartbeats()
@@ -422,19 +430,19 @@ class World:
             (2, self.do_reservation),
             (2, self.do_sync),
         ]
-        if self.faults.crashes:
-            choices.append((2, self.do_crash))
-        if self.faults.partitions:
-            choices.append((1, self.do_cut))
-        if self.faults.clocks:
-            choices.append((3, self.do_clock))
-        if self.faults.limits:
+        if self.may.crashes:
+            choices.append((1.5, self.do_crash))
+        if self.may.partitions:
+            choices.append((0.5, self.do_cut))
+        if self.may.clocks:
+            choices.append((2, self.do_clock))
+        if self.may.limits:
             choices.append((1, self.do_limits))
-        if self.faults.restarts:
-            choices.append((1, self.do_restart))
-        if self.faults.losses or self.faults.partial_losses:
-            choices.append((1, self.do_lose))
-            choices.append((1, self.do_snapshot))
+        if self.may.restarts:
+            choices.append((0.4, self.do_restart))
+        if self.may.losses or self.may.partial_losses:
+            choices.append((0.5, self.do_lose))
+            choices.append((0.5, self.do_snapshot))
         weights, actions = zip(*choices, strict=True)
         self.random.choices(actions, weights)[0]()
 
@@ -466,7 +474,7 @@ class World:
         limits = self.random.sample(LIMITS, self.random.choice([1, 1, 2, 3]))
         asks = {limit: self.random.choice([1, 1, 1, 2, 4]) for limit in limits}
         reserve = self.random.random() < 0.1
-        die = self.faults.crashes and not reserve and self.random.random() < 0.02
+        die = self.may.crashes and not reserve and self.random.random() < 0.02
         answer = sidecar.check(asks, reserve=reserve, die_at_log=die)
         if answer is None and self.random.random() < 0.6:
             self.hurry(sidecar)
@@ -503,7 +511,9 @@ class World:
                 self.ledger[(quota, sidecar)] = self.random.randint(known, units)
 
     def do_control_plane(self) -> None:
-        self.random.choices(self.control_planes, [5, 1])[0].step()
+        control_plane = self.random.choices(self.control_planes, [5, 1])[0]
+        for _ in range(self.random.randint(1, 8)):
+            control_plane.step()
 
     def do_crash(self) -> None:
         sidecar = self.pick()
@@ -541,7 +551,7 @@ class World:
     def do_lose(self) -> None:
         kind = self.random.choice(["wipe", "roll back", "quota", "quota", "mark"])
         whole = kind in ("wipe", "roll back")
-        if not (self.faults.losses if whole else self.faults.partial_losses):
+        if not (self.may.losses if whole else self.may.partial_losses):
             return
         self.runs += 1
         run = f"run{self.runs}"
@@ -565,29 +575,30 @@ class World:
     # Network
 
     def arrives(self) -> bool:
-        return self.quiet or not self.faults.network or self.random.random() < 0.8
+        return self.quiet or not self.may.network or self.random.random() < 0.8
 
     def send(self, message: Message) -> None:
         if not self.sidecars[message.sidecar].connected:
             return
         if self.arrives():
             self.network.append(message)
-            if not self.quiet and self.faults.network and self.random.random() < 0.1:
+            if not self.quiet and self.may.network and self.random.random() < 0.1:
                 self.network.append(message)
 
     def do_deliver(self) -> None:
         if not self.network:
             return
-        position = self.random.randrange(len(self.network)) if self.faults.network else 0
+        position = self.random.randrange(len(self.network)) if self.may.network else 0
         self.deliver(self.network.pop(position))
 
     def deliver(self, message: Message) -> None:
         sidecar = self.sidecars[message.sidecar]
         if message.answer is None:
+            repeated = self.has_seen(message)
             answer = self.registers.settle(message.sidecar, message.incarnation, message.call, sidecar.live)
             self.note(f"{message.sidecar}/{message.incarnation} settles {_told(message.call, answer)}")
-            if any(granted.d for granted in answer.granted):
-                self.granted(message.call)
+            if not repeated:
+                self.granted(message.call, answer)
             self.network_add_answer(replace(message, answer=answer))
         elif sidecar.connected:
             call = sidecar.held.outstanding
@@ -604,6 +615,14 @@ class World:
             if mine:
                 self.network.remove(mine[-1])
                 self.deliver(mine[-1])
+
+    def has_seen(self, message: Message) -> bool:
+        """Whether a register has this very call already: what its answer grants was granted before."""
+        if Rule.REPEAT in self.without:
+            return False
+        quotas = [self.registers.contents.quotas.get((TENANT, ask.lease.quota)) for ask in message.call.asks]
+        registers = [quota.registers.get(message.sidecar) for quota in quotas if quota is not None]
+        return any(one and (one.incarnation, one.op) == (message.incarnation, message.call.op) for one in registers)
 
     def network_add_answer(self, message: Message) -> None:
         if self.sidecars[message.sidecar].connected and self.arrives():
@@ -628,24 +647,42 @@ class World:
             if sidecar.connected and self.arrives():
                 sidecar.head(pair, max(1, sum(one.connected for one in self.sidecars.values())))
 
-    def opened(self, verdict: Verdict) -> None:
-        mark = self.registers.contents.marks[TENANT]
+    def excused(self, learning: FakeMark) -> set[str]:
+        """Sidecars that need not be waited for: what they may still hold, they may not spend."""
+        over = (self.now_ms - learning.since_ms) / 1_000 >= WAIT_S_MAX
+        return {
+            name for name, one in self.holders.items() if over or self.now_ms / 1_000 - one.last_heard_s >= WAIT_S_MAX
+        }
+
+    def opened(
+        self,
+        verdict: Verdict,
+        learning: FakeMark,
+        revision: int,
+        filled: dict[tuple[str, str], int],
+        excused: set[str],
+    ) -> None:
+        """Leasing reopened: who may have been left out?"""
+        if revision < learning.revision:
+            raise Violation(f"opening took limits back from revision {learning.revision} to {revision}")
         self.allowance = {}
         for name, sidecar in self.sidecars.items():
-            holder = self.holders.get(name)
-            said = (
-                holder is not None and holder.asserted.epoch >= mark.pair.epoch and holder.asserted.run == mark.pair.run
-            )
+            holder = self.holders[name]
+            said = holder.asserted.epoch >= learning.pair.epoch and holder.asserted.run == learning.pair.run
             for quota in self.quotas_of(sidecar):
                 gap = self.held_units(sidecar, quota) - self.registered(sidecar, quota)
                 if gap <= 0 or self.closed(quota):
                     continue
+                missing = f"opened ({verdict.value}) with {gap} of {quota} missing for {name}"
                 if not self.lost:
-                    raise Violation(f"opened with {gap} of {quota} missing for {name}, and nothing was lost")
-                if said and not self.partly_lost_while_learning and sidecar.running:
-                    raise Violation(
-                        f"opened ({verdict.value}) with {gap} of {quota} missing for {name}, which asserted"
-                    )
+                    raise Violation(f"{missing}, and nothing was lost")
+                if not self.partly_lost_while_learning:
+                    if said and sidecar.running:
+                        raise Violation(f"{missing}, which asserted")
+                    if not said and name not in excused:
+                        raise Violation(f"{missing}, which was not waited for")
+                    if self.registered(sidecar, quota) < filled.get((quota, name), 0):
+                        raise Violation(f"{missing}, though the ledger knew better")
                 self.allowance[(name, quota)] = gap
         self.partly_lost_while_learning = False
         self.note(f"opened ({verdict.value}), missing {self.allowance}")
@@ -694,12 +731,23 @@ class World:
         limit, _, start = quota.rpartition(":")
         return self.now_ms // 1_000 >= int(start) + WINDOW_S[LimitKey(limit)] + WINDOW_GRACE_S
 
-    def granted(self, call: SettleCall) -> None:
+    def granted(self, call: SettleCall, answer: SettleAnswer) -> None:
+        """A call was answered: what it was granted, it must have been entitled to."""
+        if not any(granted.d for granted in answer.granted):
+            return
         mark = self.registers.contents.marks[TENANT]
-        for ask in call.asks:
+        for ask, granted in zip(call.asks, answer.granted, strict=True):
             quota = ask.lease.quota
-            allowed = sum(gap for (_, missing), gap in self.allowance.items() if missing == quota)
             amount = mark.amounts.get(ask.lease.limit_key, 0)
+            if granted.d < ask.min:
+                raise Violation(f"{quota} was granted nothing, and other quotas of the same call were")
+            if not granted.d:
+                continue
+            if self.closed(quota):
+                raise Violation(f"{granted.d} of {quota} were granted after its window")
+            if call.revision > mark.revision and ask.amount != amount:
+                raise Violation(f"{granted.d} of {quota} were granted by a limit the caller knew to be replaced")
+            allowed = sum(gap for (_, missing), gap in self.allowance.items() if missing == quota)
             self.high[quota] = max(self.high[quota], amount + allowed)
 
     def check(self) -> None:
@@ -795,6 +843,8 @@ class World:
         for name, other in self.sidecars.items():
             taken += self.registered(other, quota) if other.dead else self.spent_units.get((quota, name), 0)
         expected = max(0, amount - taken)
+        # A limit that was lowered meanwhile leaves what was leased before.
+        expected = max(expected, sidecar.lease(limit).free)
         had = 0
         refused = 0
         while refused < REFUSED_MAX:

@@ -40,7 +40,9 @@ CATALOG = catalog(
 class Sidecar:
     """One process, and ways to talk to it."""
 
-    def __init__(self, directory: Path, redis_url: str, *flags: str, key: str = KEY.public_key, name: str = "s") -> None:
+    def __init__(
+        self, directory: Path, redis_url: str, *flags: str, key: str = KEY.public_key, name: str = "s"
+    ) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         self.pages = f"127.0.0.1:{free_port()}"
         self.state_dir = directory / name
@@ -402,7 +404,9 @@ def test_a_killed_process_keeps_its_id_and_its_count(sidecar: Sidecar, publisher
     assert [(granted, used) for granted, used, _ in publisher.registers("acme").values()] == [(AMOUNT, AMOUNT)]
 
 
-def test_a_start_that_failed_in_between_forgets_nothing(sidecar: Sidecar, publisher: RedisPublisher, tmp_path: Path) -> None:
+def test_a_start_that_failed_in_between_forgets_nothing(
+    sidecar: Sidecar, publisher: RedisPublisher, tmp_path: Path
+) -> None:
     """An incarnation that never got as far as its log must not cost what the one before it had spent."""
     assert sidecar.approved(40) == 40
     sidecar.program.kill()

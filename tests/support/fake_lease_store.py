@@ -18,7 +18,7 @@ from typing import Final
 
 from licet.wire.registers import WINDOW_GRACE_S, Marker, Pair
 from licet_sidecar.core.leases import Ask, Granted, LeaseBook, SettleAnswer, SettleCall, Status
-from licet_sidecar.ports import LinkRefused
+from licet_sidecar.ports import CallRefused
 
 UNITS_MAX: Final = 2**53 - 1
 WANTED_MS: Final = 2_000
@@ -192,7 +192,7 @@ class FakeRegisters:
         """One call, wholly or not at all.
 
         Raises:
-            LinkRefused: an amount is no integer in [0, 2^53).
+            CallRefused: an amount is no integer in [0, 2^53).
         """
         mark = self.contents.marks.get(call.tenant)
         try:
@@ -232,7 +232,7 @@ class FakeRegisters:
     ) -> _Entry:
         for units in (ask.cap, ask.used, ask.reserved, ask.want, ask.min, ask.amount, ask.used + ask.reserved):
             if units != int(units) or not 0 <= units <= UNITS_MAX:
-                raise LinkRefused(f"LICET quota {about + 1}: units must be integers from 0 to 2^53 - 1")
+                raise CallRefused(f"LICET quota {about + 1}: units must be integers from 0 to 2^53 - 1")
         lease = ask.lease
         now_s = self.now_ms // 1_000
         if now_s >= lease.end + WINDOW_GRACE_S and self._has(Rule.CLOSE):
@@ -294,7 +294,7 @@ class FakeRegisters:
             else:
                 g = holds
             if entry.others + g > UNITS_MAX:
-                raise LinkRefused("LICET: all sidecars together would hold more than 2^53 - 1 units")
+                raise CallRefused("LICET: all sidecars together would hold more than 2^53 - 1 units")
             entry.register = FakeRegister(g, u, ask.reserved, incarnation, call.op, mark.pair)
         if grants:
             self._grant(mark, call, entries, live)
@@ -446,7 +446,7 @@ class FakeLeaseStore:
         for call in calls:
             try:
                 answers.append(self._registers.settle(self._sidecar, self._incarnation, call, live))
-            except LinkRefused as error:
+            except CallRefused as error:
                 answers.append(error)
         return answers
 

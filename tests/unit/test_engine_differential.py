@@ -167,7 +167,9 @@ def draw_catalog(rng: random.Random) -> Catalog:
     actions = [
         Action(
             name,
-            {"": rng.choice(FEATURES)} if rng.random() < 0.6 else {"in": rng.choice(FEATURES), "out": rng.choice(FEATURES)},
+            {"": rng.choice(FEATURES)}
+            if rng.random() < 0.6
+            else {"in": rng.choice(FEATURES), "out": rng.choice(FEATURES)},
             {"region": Attribute(AttributeType.STRING, "eu")},
             on_unavailable=OnUnavailable(rng.choice([UnavailableMode.DENY, UnavailableMode.ALLOW])),
         )
@@ -201,7 +203,12 @@ def draw_catalog(rng: random.Random) -> Catalog:
     ]
     roles = [Role(f"r{number}", tuple(_some(rng, patterns, 1))) for number in range(rng.randint(0, 2))]
     flags = [
-        Flag(f"flag{number}", rng.choice(FEATURES), rng.choice([0.0, 50.0, 100.0, 100.0]), rng.choice(["tenant", "subject"]))
+        Flag(
+            f"flag{number}",
+            rng.choice(FEATURES),
+            rng.choice([0.0, 50.0, 100.0, 100.0]),
+            rng.choice(["tenant", "subject"]),
+        )
         for number in range(rng.randint(0, 2))
     ]
     rng.shuffle(policies)
@@ -244,7 +251,7 @@ def put_leases(rng: random.Random, engine: Engine, content: Catalog, now_us: int
             window = window_at(one.per, now_us // 1_000_000)
             lease = grant(engine.leases.lease(held, one.key, "", *window, one.amount), rng.randint(0, 8))
             lease.used = rng.randint(0, lease.cap)
-            free[one.key] = LeaseBook.can_spend(lease, 1, BOOT_MS) and lease.free or 0
+            free[one.key] = (LeaseBook.can_spend(lease, 1, BOOT_MS) and lease.free) or 0
     return free
 
 

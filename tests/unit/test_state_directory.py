@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from licet_sidecar.adapters import state_directory
-from licet_sidecar.adapters.state_directory import IDENTITY_FILE, LOCK_FILE, Identity, StateDirectory, StateDirectoryError
+from licet_sidecar.adapters.state_directory import (
+    IDENTITY_FILE,
+    LOCK_FILE,
+    Identity,
+    StateDirectory,
+    StateDirectoryError,
+)
 
 
 def claimed(path: Path) -> Identity:
@@ -122,7 +128,7 @@ def test_a_damaged_identity_is_as_good_as_none(tmp_path: Path, content: bytes) -
 @pytest.mark.parametrize("path", ["file", "file/below", "file/far/below"])
 def test_a_place_that_is_no_directory_is_refused_with_what_to_do(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StateDirectoryError, match="cannot be written.*--state-dir"):
+    with pytest.raises(StateDirectoryError, match=r"cannot be written.*--state-dir"):
         StateDirectory(tmp_path / path)
 
 
@@ -162,7 +168,7 @@ def test_a_write_that_fails_leaves_what_was_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, failing, full)
-        with pytest.raises(StateDirectoryError, match="cannot write .*snapshot: No space left on device"):
+        with pytest.raises(StateDirectoryError, match=r"cannot write .*snapshot: No space left on device"):
             directory.write_atomically("snapshot", b"bad")
     assert directory.read("snapshot") == b"good"
     directory.close()

@@ -162,7 +162,9 @@ def test_a_head_of_a_new_generation_is_read_for_at_once() -> None:
 
 @given(
     steps=st.lists(
-        st.tuples(st.booleans(), st.integers(1, 3), st.integers(0, 6), st.integers(0, 5), st.sampled_from([RUN, "run2"])),
+        st.tuples(
+            st.booleans(), st.integers(1, 3), st.integers(0, 6), st.integers(0, 5), st.sampled_from([RUN, "run2"])
+        ),
         max_size=40,
     )
 )

@@ -73,12 +73,22 @@ def written(directory: Path, events: int, **settings: Any) -> UsageLog:
     return log
 
 
-def recovered(directory: Path, incarnation: int = 1, *, sidecar: str = ME, recent_max: int = 100) -> tuple[UsageLog, Recovered]:
+def filled(log: UsageLog) -> None:
+    """Appends until the log refuses."""
+    for seq in range(1, 100):
+        log.append(record(seq), 1)
+
+
+def recovered(
+    directory: Path, incarnation: int = 1, *, sidecar: str = ME, recent_max: int = 100
+) -> tuple[UsageLog, Recovered]:
     log = UsageLog(directory, bytes_max=1 << 30)
     return log, log.recover(sidecar, incarnation, recent_max=recent_max, now_s=NOW_S)
 
 
-def seqs(log: UsageLog, first: int, last: int = 10**9, *, incarnation: int = 1, sidecar: str = ME, **bounds: int) -> list[int]:
+def seqs(
+    log: UsageLog, first: int, last: int = 10**9, *, incarnation: int = 1, sidecar: str = ME, **bounds: int
+) -> list[int]:
     limits = {"events_max": 10_000, "bytes_max": 1 << 30, **bounds}
     return [event_seq(one) for one in log.read_events(sidecar, incarnation, first, last, **limits)]
 
@@ -392,8 +402,7 @@ def test_a_part_that_could_not_be_cut_off_is_overwritten(tmp_path: Path, monkeyp
 def test_a_full_log_takes_no_event_and_says_so(tmp_path: Path) -> None:
     log = started(tmp_path, bytes_max=1_000)
     with pytest.raises(UsageLogError, match="maximum of 1,000 bytes"):
-        for seq in range(1, 100):
-            log.append(record(seq), 1)
+        filled(log)
     assert log.total_bytes <= 1_000
     assert 1 <= log.last_seq < 99
     log.close()
@@ -415,8 +424,7 @@ def test_a_full_log_still_takes_notes_within_a_reserve(tmp_path: Path) -> None:
 def test_space_that_was_released_can_be_used_again(tmp_path: Path) -> None:
     log = started(tmp_path, bytes_max=1_500)
     with pytest.raises(UsageLogError):
-        for seq in range(1, 100):
-            log.append(record(seq), 1)
+        filled(log)
     log.rotate([])
     last = log.last_seq
     os.utime(log.segments[0].path, (NOW_S - RETAINED_S,) * 2)
@@ -469,7 +477,9 @@ def test_a_rotation_makes_the_closed_segment_durable(tmp_path: Path, monkeypatch
     log.append(record(1), 1)
     synced: list[int] = []
     real = os.fdatasync
-    monkeypatch.setattr(os, "fdatasync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), real(descriptor)))
+    monkeypatch.setattr(
+        os, "fdatasync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), real(descriptor))
+    )
     log.rotate([])
     assert log.segments[0].path.stat().st_ino in synced
     assert log.synced_seq == 1

@@ -29,7 +29,10 @@ def server(
     ] = None,
     staleness_max: Annotated[
         str | None,
-        typer.Option("--staleness-max", help="A sidecar silent for longer is not waited for. [default: 300s, as the sidecars have]"),
+        typer.Option(
+            "--staleness-max",
+            help="A sidecar silent for longer is not waited for. [default: 300s, as the sidecars have]",
+        ),
     ] = None,
     log_level: Annotated[
         str | None, typer.Option("--log-level", help="debug, info, warning or error. [default: info]")

@@ -18,7 +18,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from licet_sidecar.ports import LinkDown, LinkRefused
+from licet_sidecar.ports import CallRefused, LinkDown, LinkRefused
 
 COMMAND_TIMEOUT_S: Final = 1.0
 """After this long without a reply the link counts as down. The hot path never waits for it: checks have deadlines."""
@@ -96,7 +96,7 @@ def failure_of(error: Exception, url: str) -> Exception:
     if isinstance(error, NoPermissionError | AuthenticationError):
         return LinkRefused(f"Redis at {without_password(url)}: {error}; see the shipped ACL rules")
     if is_refusal_of_script(error):
-        return LinkRefused(f"Redis at {without_password(url)} holds or was sent what a script refuses: {error}")
+        return CallRefused(f"Redis at {without_password(url)} holds or was sent what a script refuses: {error}")
     return LinkDown(f"Redis at {without_password(url)} answers: {error}")
 
 

@@ -139,7 +139,7 @@ class UsageLog:
     # Starting
 
     def recover(self, sidecar: str, incarnation: int, *, recent_max: int, now_s: float) -> Recovered:
-        """Reads what is there: older logs to be shipped, and the leases of the newest incarnation up to ``incarnation``.
+        """Reads what is there: older logs to ship, and the leases of the newest incarnation up to ``incarnation``.
 
         Cuts torn tails off. ``recent_max`` bounds ``recent_events``. ``incarnation`` 0: a new id, nothing is taken up.
 
@@ -323,7 +323,7 @@ class UsageLog:
         return self._total_bytes
 
     def _files(self) -> list[tuple[tuple[str, int, int], Path]]:
-        """((sidecar, incarnation, first seq), path) of each file, in the order to ship them; deletes unfinished ones."""
+        """((sidecar, incarnation, first seq), path) of each file, in shipping order; deletes unfinished ones."""
         found: list[tuple[tuple[str, int, int], Path]] = []
         oldest_ns: dict[str, int] = {}
         for path in self._directory.iterdir():

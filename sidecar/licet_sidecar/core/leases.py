@@ -6,9 +6,12 @@ Rules, from ``docs/adr/0002-registers-not-tokens.md``; the simulation removes ea
    *sent* its last answered call for that lease (boot-time clock, which runs on while the machine sleeps).
 2. It raises its cap only from the answer to its outstanding call.
 3. It lowers its cap, in its log, *before* a return is sent (``LeaseBook.begin_call`` lowers; the shell logs and sends).
+   So with the first call about a lease: what that call is granted must be found again after a crash.
 4. One outstanding call a tenant, repeated verbatim until it is answered. Calls are numbered; an answer with another
    number changes nothing.
 5. After a loss (``STALE``, ``LEARN``) the next call asserts what is held; Redis grants nothing on it.
+6. It forgets what it spent in a window only when Redis takes no call for that window any more, by the Redis clock: its
+   own may step back over the window's end, or be ahead of the others'.
 
 Owned by one event loop. No I/O, no clock: ``now_s`` is wall time (seconds since the Unix epoch, for windows),
 ``boot_ms`` boot time (milliseconds, for holds).
@@ -23,7 +26,7 @@ from enum import Enum, auto
 from typing import Final, NamedTuple
 
 from licet.domain.ids import LimitKey
-from licet.wire.registers import HOLD_S, Pair, marker_name, quota_name
+from licet.wire.registers import HOLD_S, WINDOW_GRACE_S, Pair, marker_name, quota_name
 
 HOLD_MS: Final = HOLD_S * 1_000
 KEEPALIVE_MS: Final = HOLD_MS // 3
@@ -54,7 +57,8 @@ class Lease:
 
     ``cap`` is what it may spend in all, ``used`` what it has spent, ``reserved`` what is held for actions under way.
     ``amount`` is the limit as last published here; ``remaining`` what Redis last said nobody holds, and
-    ``idle_elsewhere`` what others hold and had not spent.
+    ``idle_elsewhere`` what others hold and had not spent. ``unsure`` while the register may hold more than ``cap``:
+    a call about it was not answered, or Redis lost something. ``logged`` once the log knows of this lease.
     """
 
     __slots__ = (
@@ -66,6 +70,7 @@ class Lease:
         "idle_elsewhere",
         "keepalive_ms",
         "limit_key",
+        "logged",
         "low_water",
         "quota",
         "rate",
@@ -76,6 +81,7 @@ class Lease:
         "spent_lately",
         "spent_ms",
         "start",
+        "unsure",
         "used",
         "wanted",
     )
@@ -102,6 +108,8 @@ class Lease:
         self.spent_lately = 0
         self.spent_ms = 0
         self.wanted = False
+        self.unsure = False
+        self.logged = False
 
     @property
     def free(self) -> int:
@@ -194,25 +202,29 @@ class Outcome(Enum):
 
 @dataclass(slots=True)
 class TenantLeases:
-    """Everything held for one tenant. ``leases`` by (limit key, scope digest), those of the next window apart."""
+    """Everything held for one tenant.
+
+    ``leases``, by (limit key, scope digest): those of the windows that checks ask for. ``others``, by name of the
+    quota: those of windows to come, taken ahead of need, and of ended ones, until Redis takes no more calls for them.
+    """
 
     tenant: str
     pair: Pair = NO_PAIR
     leases: dict[tuple[LimitKey, str], Lease] = field(default_factory=dict)
-    upcoming: dict[tuple[LimitKey, str], Lease] = field(default_factory=dict)
+    others: dict[str, Lease] = field(default_factory=dict)
     outstanding: SettleCall | None = None
     needs: dict[Lease, int] = field(default_factory=dict)
     why: str = ""
 
     def all(self) -> Iterator[Lease]:
-        """Every lease, of this window and the next."""
+        """Every lease, of whatever window."""
         yield from self.leases.values()
-        yield from self.upcoming.values()
+        yield from self.others.values()
 
     @property
     def holds_units(self) -> bool:
         """Whether anything would be lost by forgetting this tenant: units held, reserved or spent in open windows."""
-        return any(lease.cap or lease.used for lease in self.all())
+        return any(lease.cap or lease.used or lease.unsure for lease in self.all())
 
 
 class LeaseBook:
@@ -221,6 +233,7 @@ class LeaseBook:
     def __init__(self, incarnation: int) -> None:
         self.incarnation = incarnation
         self._op = 0
+        self._redis_ahead_ms: int | None = None
         self.tenants: dict[str, TenantLeases] = {}
 
     def of(self, tenant: str) -> TenantLeases:
@@ -237,21 +250,15 @@ class LeaseBook:
         if lease is not None and lease.start == start:
             lease.amount = amount
             return lease
-        upcoming = held.upcoming.get(key)
-        if upcoming is not None and upcoming.start == start:
-            del held.upcoming[key]
-            upcoming.rate = lease.rate if lease else 0.0
-            upcoming.amount = amount
-            held.leases[key] = upcoming
-            return upcoming
-        if lease is not None and lease.start > start:
-            # The wall clock stepped back. Redis decides whether the older window can still be leased, and tells what
-            # was spent of it before.
-            held.upcoming[key] = lease
-        fresh = Lease(limit_key, scope, start, end, amount)
-        fresh.rate = lease.rate if lease else 0.0
-        held.leases[key] = fresh
-        return fresh
+        wanted = held.others.pop(quota_name(limit_key, scope, start), None)
+        if wanted is None:
+            wanted = Lease(limit_key, scope, start, end, amount)
+        wanted.amount = amount
+        if lease is not None:
+            wanted.rate = lease.rate
+            held.others[lease.quota] = lease  # rule 6
+        held.leases[key] = wanted
+        return wanted
 
     @staticmethod
     def can_spend(lease: Lease, units: int, boot_ms: int) -> bool:
@@ -283,18 +290,18 @@ class LeaseBook:
     # Calls
 
     def begin_call(
-        self, held: TenantLeases, *, revision: int, now_s: int, boot_ms: int, giving_back: bool = False
+        self, held: TenantLeases, *, revision: int, boot_ms: int, giving_back: bool = False
     ) -> SettleCall | None:
         """The next call for a tenant; ``None`` when one is outstanding or there is nothing to say.
 
         Acquires what waiting checks need, refills what runs low, reports the rest of what is held. Units that are
         wanted elsewhere, idle, or (``giving_back``) all of them, are returned: their cap is lowered here, and the
-        shell must log the leases of the call before it sends it (rule 3).
+        shell must log the leases whose cap was lowered, and those not logged yet, before it sends the call (rule 3).
         """
         if held.outstanding is not None:
             return None
         asks: list[Ask] = []
-        for lease in self._by_urgency(held, now_s):
+        for lease in self._by_urgency(held, boot_ms):
             if len(asks) == QUOTAS_PER_CALL_MAX:
                 break
             need = held.needs.pop(lease, 0)
@@ -308,6 +315,7 @@ class LeaseBook:
                 lease.wanted = False
             elif lease.free < lease.low_water:
                 want = max(1, round(lease.rate * DEMAND_S))
+            lease.unsure = True
             asks.append(Ask(lease, lease.cap, lease.used, lease.reserved, want, shortfall, lease.amount))
         if not asks:
             return None
@@ -320,6 +328,7 @@ class LeaseBook:
         if held.outstanding is not call or (answer.incarnation, answer.op) != (self.incarnation, call.op):
             return None
         held.outstanding = None
+        self._redis_ahead_ms = answer.redis_ms - boot_ms  # at least: the answer took time to come
         match answer.status:
             case Status.OK:
                 return self._settled(held, call, answer, boot_ms)
@@ -327,18 +336,22 @@ class LeaseBook:
                 learned = answer.pair != held.pair
                 held.pair = answer.pair
                 held.why = "learning"
+                self._doubt(held)
                 return Outcome.AGAIN if learned else Outcome.ASK_CONTROL_PLANE
             case Status.LEARN:
                 held.why = "mark-missing" if answer.about < 0 else "quota-lost"
+                self._doubt(held)
                 return Outcome.ASK_CONTROL_PLANE
             case Status.UNPUBLISHED:
                 held.why = "unpublished"
                 return Outcome.ASK_CONTROL_PLANE
             case Status.CLOSED:
-                self._forget(held, call.asks[answer.about].lease)
-                return Outcome.SETTLED
+                ask = call.asks[answer.about]
+                expected = ask.min > 0 and held.leases.get((ask.lease.limit_key, ask.lease.scope)) is ask.lease
+                self._drop(held, ask.lease)
+                return Outcome.CLOCK if expected else Outcome.SETTLED
             case Status.EARLY:
-                self._forget(held, call.asks[answer.about].lease)
+                self._drop(held, call.asks[answer.about].lease)
                 return Outcome.CLOCK
             case Status.SEALED | Status.FENCED:
                 return Outcome.REPLACED
@@ -348,7 +361,7 @@ class LeaseBook:
         if held.outstanding is call:
             held.outstanding = None
 
-    def unasserted(self, since_ms: int, now_s: int, boot_ms: int) -> list[str]:
+    def unasserted(self, since_ms: int, boot_ms: int) -> list[str]:
         """Tenants that hold something no call begun after ``since_ms`` (boot time) was answered for.
 
         An unanswered call from before counts: its answer may still be on its way, with units that were lost since.
@@ -357,7 +370,7 @@ class LeaseBook:
             tenant
             for tenant, held in self.tenants.items()
             if (held.outstanding is not None and held.outstanding.sent_boot_ms <= since_ms)
-            or any(lease.asked_ms <= since_ms for lease in held.all() if self._sayable(lease) and now_s < lease.end)
+            or any(lease.asked_ms <= since_ms for lease in held.all() if self._is_sayable(lease, boot_ms))
         ]
 
     # Upkeep
@@ -365,40 +378,34 @@ class LeaseBook:
     def tick(self, held: TenantLeases, now_s: int, boot_ms: int, elapsed_s: float) -> bool:
         """Once a second for each tenant held: measures demand, drops ended windows. Whether a call is due."""
         due = False
-        for key, lease in list(held.leases.items()):
-            if now_s >= lease.end and lease.reserved == 0 and lease not in held.needs:
+        for lease in list(held.all()):
+            if now_s >= lease.end:
                 # What was spent is in the ledger; what was not lapsed with the window.
-                if held.outstanding is None or all(ask.lease is not lease for ask in held.outstanding.asks):
-                    upcoming = held.upcoming.pop(key, None)
-                    if upcoming is not None:
-                        upcoming.rate = lease.rate
-                        held.leases[key] = upcoming
-                    else:
-                        del held.leases[key]
+                if not self._is_sayable(lease, boot_ms) and lease.reserved == 0 and not self._is_asked(held, lease):
+                    self._drop(held, lease)
                 continue
             lease.rate = (lease.rate + lease.spent_lately / elapsed_s) / 2
             lease.spent_lately = 0
             held_units = lease.free > 0 or lease.reserved > 0
-            due |= lease.wanted or lease.free < lease.low_water
+            due |= lease.wanted or lease.unsure or lease.free < lease.low_water
             due |= held_units and (self._is_idle(lease, boot_ms) or boot_ms >= lease.asked_ms + lease.keepalive_ms)
         return due
 
     def prefetch(self, held: TenantLeases, lease: Lease, start: int, end: int) -> None:
         """Makes an empty lease for the window after ``lease``'s, so that the next call takes it ahead of need."""
-        key = (lease.limit_key, lease.scope)
-        if key in held.upcoming or held.leases.get(key) is not lease:
+        if quota_name(lease.limit_key, lease.scope, start) in held.others:
             return
         upcoming = Lease(lease.limit_key, lease.scope, start, end, lease.amount)
         upcoming.rate = lease.rate
-        held.upcoming[key] = upcoming
+        held.others[upcoming.quota] = upcoming
         held.needs[upcoming] = 1
 
     def restore(self, tenant: str, lease: Lease, boot_ms: int) -> None:
         """Takes up a lease of an earlier incarnation, from the log. It can be spent once a call was answered."""
-        held = self.of(tenant)
         lease.hold_until_ms = 0
         lease.spent_ms = boot_ms
-        held.leases[(lease.limit_key, lease.scope)] = lease
+        lease.unsure = lease.logged = True
+        self.of(tenant).others[lease.quota] = lease
 
     def forget(self, tenant: str) -> None:
         """Drops a tenant whose units were all returned, or whose windows are over."""
@@ -415,6 +422,7 @@ class LeaseBook:
         for ask, granted in zip(call.asks, answer.granted, strict=True):
             lease = ask.lease
             lease.cap = granted.g
+            lease.unsure = False
             lease.used += max(0, granted.u - ask.used)
             if ask.min:
                 lease.spent_ms = boot_ms
@@ -452,22 +460,40 @@ class LeaseBook:
                 ask.lease.idle_elsewhere = 0
                 ask.lease.short_until_ms = boot_ms + DENIAL_KEPT_MS
 
-    def _by_urgency(self, held: TenantLeases, now_s: int) -> list[Lease]:
+    def _by_urgency(self, held: TenantLeases, boot_ms: int) -> list[Lease]:
         """Leases that a check waits for first, then by how long nothing was said about them."""
-        kept = [lease for lease in held.all() if lease not in held.needs and now_s < lease.end and self._sayable(lease)]
+        kept = [lease for lease in held.all() if lease not in held.needs and self._is_sayable(lease, boot_ms)]
         kept.sort(key=lambda lease: lease.asked_ms)
         return [*held.needs, *kept]
 
+    def _is_sayable(self, lease: Lease, boot_ms: int) -> bool:
+        """Whether Redis has to know what is held of this lease, and still takes it."""
+        if not (lease.cap or lease.used or lease.unsure):
+            return False
+        if self._redis_ahead_ms is None:
+            return True
+        return boot_ms + self._redis_ahead_ms < (lease.end + WINDOW_GRACE_S) * 1_000
+
     @staticmethod
-    def _sayable(lease: Lease) -> bool:
-        return lease.cap > 0 or lease.used > 0
+    def _is_asked(held: TenantLeases, lease: Lease) -> bool:
+        if lease in held.needs:
+            return True
+        return held.outstanding is not None and any(ask.lease is lease for ask in held.outstanding.asks)
 
     @staticmethod
     def _is_idle(lease: Lease, boot_ms: int) -> bool:
         return lease.free > 0 and lease.reserved == 0 and boot_ms - lease.spent_ms > IDLE_MS
 
     @staticmethod
-    def _forget(held: TenantLeases, lease: Lease) -> None:
-        for leases in (held.leases, held.upcoming):
-            if leases.get((lease.limit_key, lease.scope)) is lease:
-                del leases[(lease.limit_key, lease.scope)]
+    def _doubt(held: TenantLeases) -> None:
+        """Redis lost something: also what was returned may be in a register again."""
+        for lease in held.all():
+            lease.unsure = True
+
+    @staticmethod
+    def _drop(held: TenantLeases, lease: Lease) -> None:
+        key = (lease.limit_key, lease.scope)
+        if held.leases.get(key) is lease:
+            del held.leases[key]
+        elif held.others.get(lease.quota) is lease:
+            del held.others[lease.quota]

@@ -41,7 +41,10 @@ DEADLINE_SLACK_S: Final = 0.02
 BATCH_CHECKS_MAX: Final = 1_000
 
 _APPROVED: Final = Effect.APPROVED
-_KEY_REUSED: Final = "idempotency_key: it was used for another request; use a new key for each action, and the same one only to repeat it"
+_KEY_REUSED: Final = (
+    "idempotency_key: it was used for another request; use a new key for each action, and the same one only to"
+    " repeat it"
+)
 _CHECKS_TAG: Final = b"\x0a"  # field 1 of CheckBatchResponse, length-delimited
 
 

@@ -19,7 +19,7 @@ from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import Engine, LeaseWait
 from licet_sidecar.core.leases import PREFETCH_S, Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, TenantLeases
 from licet_sidecar.logs import Logger
-from licet_sidecar.ports import LeaseStore, LinkDown, LinkRefused
+from licet_sidecar.ports import CallRefused, LeaseStore, LinkDown, LinkRefused
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.tally import Tally
 
@@ -67,6 +67,7 @@ class LeasingService:
         self._refills: set[str] = set()
         self._ticked_ms = 0
         self._to_assert: Pair | None = None
+        self._to_assert_since_ms = 0
         self.asserted = Pair(0, "")
         self.urgent = asyncio.Event()
         """Set when upkeep should not wait for its turn: leases stay closed everywhere until all have asserted."""
@@ -118,31 +119,33 @@ class LeasingService:
         pair = Pair(epoch, run)
         if pair not in (self.asserted, self._to_assert):
             self._to_assert = pair
+            self._to_assert_since_ms = self._clock.boot_ms()
             self.urgent.set()
 
     async def upkeep(self) -> None:
         """One round: refills what runs low, keeps holds alive, returns what is idle, asserts after a loss."""
         now_s, boot_ms = self._clock.now_us() // 1_000_000, self._clock.boot_ms()
-        due: dict[str, None] = dict.fromkeys(self._refills)
+        asserting, since_ms = self._to_assert, self._to_assert_since_ms
+        due: dict[str, None] = dict.fromkeys(self._book.unasserted(since_ms, boot_ms) if asserting else ())
+        due.update(dict.fromkeys(self._refills))
         self._refills.clear()
         if boot_ms - self._ticked_ms >= 1_000:
             due.update(dict.fromkeys(self._tick(now_s, boot_ms)))
-        asserting = self._to_assert
-        if asserting is not None:
-            due.update(dict.fromkeys(t for t, held in self._book.tenants.items() if held.holds_units))
         calls: list[tuple[TenantLeases, SettleCall]] = []
         for tenant in list(due)[:UPKEEP_TENANTS_MAX]:
             held = self._book.tenants.get(tenant)
             if held is None or tenant in self._sending or tenant in self._tasks:
                 continue
-            call = held.outstanding or self._begin(held, now_s, boot_ms)
+            call = held.outstanding or self._begin(held, boot_ms)
             if call is not None:
                 calls.append((held, call))
-        again = await self._send_all(calls)
-        if asserting is not None and not again and len(due) <= UPKEEP_TENANTS_MAX:
-            self.asserted = asserting
-            if self._to_assert == asserting:
-                self._to_assert = None
+        await self._send_all(calls)
+        if asserting is None or self._to_assert != asserting:
+            return
+        # Not before every lease was answered for: one whose tenant was busy, that was not in its call, or that a call
+        # from before the loss may still bring, would be granted to others.
+        if not self._book.unasserted(since_ms, self._clock.boot_ms()):
+            self.asserted, self._to_assert = asserting, None
             self.on_asserted()
 
     async def give_back_all(self) -> int:
@@ -157,11 +160,11 @@ class LeasingService:
             ]
             if not unfinished:
                 break
-            now_s, boot_ms = self._clock.now_us() // 1_000_000, self._clock.boot_ms()
+            boot_ms = self._clock.boot_ms()
             calls: list[tuple[TenantLeases, SettleCall]] = []
             for held in unfinished:
                 held.needs.clear()
-                call = held.outstanding or self._begin(held, now_s, boot_ms, giving_back=True)
+                call = held.outstanding or self._begin(held, boot_ms, giving_back=True)
                 if call is not None:
                     calls.append((held, call))
             await self._send_all(calls)
@@ -173,7 +176,7 @@ class LeasingService:
             lease_record(tenant, lease)
             for tenant, held in self._book.tenants.items()
             for lease in held.all()
-            if lease.cap or lease.used
+            if lease.logged
         ]
 
     async def stop(self) -> None:
@@ -209,8 +212,7 @@ class LeasingService:
             if (sending := self._sending.get(tenant)) is not None:
                 await sending.wait()  # upkeep is sending this tenant's call
                 continue
-            now_s, boot_ms = self._clock.now_us() // 1_000_000, self._clock.boot_ms()
-            call = held.outstanding or self._begin(held, now_s, boot_ms)
+            call = held.outstanding or self._begin(held, self._clock.boot_ms())
             if call is None:
                 self._wake(tenant)
                 return
@@ -259,35 +261,35 @@ class LeasingService:
             (answer,) = await self._settle([call])
         if isinstance(answer, Exception):
             self._tally.settle_failures += 1
-            self._link.failed(answer, refused=isinstance(answer, LinkRefused))
+            if isinstance(answer, CallRefused):
+                self._refused(held, call, answer)
+            else:
+                self._link.failed(answer, refused=isinstance(answer, LinkRefused))
             raise answer
         return self._take(held, call, answer)
 
-    async def _send_all(self, calls: Sequence[tuple[TenantLeases, SettleCall]]) -> list[str]:
-        """Sends calls of upkeep. Tenants for which more has to be said."""
+    async def _send_all(self, calls: Sequence[tuple[TenantLeases, SettleCall]]) -> None:
+        """Sends calls of upkeep."""
         if not calls:
-            return []
-        again: list[str] = []
+            return
         try:
             with self._marked_sending([held for held, _ in calls]):
                 answers = await self._settle([call for _, call in calls])
         except (LinkDown, LinkRefused):
-            return [held.tenant for held, _ in calls]
+            return
         for (held, call), answer in zip(calls, answers, strict=True):
             if isinstance(answer, Exception):
                 self._tally.settle_failures += 1
-                again.append(held.tenant)
+                if isinstance(answer, CallRefused):
+                    self._refused(held, call, answer)
                 continue
             outcome = self._take(held, call, answer)
             if outcome is Outcome.REPLACED:
                 self._on_replaced(f"the registers of this sidecar for tenant {held.tenant} were sealed or taken over")
             elif outcome is Outcome.ASK_CONTROL_PLANE:
                 await self._quietly(self._store.ask(held.tenant, held.why))
-                again.append(held.tenant)
             elif outcome is Outcome.AGAIN:
-                again.append(held.tenant)
                 self._refills.add(held.tenant)
-        return again
 
     @contextmanager
     def _marked_sending(self, tenants: Sequence[TenantLeases]) -> Iterator[None]:
@@ -312,17 +314,15 @@ class LeasingService:
         self._link.succeeded()
         return answers
 
-    def _begin(self, held: TenantLeases, now_s: int, boot_ms: int, *, giving_back: bool = False) -> SettleCall | None:
+    def _begin(self, held: TenantLeases, boot_ms: int, *, giving_back: bool = False) -> SettleCall | None:
         caps = {lease: lease.cap for lease in held.all()}
-        call = self._book.begin_call(
-            held, revision=self._engine.revision, now_s=now_s, boot_ms=boot_ms, giving_back=giving_back
-        )
+        call = self._book.begin_call(held, revision=self._engine.revision, boot_ms=boot_ms, giving_back=giving_back)
         if call is not None:
-            lowered = [ask.lease for ask in call.asks if ask.cap < caps.get(ask.lease, 0)]
-            if lowered and not self._logged(held, lowered):
+            first = [ask.lease for ask in call.asks if ask.cap < caps.get(ask.lease, 0) or not ask.lease.logged]
+            if not self._logged(held, first):
                 # A return that is not in the log must not be sent: a restart would spend the units again.
-                for lease in lowered:
-                    lease.cap = caps[lease]
+                for lease in first:
+                    lease.cap = caps.get(lease, lease.cap)
                 self._book.abandon_call(held, call)
                 return None
         return call
@@ -334,6 +334,13 @@ class LeasingService:
         self._logged(held, [lease for lease, cap in caps.items() if lease.cap != cap])
         return outcome
 
+    def _refused(self, held: TenantLeases, call: SettleCall, error: CallRefused) -> None:
+        """The call would be refused for ever; the next one may not be."""
+        self._logger.error(
+            "a call to Redis was refused; its units stay where they are", tenant=held.tenant, why=str(error)
+        )
+        self._book.abandon_call(held, call)
+
     def _logged(self, held: TenantLeases, leases: Sequence[Lease]) -> bool:
         if not leases:
             return True
@@ -342,6 +349,8 @@ class LeasingService:
         except UsageLogError:
             self._tally.log_failures += 1
             return False
+        for lease in leases:
+            lease.logged = True
         return True
 
     def _tick(self, now_s: int, boot_ms: int) -> list[str]:

@@ -5,6 +5,7 @@ A faster transport can take this module's place without touching the service.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,7 @@ from licet_sidecar.logs import Logger
 from licet_sidecar.services.approval import ApprovalService, Malformed, NotReady
 
 SERVICE: Final = "licet.v1.ApprovalService"
+SOCKET_PROBE_S: Final = 0.5
 DEADLINE_DEFAULT_S: Final = 5.0
 """For callers that set none."""
 
@@ -68,6 +70,7 @@ class GrpcEdge:
                     " stop what uses it, or choose another with --listen"
                 ) from error
             served.append(address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}")
+        await self.set_ready(False)  # before the first probe can ask
         await self._server.start()
         return served
 
@@ -108,6 +111,20 @@ async def _abort(context: Any, error: Malformed | NotReady) -> bytes:
 
 
 def _clear_stale_socket(path: Path) -> None:
-    """Removes a socket that a killed process left; the state directory's lock keeps a living one from this."""
-    if path.is_socket():
-        path.unlink()
+    """Removes a socket that a killed process left.
+
+    Raises:
+        ListenError: somebody serves it, perhaps a sidecar with another state directory.
+    """
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(SOCKET_PROBE_S)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+            return
+    raise ListenError(
+        f"cannot listen on unix:{path}: another process serves it; stop that one, or choose another with --listen"
+    )

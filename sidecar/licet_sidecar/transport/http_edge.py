@@ -39,7 +39,8 @@ class HttpEdge:
 
     def stop(self) -> None:
         """Stops, and frees the port."""
-        self._server.shutdown()
+        if self._thread.is_alive():  # shutdown() waits for the end of a loop that may never have begun
+            self._server.shutdown()
         self._server.server_close()
 
 
