@@ -58,7 +58,7 @@ def batches() -> Iterator[Any]:
             yield pytest.param(faults, range(start, min(count, start + SEEDS_EACH)), id=f"{name}-{start}")
 
 
-@pytest.mark.parametrize(("faults", "seeds"), batches())
+@pytest.mark.parametrize(("faults", "seeds"), list(batches()))
 def test_quotas_are_neither_overspent_nor_stranded(faults: Faults | None, seeds: range) -> None:
     for seed in seeds:
         if fails(seed, faults) is not None:
