@@ -1,0 +1,162 @@
+"""The lease book: what it must not forget, and whom it must still tell."""
+
+from __future__ import annotations
+
+import pytest
+
+from licet.domain.ids import LimitKey
+from licet.wire.registers import WINDOW_GRACE_S, Pair
+from licet_sidecar.core.leases import (
+    QUOTAS_PER_CALL_MAX,
+    Granted,
+    Lease,
+    LeaseBook,
+    Outcome,
+    SettleAnswer,
+    SettleCall,
+    Status,
+    TenantLeases,
+)
+
+TENANT = "acme"
+CALLS = LimitKey("calls:minute")
+PAIR = Pair(1, "run1")
+START_S = 1_800_000_000
+BOOT_MS = 50_000
+
+
+@pytest.fixture
+def book() -> LeaseBook:
+    return LeaseBook(1)
+
+
+def answered(
+    call: SettleCall, status: Status = Status.OK, *, about: int = -1, redis_s: float = START_S
+) -> SettleAnswer:
+    """Grants what was asked."""
+    granted = tuple(
+        Granted(ask.cap + ask.min, ask.min, ask.used, ask.amount, ask.cap + ask.min, ask.used, False)
+        for ask in call.asks
+    )
+    ok = status is Status.OK
+    return SettleAnswer(status, 1, call.op, PAIR, "open", int(redis_s * 1_000), granted if ok else (), about)
+
+
+def leased(book: LeaseBook, units: int, *, window: int = 0, boot_ms: int = BOOT_MS) -> tuple[TenantLeases, Lease]:
+    """A lease of a window of a minute, with so many units."""
+    held = book.of(TENANT)
+    start = START_S + 60 * window
+    lease = book.lease(held, CALLS, "", start, start + 60, 1_000)
+    book.need(held, lease, units)
+    call = begun(book, held, boot_ms=boot_ms)
+    assert book.end_call(held, call, answered(call), boot_ms) is Outcome.SETTLED
+    return held, lease
+
+
+def begun(book: LeaseBook, held: TenantLeases, *, boot_ms: int = BOOT_MS) -> SettleCall:
+    call = book.begin_call(held, revision=1, boot_ms=boot_ms)
+    assert call is not None
+    return call
+
+
+def test_remembers_what_it_spent_when_the_wall_clock_steps_back_over_a_windows_end(book: LeaseBook) -> None:
+    held, lease = leased(book, 10)
+    book.spend(lease, 7, BOOT_MS)
+    later = book.lease(held, CALLS, "", START_S + 60, START_S + 120, 1_000)
+    book.tick(held, START_S + 61, BOOT_MS + 5_000, 1.0)
+    assert later is not lease
+    assert book.lease(held, CALLS, "", START_S, START_S + 60, 1_000) is lease
+    assert lease.used == 7
+    assert book.lease(held, CALLS, "", START_S + 60, START_S + 120, 1_000) is later
+
+
+def test_drops_an_ended_window_when_redis_takes_no_more_calls_for_it(book: LeaseBook) -> None:
+    held, _ = leased(book, 10)
+    open_ms = BOOT_MS + (60 + WINDOW_GRACE_S) * 1_000 - 1
+    book.tick(held, START_S + 1_000, open_ms, 1.0)
+    assert held.holds_units
+    book.tick(held, START_S + 1_000, open_ms + 1, 1.0)
+    assert not list(held.all())
+
+
+def test_takes_up_the_leases_of_two_windows_after_a_restart() -> None:
+    book = LeaseBook(2)
+    for window, used in ((1, 1), (0, 7)):
+        start = START_S + 60 * window
+        lease = Lease(CALLS, "", start, start + 60, 1_000)
+        lease.cap, lease.used = 10, used
+        book.restore(TENANT, lease, BOOT_MS)
+    held = book.of(TENANT)
+    assert book.lease(held, CALLS, "", START_S, START_S + 60, 1_000).used == 7
+    assert book.lease(held, CALLS, "", START_S + 60, START_S + 120, 1_000).used == 1
+
+
+def test_a_restored_lease_is_not_spent_before_a_call_was_answered() -> None:
+    book = LeaseBook(2)
+    lease = Lease(CALLS, "", START_S, START_S + 60, 1_000)
+    lease.cap = 10
+    book.restore(TENANT, lease, BOOT_MS)
+    assert not book.can_spend(lease, 1, BOOT_MS)
+    call = begun(book, book.of(TENANT))
+    answer = SettleAnswer(
+        Status.OK, 2, call.op, PAIR, "open", START_S * 1_000, (Granted(10, 0, 0, 1_000, 10, 0, False),)
+    )
+    book.end_call(book.of(TENANT), call, answer, BOOT_MS)
+    assert book.can_spend(lease, 1, BOOT_MS)
+
+
+@pytest.mark.parametrize("status", [Status.CLOSED, Status.LEARN, Status.STALE, Status.UNPUBLISHED])
+def test_says_what_it_holds_after_a_call_was_refused_that_may_have_been_granted_before(
+    book: LeaseBook, status: Status
+) -> None:
+    # The first sending was granted and its answer lost; the second is refused, because another window of it closed.
+    held, _ = leased(book, 1)
+    later = book.lease(held, CALLS, "", START_S + 60, START_S + 120, 1_000)
+    book.need(held, later, 5)
+    call = begun(book, held)
+    about = next(position for position, ask in enumerate(call.asks) if ask.lease is not later)
+    book.end_call(held, call, answered(call, status, about=about), BOOT_MS)
+    assert later.cap == 0
+    assert book.tick(held, START_S + 61, BOOT_MS + 1_000, 1.0), "a call is due"
+    assert later in [ask.lease for ask in begun(book, held).asks]
+
+
+def test_a_check_in_a_window_that_redis_has_closed_meets_the_clock(book: LeaseBook) -> None:
+    held = book.of(TENANT)
+    lease = book.lease(held, CALLS, "", START_S, START_S + 60, 1_000)
+    book.need(held, lease, 1)
+    call = begun(book, held)
+    answer = answered(call, Status.CLOSED, about=0, redis_s=START_S + 200)
+    assert book.end_call(held, call, answer, BOOT_MS) is Outcome.CLOCK
+
+
+def test_has_asserted_only_when_every_lease_was_answered_for(book: LeaseBook) -> None:
+    held = book.of(TENANT)
+    for number in range(QUOTAS_PER_CALL_MAX + 1):
+        lease = book.lease(held, LimitKey(f"calls:{number}"), "", START_S, START_S + 60, 1_000)
+        lease.cap = 1
+    since_ms = BOOT_MS
+    first = begun(book, held, boot_ms=BOOT_MS + 1)
+    book.end_call(held, first, answered(first), BOOT_MS + 2)
+    assert book.unasserted(since_ms, BOOT_MS + 2) == [TENANT], "one did not fit"
+    second = begun(book, held, boot_ms=BOOT_MS + 3)
+    book.end_call(held, second, answered(second), BOOT_MS + 4)
+    assert book.unasserted(since_ms, BOOT_MS + 4) == []
+
+
+def test_has_not_asserted_while_a_call_from_before_the_loss_is_unanswered(book: LeaseBook) -> None:
+    held = book.of(TENANT)
+    lease = book.lease(held, CALLS, "", START_S, START_S + 60, 1_000)
+    book.need(held, lease, 5)
+    call = begun(book, held)
+    assert book.unasserted(BOOT_MS, BOOT_MS) == [TENANT]
+    book.end_call(held, call, answered(call, Status.STALE), BOOT_MS + 1)
+    assert book.unasserted(BOOT_MS, BOOT_MS + 1) == [TENANT], "and what it may have been granted is to be said"
+
+
+def test_has_not_asserted_while_an_ended_window_still_takes_calls(book: LeaseBook) -> None:
+    held, lease = leased(book, 10)
+    book.spend(lease, 10, BOOT_MS)
+    leased(book, 1, window=1, boot_ms=BOOT_MS + 60_000)
+    assert book.unasserted(BOOT_MS + 61_000, BOOT_MS + 62_000) == [TENANT]
+    assert lease in [ask.lease for ask in begun(book, held, boot_ms=BOOT_MS + 62_000).asks]
