@@ -179,7 +179,7 @@ class Quotas:
             Opening(
                 tenant,
                 states[tenant].pair,
-                max(in_force.revision, states[tenant].revision),
+                in_force.revision,  # never another's: a publisher that was paused must not open with older limits
                 limits.get(tenant, {}),
                 quotas_to_keep(mark, server_s),
             )
