@@ -132,20 +132,20 @@ class _BatchSemanticsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BatchS
     DESCRIPTOR: _descriptor.EnumDescriptor
     BATCH_SEMANTICS_UNSPECIFIED: _BatchSemantics.ValueType  # 0
     """same as EXECUTE_ALL"""
-    EXECUTE_ALL: _BatchSemantics.ValueType  # 1
-    DENY_ON_FIRST_DENY: _BatchSemantics.ValueType  # 2
+    BATCH_SEMANTICS_EXECUTE_ALL: _BatchSemantics.ValueType  # 1
+    BATCH_SEMANTICS_DENY_ON_FIRST_DENY: _BatchSemantics.ValueType  # 2
     """stops after the first answer that is not APPROVED"""
-    PERMIT_ON_FIRST_PERMIT: _BatchSemantics.ValueType  # 3
+    BATCH_SEMANTICS_PERMIT_ON_FIRST_PERMIT: _BatchSemantics.ValueType  # 3
     """stops after the first APPROVED"""
 
 class BatchSemantics(_BatchSemantics, metaclass=_BatchSemanticsEnumTypeWrapper): ...
 
 BATCH_SEMANTICS_UNSPECIFIED: BatchSemantics.ValueType  # 0
 """same as EXECUTE_ALL"""
-EXECUTE_ALL: BatchSemantics.ValueType  # 1
-DENY_ON_FIRST_DENY: BatchSemantics.ValueType  # 2
+BATCH_SEMANTICS_EXECUTE_ALL: BatchSemantics.ValueType  # 1
+BATCH_SEMANTICS_DENY_ON_FIRST_DENY: BatchSemantics.ValueType  # 2
 """stops after the first answer that is not APPROVED"""
-PERMIT_ON_FIRST_PERMIT: BatchSemantics.ValueType  # 3
+BATCH_SEMANTICS_PERMIT_ON_FIRST_PERMIT: BatchSemantics.ValueType  # 3
 """stops after the first APPROVED"""
 Global___BatchSemantics: _TypeAlias = BatchSemantics  # noqa: Y015
 
@@ -376,7 +376,7 @@ class CheckRequest(_message.Message):
     quantity: _builtins.int
     """Units of the action's single meter, 0 to 2^53 - 1. Absent means 1."""
     idempotency_key: _builtins.str
-    """Makes a retry safe: the same key gives the same answer and consumes once. At most 128 bytes."""
+    """Makes a retry safe: the same key gives the same answer and consumes once. At most 128 characters."""
     mode: Global___Mode.ValueType
     @_builtins.property
     def subject(self) -> Global___Subject: ...

@@ -7,8 +7,9 @@ all see the same. A log is named by ``<sidecar>:<incarnation>``; its sequence nu
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Self
 
 import msgpack
@@ -34,7 +35,8 @@ class UsageEvent(NamedTuple):
     ``at_us`` is the sidecar's clock, microseconds since the Unix epoch. ``units`` are the units asked, by feature;
     they were taken when ``effect`` is APPROVED (or the event is flagged OBSERVED). ``spends`` are ``[quota, units]``
     pairs: which quota register of this sidecar they were taken from. ``shadow`` names the rules of shadow policies that
-    matched, as ``policy/rule=effect``.
+    matched, as ``policy/rule=effect``. ``feature_costs`` divides ``cost_nanos``
+    among several features with a price; it is empty when one bears all of it.
     """
 
     seq: int
@@ -58,6 +60,7 @@ class UsageEvent(NamedTuple):
     context: dict[str, AttributeValue]
     spends: list[tuple[str, int]]
     shadow: list[str]
+    feature_costs: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)

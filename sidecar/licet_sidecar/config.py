@@ -32,7 +32,7 @@ class Config:
     staleness_max_s: float = 300.0
     tenants_max: int = 10_000
     log_bytes_max: int = 1024**3
-    message_bytes_max: int = 1024**2
+    message_bytes_max: int = 8 * 1024**2
     drain_grace_s: float = 10.0
     log_level: str = "info"
 
@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         staleness_max_s=_duration("staleness_max", setting("staleness_max", "300s")),
         tenants_max=_count("tenants_max", setting("tenants_max", "10000"), 1),
         log_bytes_max=_count("log_bytes_max", setting("log_bytes_max", str(1024**3)), 1024**2),
-        message_bytes_max=_count("message_bytes_max", setting("message_bytes_max", str(1024**2)), 1024),
+        message_bytes_max=_count("message_bytes_max", setting("message_bytes_max", str(8 * 1024**2)), 1024),
         drain_grace_s=_duration("drain_grace", setting("drain_grace", "10s")),
         log_level=setting("log_level", "info").lower(),
     )
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--staleness-max", metavar="TIME", help="after how long without news answers are stale (default 300s)")
     add("--tenants-max", metavar="N", help="licenses kept in memory (default 10000)")
     add("--log-bytes-max", metavar="N", help="size of the usage log on disk (default 1 GiB)")
-    add("--message-bytes-max", metavar="N", help="size of one request (default 1 MiB)")
+    add("--message-bytes-max", metavar="N", help="size of one request (default 8 MiB)")
     add("--drain-grace", metavar="TIME", help="how long to go on shipping usage after SIGTERM (default 10s)")
     add("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
     return parser

@@ -97,14 +97,14 @@ WRITTEN: dict[str, bytes] = {
 
 GOLDEN: dict[str, str] = {
     "event": (
-        "dc001501cf00065bfeda25e001a461636d65a475736572a3616461a0ad7265706f72742e6578706f72740101a00181a77265"
+        "dc001601cf00065bfeda25e001a461636d65a475736572a3616461a0ad7265706f72742e6578706f72740101a00181a77265"
         "706f7274730105a355534400a56a6f622d31a0a081a6726567696f6ea265759192ba7265706f7274733a6d6f6e74686c793a"
-        "313738383232303830300190"
+        "31373838323230383030019080"
     ),
     "framed event": (
-        "700000002f8373a501dc001501cf00065bfeda25e001a461636d65a475736572a3616461a0ad7265706f72742e6578706f72"
+        "71000000c4557cf401dc001601cf00065bfeda25e001a461636d65a475736572a3616461a0ad7265706f72742e6578706f72"
         "740101a00181a77265706f7274730105a355534400a56a6f622d31a0a081a6726567696f6ea265759192ba7265706f727473"
-        "3a6d6f6e74686c793a313738383232303830300190"
+        "3a6d6f6e74686c793a31373838323230383030019080"
     ),
     "framed header": (
         "3d00000078e502c3039301a975736167652d6c6f6796d9206161616161616161616161616161616161616161616161616161"
@@ -171,9 +171,9 @@ GOLDEN: dict[str, str] = {
 }
 BATCH = (
     "9301a5757361676598d9206161616161616161616161616161616161616161616161616161616161616161010000c4087072"
-    "6566697830300102c47c7801bbc320ca789e812dfadf2dd5078c4b12937353979416a7162d4e4c495cb0b628b520bfa8442f"
+    "6566697830300102c47d7801bbc320c6789e812dfadf2dd5078c4b12937353979416a7162d4e4c495cb0b628b520bfa8442f"
     "b5024431322e606c5c0e112a66645d1c1aecc2b0342b3f49d770c182c66545a9e999f9798b524b274eda055563959b9f5792"
-    "91536965686e61616464606160c038e10e832813cc3e26f2ec3322c53e00a845586a"
+    "91536965686e61616464606160c038a1e10e831813cc4226f22c3422c9420067c1596c"
 )
 """Its compressed part depends on the version of zlib: it is compared unpacked."""
 
@@ -191,6 +191,12 @@ def test_golden_events_are_read() -> None:
     data = bytes.fromhex(GOLDEN["event"])
     assert unpack_event(data) == event(1)._replace(spends=[["reports:monthly:1788220800", 1]])  # type: ignore[list-item]
     assert event_seq(data) == 1
+
+
+def test_an_event_without_the_fields_appended_since_is_read() -> None:
+    older = msgpack.packb(msgpack.unpackb(bytes.fromhex(GOLDEN["event"]))[:21])
+    assert unpack_event(older).shadow == []
+    assert unpack_event(older).feature_costs == {}
 
 
 def test_a_golden_batch_is_read() -> None:
@@ -317,5 +323,5 @@ def test_fields_of_an_event_are_only_ever_appended() -> None:
     assert UsageEvent._fields == (
         *("seq", "at_us", "tenant", "subject_type", "subject_id", "on_behalf_of", "action", "effect", "reason", "rule"),
         *("revision", "units", "cost_nanos", "currency", "flags", "idempotency_key", "resource_type", "resource_id"),
-        *("context", "spends", "shadow"),
+        *("context", "spends", "shadow", "feature_costs"),
     )

@@ -195,14 +195,14 @@ async def test_spends_of_approved_events_fill_the_register_spend(running: Deploy
 
 
 async def test_an_event_over_two_features_is_one_decision_and_one_cost(running: Deployment) -> None:
-    await send(running, batch(1, 2, units={"in": 10, "out": 4}, cost_nanos=7))
+    await send(running, batch(1, 2, units={"in": 10, "out": 4}, cost_nanos=7, feature_costs={"in": 3, "out": 4}))
     await send(running, batch(3, 3, units={}, cost_nanos=0, currency="", effect=2, reason=6))
     await acked(running, 3)
     by_feature = await running.plane.database.read(ledger_reports.summary, by=["feature"])
-    assert {(one.group["feature"], one.events, one.units) for one in by_feature} == {
-        ("", 1, 0),
-        ("in", 2, 20),
-        ("out", 2, 8),
+    assert {(one.group["feature"], one.events, one.units, one.cost_nanos.get("USD", 0)) for one in by_feature} == {
+        ("", 1, 0, 0),
+        ("in", 2, 20, 6),
+        ("out", 2, 8, 8),
     }
     by_tenant = await running.plane.database.read(ledger_reports.summary, by=["tenant"])
     assert [(one.events, one.cost_nanos) for one in by_tenant] == [(3, {"USD": 14})]

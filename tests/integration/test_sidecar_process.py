@@ -233,11 +233,19 @@ def test_usage_reaches_redis_and_is_acknowledged(sidecar: Sidecar, publisher: Re
 # Bad input
 
 
-def test_a_context_of_5_mb_is_refused_with_the_limit(sidecar: Sidecar) -> None:
+def test_a_context_of_5_mb_is_refused_by_name_and_with_the_limit(sidecar: Sidecar) -> None:
     with sidecar.stub() as stub, pytest.raises(grpc.RpcError) as caught:
         stub.Check(ask(context={"note": "x" * 5_000_000}), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details().startswith("context.note: ")
+    assert "16,384" in caught.value.details()
+    assert sidecar.check().effect == pb.EFFECT_APPROVED
+
+
+def test_a_message_above_the_limit_is_refused(sidecar: Sidecar) -> None:
+    with sidecar.stub() as stub, pytest.raises(grpc.RpcError) as caught:
+        stub.Check(ask(context={"note": "x" * 9_000_000}), timeout=10)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "1048576" in caught.value.details()
     assert sidecar.check().effect == pb.EFFECT_APPROVED
 
 

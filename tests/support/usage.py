@@ -36,6 +36,7 @@ def event(seq: int, **changes: Any) -> UsageEvent:
         context={"region": "eu"},
         spends=[("reports:monthly:1788220800", 1)],
         shadow=[],
+        feature_costs={},
     )
     return plain._replace(**changes)
 

@@ -433,12 +433,12 @@ _A, _D, _P = pb.EFFECT_APPROVED, pb.EFFECT_DENIED, pb.EFFECT_PENDING
     ("semantics", "checks", "expected"),
     [
         (pb.BATCH_SEMANTICS_UNSPECIFIED, "gdpg", [_A, _D, _P, _A]),
-        (pb.EXECUTE_ALL, "dgpd", [_D, _A, _P, _D]),
-        (pb.DENY_ON_FIRST_DENY, "ggdg", [_A, _A, _D]),
-        (pb.DENY_ON_FIRST_DENY, "gpg", [_A, _P]),
-        (pb.DENY_ON_FIRST_DENY, "ggg", [_A, _A, _A]),
-        (pb.PERMIT_ON_FIRST_PERMIT, "dpgg", [_D, _P, _A]),
-        (pb.PERMIT_ON_FIRST_PERMIT, "dd", [_D, _D]),
+        (pb.BATCH_SEMANTICS_EXECUTE_ALL, "dgpd", [_D, _A, _P, _D]),
+        (pb.BATCH_SEMANTICS_DENY_ON_FIRST_DENY, "ggdg", [_A, _A, _D]),
+        (pb.BATCH_SEMANTICS_DENY_ON_FIRST_DENY, "gpg", [_A, _P]),
+        (pb.BATCH_SEMANTICS_DENY_ON_FIRST_DENY, "ggg", [_A, _A, _A]),
+        (pb.BATCH_SEMANTICS_PERMIT_ON_FIRST_PERMIT, "dpgg", [_D, _P, _A]),
+        (pb.BATCH_SEMANTICS_PERMIT_ON_FIRST_PERMIT, "dd", [_D, _D]),
     ],
 )
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])

@@ -118,7 +118,8 @@ def test_refuses_a_batch_of_impossible_size(size: int) -> None:
 
 @pytest.mark.parametrize("semantics", list(Semantics))
 def test_sends_the_semantics_of_the_proto(semantics: Semantics) -> None:
-    assert pb.BatchSemantics.Name(batch_request([Check("t", "a")], semantics).semantics) == semantics.name
+    sent = batch_request([Check("t", "a")], semantics).semantics
+    assert pb.BatchSemantics.Name(sent) == f"BATCH_SEMANTICS_{semantics.name}"
 
 
 def test_reads_every_part_of_a_response() -> None:

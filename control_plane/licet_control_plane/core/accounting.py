@@ -77,7 +77,9 @@ class Account:
                     sums = rollups[key] = [0, 0, 0, 0]
                 if feature == bearer:
                     sums[0] += 1
-                    sums[3] += event.cost_nanos
+                    if not event.feature_costs:
+                        sums[3] += event.cost_nanos
+                sums[3] += event.feature_costs.get(feature, 0)
                 if feature or not features:
                     sums[1] += 1
                 sums[2] += units

@@ -116,7 +116,8 @@ def summary(
             units=int(row.units) + (old.units if old else 0),
             cost_nanos=costs,
         )
-    return list(sums.values())
+    # Decisions over several features are counted on "": by feature, such a row has nothing to say.
+    return [usage for usage in sums.values() if usage.events or usage.units or usage.cost_nanos]
 
 
 def tally(

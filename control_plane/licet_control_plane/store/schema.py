@@ -211,9 +211,9 @@ conflicts: Final = Table(
 )
 
 rollups: Final = Table(
-    # One row for each feature of an event. ``feature`` is "" for what belongs to no single feature: events without
-    # units, and the cost of events over several features. ``decisions`` and ``cost_nanos`` count an event once, on
-    # its one feature or else on ""; ``events`` and ``units`` count it on each of its features.
+    # One row for each feature of an event; ``feature`` is "" for events without units. ``decisions`` counts an event
+    # once, on its one feature or else on ""; ``events`` and ``units`` count it on each of its features, ``cost_nanos``
+    # is divided among those that have a price.
     "ledger_rollups",
     metadata,
     Column("hour", BigInteger, primary_key=True, autoincrement=False),  # seconds since the Unix epoch

@@ -57,6 +57,7 @@ class Decision:
         "currency",
         "degraded",
         "effect",
+        "feature_costs",
         "message",
         "observed",
         "reason",
@@ -76,6 +77,8 @@ class Decision:
         self.units: Mapping[str, int] = _NOTHING
         self.cost_nanos = 0
         self.currency = ""
+        self.feature_costs: Mapping[str, int] = _NOTHING
+        """What each feature costs, when several do."""
         self.context: Mapping[str, AttributeValue] = _NOTHING
         self.spends: list[tuple[Lease, int]] = []
         self.shadow: Sequence[str] = ()
@@ -307,14 +310,7 @@ class Engine:
         decision.context = context
         decision.shadow = shadow
         if plan.prices and decision.effect is _APPROVED:  # what was not allowed costs nothing
-            for feature, price, attribute in plan.prices:
-                asked = units.get(feature)
-                if asked and (not decision.currency or decision.currency == price.currency):
-                    by = context.get(attribute, "") if attribute else ""
-                    cost_nanos = decision.cost_nanos + price.cost_nanos(asked, by if type(by) is str else str(by))
-                    # For information only, so that the largest that can be recorded does for whatever is beyond it.
-                    decision.cost_nanos = cost_nanos if cost_nanos <= AMOUNT_NANOS_MAX else AMOUNT_NANOS_MAX
-                    decision.currency = price.currency
+            _price(decision, plan)
         return decision
 
     @staticmethod
@@ -383,6 +379,23 @@ class Engine:
         if patient:
             return LeaseWait(inquiry.tenant, tuple(needs))
         return _unavailable(plan.action, "No lease could be had for a limit of this action.")
+
+
+def _price(decision: Decision, plan: TenantAction) -> None:
+    """Adds what the units cost. One currency: the first; ``cost`` is for information, an invoice counts units."""
+    costs: dict[str, int] = {}
+    for feature, price, attribute in plan.prices:
+        asked = decision.units.get(feature)
+        if asked and (not costs or decision.currency == price.currency):
+            by = decision.context.get(attribute, "") if attribute else ""
+            nanos = price.cost_nanos(asked, by if type(by) is str else str(by))
+            costs[feature] = nanos if nanos <= AMOUNT_NANOS_MAX else AMOUNT_NANOS_MAX
+            decision.currency = price.currency
+    if costs:
+        total = sum(costs.values())
+        decision.cost_nanos = total if total <= AMOUNT_NANOS_MAX else AMOUNT_NANOS_MAX
+        if len(costs) > 1:
+            decision.feature_costs = costs
 
 
 def _bind_action(tenant: Tenant, bound: BoundAction) -> TenantAction:

@@ -353,6 +353,7 @@ class ApprovalService:
                     if decision.effect is _APPROVED
                     else (),
                     decision.shadow,
+                    decision.feature_costs,
                 )
             ),
         )
@@ -416,6 +417,6 @@ def _join(responses: Sequence[bytes]) -> bytes:
 
 
 _STOP_ON: Final[dict[int, StopOn]] = {
-    pb.DENY_ON_FIRST_DENY: lambda effect: effect != pb.EFFECT_APPROVED,
-    pb.PERMIT_ON_FIRST_PERMIT: lambda effect: effect == pb.EFFECT_APPROVED,
+    pb.BATCH_SEMANTICS_DENY_ON_FIRST_DENY: lambda effect: effect != pb.EFFECT_APPROVED,
+    pb.BATCH_SEMANTICS_PERMIT_ON_FIRST_PERMIT: lambda effect: effect == pb.EFFECT_APPROVED,
 }
