@@ -69,7 +69,11 @@ class Load:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self.plan.concurrency):
                     group.create_task(self._worker(clients))
-        except* licet.InvalidRequest as refused:
+        except BaseExceptionGroup as failed:
+            # Not `except*`: before Python 3.11.4 what is raised there comes wrapped in a group again.
+            refused, others = failed.split(licet.InvalidRequest)
+            if refused is None or others is not None:
+                raise
             raise refused.exceptions[0] from None  # all rows are made alike, so one of these errors says it all
         finally:
             self.duration_s = time.perf_counter() - self._begin
