@@ -182,7 +182,7 @@ def settings_of(container: Resource, resources: list[Resource]) -> dict[str, str
 
 def bytes_of(quantity: str) -> int:
     """A Kubernetes quantity in bytes, for the suffixes that the manifests use."""
-    number, suffix = re.fullmatch(r"(\d+)(Ki|Mi|Gi)?", quantity).groups()  # type: ignore[union-attr]
+    number, suffix = re.fullmatch(r"(\d+)(Ki|Mi|Gi)?", quantity).groups()  # type: ignore[union-attr]  # else the check must fail
     return int(number) * {None: 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}[suffix]
 
 
@@ -240,7 +240,7 @@ def check_secrets(findings: Findings) -> set[str]:
     for secret in examples:
         check_schema(secret, findings)
         if url := secret["stringData"].get("LICET_REDIS_URL"):
-            user, password = re.fullmatch(r"rediss?://([^:]+):([^@]+)@.*", url).groups()  # type: ignore[union-attr]
+            user, password = re.fullmatch(r"rediss?://([^:]+):([^@]+)@.*", url).groups()  # type: ignore[union-attr]  # else the check must fail
             findings.expect(user in users, name_of(secret), f"user {user} is not in users.acl")
             findings.expect(password.endswith("_PASSWORD"), name_of(secret), "holds what looks like a real password")
     return {secret["metadata"]["name"] for secret in examples}

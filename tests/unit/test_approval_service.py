@@ -159,6 +159,8 @@ BAD_INPUT: list[tuple[str, pb.CheckRequest, str]] = [
     ("int for a bool", ask(action="typed", context={"urgent": 1}), "context.urgent: bool is declared, int"),
     ("string for a list", ask(action="typed", context={"tags": "a"}), "context.tags: list is declared, string"),
     ("string for a time", ask(action="typed", context={"at": "now"}), "context.at: timestamp is declared, string"),
+    ("time for an int", ask(action="typed", context={"size": Timestamp(seconds=5)}), "context.size: int is declared"),
+    ("int for a time", ask(action="typed", context={"at": 5}), "context.at: timestamp is declared, int was sent"),
     (
         "time beyond year 9999",
         ask(action="typed", context={"at": Timestamp(seconds=2**60)}),

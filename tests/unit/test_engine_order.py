@@ -35,7 +35,7 @@ from licet_sidecar.core.engine import (
     LeaseWait,
     LoadWait,
 )
-from licet_sidecar.core.inquiry import InvalidInquiry
+from licet_sidecar.core.inquiry import InvalidInquiry, TimestampUs
 from licet_sidecar.core.rulebook import rollout_includes
 from tests.support.engine import (
     BOOT_MS,
@@ -381,7 +381,7 @@ TYPED = Action(
         ({"share": 2}, {"region": "eu", "share": 2.0}),
         ({"region": ""}, {"region": "", "share": 0.5}),
         ({"other": "x"}, {"region": "eu", "share": 0.5}),
-        ({"at": 0}, {"region": "eu", "share": 0.5, "at": 0}),
+        ({"at": TimestampUs(0)}, {"region": "eu", "share": 0.5, "at": 0}),
     ],
 )
 def test_declared_attributes_are_filled_in_and_others_dropped(sent: dict[str, Any], seen: dict[str, Any]) -> None:
@@ -398,8 +398,8 @@ def test_declared_attributes_are_filled_in_and_others_dropped(sent: dict[str, An
         ({"size": True}, "context.size"),
         ({"size": 2**63}, "context.size"),
         ({"share": "1"}, "context.share"),
-        ({"at": 253_402_300_800_000_000}, "context.at"),
-        ({"at": -62_135_596_800_000_001}, "context.at"),
+        ({"at": TimestampUs(253_402_300_800_000_000)}, "context.at"),
+        ({"at": TimestampUs(-62_135_596_800_000_001)}, "context.at"),
     ],
 )
 def test_a_wrong_type_names_the_field(sent: dict[str, Any], field: str) -> None:

@@ -23,6 +23,7 @@ from licet.domain.catalog import (
 )
 from licet.domain.outcomes import Effect, Reason
 from licet_sidecar.core.engine import Decision
+from licet_sidecar.core.inquiry import TimestampUs
 from tests.support.engine import NOW_US, decided, engine_with, inquiry
 from tests.support.published import catalog
 
@@ -184,7 +185,7 @@ BUSINESS_HOUR = datetime.fromtimestamp(NOW_US / 1e6, UTC)
         ("size(context.tags) == 0", {}),
         ('"a" in context.tags', {"context": {"tags": ["a"]}}),
         ('context.at == timestamp("1970-01-01T00:00:00Z")', {}),
-        ('context.at == timestamp("2024-05-06T07:08:09.5Z")', {"context": {"at": 1_714_979_289_500_000}}),
+        ('context.at == timestamp("2024-05-06T07:08:09.5Z")', {"context": {"at": TimestampUs(1_714_979_289_500_000)}}),
         (f'now == timestamp("{BUSINESS_HOUR.isoformat()}")', {}),
         ("now.getHours() == 14", {}),
     ],

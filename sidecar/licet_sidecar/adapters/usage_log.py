@@ -134,6 +134,7 @@ class UsageLog:
         self.last_seq = 0
         self.synced_seq = 0
         self._total_bytes = 0
+        self._unsyncable = ""
         self._resume: dict[Path, tuple[int, int]] = {}  # where the last reading ended: (next seq, offset)
 
     # Starting
@@ -251,9 +252,13 @@ class UsageLog:
             UsageLogError: the disk failed: nothing more of this log may be shipped.
         """
         seq = self.last_seq
+        if self._unsyncable:
+            raise UsageLogError(self._unsyncable)
         try:
             os.fdatasync(self._descriptor)
         except OSError as error:
+            # The kernel reports a failed write once and then forgets it: a second try would succeed, and prove nothing.
+            self._unsyncable = f"the usage log could not be synced: {error.strerror}; restart on a disk that works"
             raise UsageLogError(f"the usage log cannot be synced: {error.strerror}") from error
         self.synced_seq = max(self.synced_seq, seq)
         return seq

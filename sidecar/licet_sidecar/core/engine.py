@@ -19,10 +19,8 @@ from licet.domain.catalog import (
     License,
     LicenseStatus,
     Limit,
-    RuleEffect,
     UnavailableMode,
 )
-from licet.domain.conditions import ConditionFailed
 from licet.domain.entitlements import entitlements_of
 from licet.domain.money import AMOUNT_NANOS_MAX, Price
 from licet.domain.outcomes import Effect, Reason
@@ -30,7 +28,8 @@ from licet.domain.windows import Period, Window, window_at
 from licet.wire.names import scope_digest
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, check_units, declared_context, meter_units
 from licet_sidecar.core.leases import Lease, LeaseBook, TenantLeases
-from licet_sidecar.core.rulebook import BoundAction, BoundRule, Rulebook, rollout_includes
+from licet_sidecar.core.rulebook import BoundAction, Rulebook, rollout_includes
+from licet_sidecar.core.rules import rule_on
 
 ABSENT_MS: Final = 30_000
 """How long "this tenant has no license" is believed without asking again; the change stream ends it sooner."""
@@ -299,8 +298,10 @@ class Engine:
         if decision is None and (plan.subject_flags or bound.roles is not None):
             decision = self._subject_denial(plan, inquiry)
         if decision is None and bound.rules:
-            shadow = []
-            decision = _apply_rules(bound, tenant, inquiry, units, context, now_us, shadow)
+            ruling = rule_on(bound, tenant.license, inquiry, now_us)
+            shadow = ruling.shadow
+            if ruling.effect is not None:
+                decision = Decision(ruling.effect, ruling.reason, ruling.message, ruling.rule)
         if decision is None:
             settled = self._quotas(plan, tenant, inquiry, units, context, now_us, boot_ms, patient)
             if type(settled) is not Decision:
@@ -486,122 +487,6 @@ def _scope_of(scope: Sequence[str], inquiry: Inquiry, context: Mapping[str, Attr
         else:
             values.append(str(context.get(path[8:], "")))  # "context.<attribute>"
     return scope_digest(tuple(values))
-
-
-def _apply_rules(
-    bound: BoundAction,
-    tenant: Tenant,
-    inquiry: Inquiry,
-    units: Mapping[str, int],
-    context: Mapping[str, AttributeValue],
-    now_us: int,
-    shadow: list[str],
-) -> Decision | None:
-    """Any deny wins; then any require_approval, unless an allow rule of the same policy exempts from it."""
-    bindings = _bindings(bound, tenant, inquiry, units, context, now_us) if bound.variables else {}
-    denial: Decision | None = None
-    exempt: set[str] = set()
-    approvals: list[BoundRule] = []
-    for rule in bound.rules:
-        if denial is not None and not rule.shadow:
-            continue  # decided; what shadow policies say is recorded all the same
-        problem = rule.broken
-        matched = True
-        if rule.condition is not None:
-            try:
-                matched = rule.condition.evaluate(bindings)
-            except ConditionFailed as error:
-                problem = str(error)
-        if rule.shadow:
-            if problem or matched:
-                shadow.append(f"{rule.name}={'error' if problem else rule.effect.value}")
-            continue
-        if problem:
-            denial = Decision(
-                Effect.DENIED, Reason.POLICY_ERROR, f"The condition of {rule.name} failed: {problem}", rule.name
-            )
-        elif not matched:
-            continue
-        elif rule.effect is RuleEffect.DENY:
-            denial = Decision(Effect.DENIED, Reason.POLICY_DENIED, f"Policy rule {rule.name} denies this.", rule.name)
-        elif rule.effect is RuleEffect.ALLOW:
-            exempt.add(rule.policy)
-        else:
-            approvals.append(rule)
-    if denial is not None:
-        return denial
-    pending = next((rule for rule in approvals if rule.policy not in exempt), None)
-    if pending is None:
-        return None
-    return Decision(
-        Effect.PENDING, Reason.APPROVAL_REQUIRED, f"Policy rule {pending.name} requires approval.", pending.name
-    )
-
-
-def _bindings(
-    bound: BoundAction,
-    tenant: Tenant,
-    inquiry: Inquiry,
-    units: Mapping[str, int],
-    context: Mapping[str, AttributeValue],
-    now_us: int,
-) -> dict[str, Any]:
-    """Values of exactly the variables that the action's conditions read: binding is what evaluation costs most."""
-    bindings: dict[str, Any] = {}
-    for variable in bound.variables:
-        root, _, rest = variable.partition(".")
-        match root:
-            case "context":
-                value = context.get(rest)
-                if value is None:
-                    continue  # declared without a default and not sent: the condition fails, and denies
-                if bound.action.attributes[rest].type.value == "timestamp" and isinstance(value, int):
-                    bindings[variable] = datetime.fromtimestamp(value / 1e6, UTC)
-                else:
-                    bindings[variable] = value
-            case "quantity":
-                bindings[variable] = sum(units.values())
-            case "quantities":
-                asked = inquiry.quantities or dict.fromkeys(bound.action.meters, sum(units.values()))
-                bindings[variable] = {**dict.fromkeys(bound.action.meters, 0), **asked}
-            case "tenant":
-                bindings[variable] = inquiry.tenant
-            case "action":
-                bindings[variable] = inquiry.action
-            case "now":
-                bindings[variable] = datetime.fromtimestamp(now_us / 1e6, UTC)
-            case "license":
-                license_ = tenant.license
-                bindings[variable] = license_.plan if rest == "plan" else license_.status.value
-            case "subject":
-                bindings[variable] = _subject_value(inquiry, rest)
-            case "resource":
-                bindings[variable] = _resource_value(inquiry, rest)
-    return bindings
-
-
-def _subject_value(inquiry: Inquiry, name: str) -> Any:
-    match name:
-        case "type":
-            return inquiry.subject_type
-        case "id":
-            return inquiry.subject_id
-        case "on_behalf_of":
-            return inquiry.on_behalf_of
-        case "roles":
-            return list(inquiry.roles)
-        case _:
-            return dict(inquiry.subject_attributes)
-
-
-def _resource_value(inquiry: Inquiry, name: str) -> Any:
-    match name:
-        case "type":
-            return inquiry.resource_type
-        case "id":
-            return inquiry.resource_id
-        case _:
-            return dict(inquiry.resource_attributes)
 
 
 __all__ = ["Decision", "Engine", "InvalidInquiry", "LeaseWait", "LoadWait", "Tenant", "Wait", "prepare"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from licet.domain.catalog import Action, Attribute, AttributeType, AttributeValue
+from licet.domain.catalog import Action, AttributeType, AttributeValue
 from licet.domain.ids import NAME_CHARS_MAX, UNITS_MAX
 
 _NONE: Final[Mapping[str, Any]] = {}
@@ -13,6 +13,10 @@ _NONE: Final[Mapping[str, Any]] = {}
 TIMESTAMP_US_MIN: Final = -62_135_596_800_000_000
 TIMESTAMP_US_MAX: Final = 253_402_300_799_999_999
 """Years 1 to 9999, the range of ``google.protobuf.Timestamp`` and of what conditions can compare."""
+
+
+class TimestampUs(int):
+    """A timestamp as it was sent: microseconds since the Unix epoch, and not to be taken for a number."""
 
 
 class InvalidInquiry(ValueError):
@@ -75,7 +79,7 @@ _ACCEPTED: Final[Mapping[AttributeType, tuple[type, ...]]] = {
     AttributeType.DOUBLE: (float, int),
     AttributeType.BOOL: (bool,),
     AttributeType.LIST: (list,),
-    AttributeType.TIMESTAMP: (int,),
+    AttributeType.TIMESTAMP: (TimestampUs,),
 }
 
 _RANGES: Final[Mapping[AttributeType, tuple[int, int, str]]] = {
@@ -127,7 +131,7 @@ def declared_context(action: Action, inquiry: Inquiry) -> dict[str, AttributeVal
         accepted = _ACCEPTED[spec.type]
         if type(value) not in accepted:
             raise InvalidInquiry(f"context.{name}", f"{spec.type.value} is declared, {_type_name(value)} was sent")
-        if type(value) is int and spec.type is not AttributeType.DOUBLE:
+        if isinstance(value, int) and spec.type in _RANGES:
             least, most, range_ = _RANGES[spec.type]
             if not least <= value <= most:
                 raise InvalidInquiry(f"context.{name}", f"is not {range_}")
@@ -146,11 +150,13 @@ def check_units(field: str, units: int) -> int:
     raise InvalidInquiry(field, f"{units} is not between 0 and {UNITS_MAX} (2^53 - 1)")
 
 
-def missing_attributes(attributes: Mapping[str, Attribute], values: Mapping[str, AttributeValue]) -> list[str]:
-    """Declared attributes that have neither a value nor a default, for messages."""
-    return sorted(name for name in attributes if name not in values)
-
-
 def _type_name(value: object) -> str:
-    names: Mapping[type, str] = {str: "string", int: "int", float: "double", bool: "bool", list: "list"}
+    names: Mapping[type, str] = {
+        str: "string",
+        int: "int",
+        float: "double",
+        bool: "bool",
+        list: "list",
+        TimestampUs: "timestamp",
+    }
     return names.get(type(value), type(value).__name__)

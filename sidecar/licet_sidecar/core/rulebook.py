@@ -7,14 +7,18 @@ Actions are compiled when first asked for, so that the cost of a decision does n
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
-from licet.domain.catalog import Action, Catalog, Enforcement, Flag, RuleEffect, matches
+from licet.domain.catalog import Action, AttributeType, Catalog, Enforcement, Flag, RuleEffect, matches
 from licet.domain.conditions import Condition, ConditionEnvironment, ConditionError
 
 ROLLOUT_STEPS: Final = 10_000
 """Resolution of a rollout's percentage: a hundredth of a percent."""
+
+
+_FEW_VALUED: Final = frozenset({"tenant", "license.plan", "license.status", "subject.type", "action", "resource.type"})
+_FEW_VALUED_TYPES: Final = frozenset({AttributeType.STRING, AttributeType.BOOL})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,12 @@ class BoundAction:
     roles: frozenset[str] | None
     rules: tuple[BoundRule, ...]
     flags: tuple[Flag, ...]
-    variables: frozenset[str]
+    variables: tuple[str, ...]
     only_meter: str | None
     """The meter that a plain ``quantity`` counts; ``None`` when there are several."""
+    rulings_kept: bool
+    """Whether all of ``variables`` have few values, so that ``core.rules`` remembers its rulings by them."""
+    rulings: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
 
 class Rulebook:
@@ -76,13 +83,15 @@ class Rulebook:
         features = set(action.meters.values())
         rules = tuple(self._rules_of(action))
         meters = tuple(action.meters)
+        variables = tuple(sorted({v for rule in rules if rule.condition for v in rule.condition.variables}))
         return BoundAction(
             action=action,
             roles=roles or None,
             rules=rules,
             flags=tuple(flag for _, flag in sorted(self.catalog.flags.items()) if flag.feature in features),
-            variables=frozenset(v for rule in rules if rule.condition for v in rule.condition.variables),
+            variables=variables,
             only_meter=meters[0] if len(meters) == 1 else None,
+            rulings_kept=all(_has_few_values(action, variable) for variable in variables),
         )
 
     def _rules_of(self, action: Action) -> list[BoundRule]:
@@ -118,6 +127,12 @@ class Rulebook:
         if environment is None:
             environment = self._environments[key] = ConditionEnvironment(action.attributes)
         return environment
+
+
+def _has_few_values(action: Action, variable: str) -> bool:
+    if variable.startswith("context."):
+        return action.attributes[variable.removeprefix("context.")].type in _FEW_VALUED_TYPES
+    return variable in _FEW_VALUED
 
 
 def rollout_includes(flag: Flag, holder: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from licet.domain.catalog import AttributeValue
 from licet.domain.ids import NAME_CHARS_MAX, TENANT_PATTERN, UNITS_MAX
 from licet.v1 import approval_pb2 as pb
-from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, check_units
+from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, TimestampUs, check_units
 
 TEXT_BYTES_MAX: Final = 1_024
 """Ids of subjects and resources, and strings in attributes: enough for any URL, too little to hide a document."""
@@ -131,7 +131,8 @@ def _values(field: str, values: Mapping[str, pb.Value]) -> dict[str, AttributeVa
             plain = list(value.list_value.values)
             room -= sum(map(len, plain))
         elif kind == "timestamp_value":
-            plain = value.timestamp_value.seconds * 1_000_000 + value.timestamp_value.nanos // 1_000
+            sent = value.timestamp_value
+            plain = TimestampUs(sent.seconds * 1_000_000 + sent.nanos // 1_000)
         else:
             raise InvalidInquiry(f"{field}.{name[:140]}", "has no value")
         room -= len(name)
