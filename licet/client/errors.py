@@ -10,6 +10,9 @@ import grpc
 _FIELD: Final = re.compile(r"([A-Za-z_]\S*): ")
 """How a sidecar begins the message of INVALID_ARGUMENT: ``quantities['input']: must be …``."""
 
+_NOT_READY: Final = "this sidecar has no state to decide from yet"
+"""How a sidecar that runs, but has synced nothing, begins the message of UNAVAILABLE."""
+
 
 class LicetError(Exception):
     """Base of every error of the SDK."""
@@ -62,6 +65,8 @@ def from_status(code: grpc.StatusCode, details: str | None, *, target: str) -> L
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return MessageTooLarge(f"the sidecar at {target} did not take the message: {details}")
         case grpc.StatusCode.UNAVAILABLE:
+            if details.startswith(_NOT_READY):  # it is there, and says itself what it waits for
+                return SidecarUnavailable(f"the sidecar at {target} is not ready: {details}")
             return SidecarUnavailable(
                 f"no answer from the sidecar at {target}: {details}. Is it running, and is LICET_SIDECAR right?"
             )

@@ -34,8 +34,17 @@ features:
   reports:
     limits:
       - {{name: monthly, amount: {LIMIT}, per: month}}
+---
+kind: Plan
+name: large
+features:
+  reports:
+    limits:
+      - {{name: monthly, amount: 1_000_000_000, per: month}}
 """
 APPROVED = 1
+AWAY_S = 10
+"""How long Redis answers nothing. A lease can be spent for 60 seconds after its last renewal."""
 
 
 @pytest.fixture
@@ -128,6 +137,39 @@ def test_answers_hold_under(fleet: Fleet, faults: list[Callable[[Fleet, random.R
     rest = asyncio.run(spend_the_rest(fleet, LIMIT - spent))
     assert spent + rest == LIMIT
     wait_until("the ledger is consistent", lambda: fleet.licet("ledger", "verify")["ok"])
+
+
+@pytest.mark.timeout(180)
+def test_no_answer_changes_while_redis_is_away_and_leases_last(fleet: Fleet) -> None:
+    fleet.licet("license", "create", "globex", "--plan", "large", "--wait")
+    record = Record()
+
+    async def load() -> None:
+        until = asyncio.Event()
+        clients = asyncio.create_task(
+            drive(
+                fleet.addresses, record, tenant="globex", action="report.export", until=until, clients=12, pause_s=0.02
+            )
+        )
+        await asyncio.to_thread(wait_until, "leases are held", lambda: len(record.approved) > 300)
+        fleet.valkey.pause()
+        await asyncio.sleep(AWAY_S)
+        fleet.valkey.resume()
+        before = len(record.approved)
+        await asyncio.to_thread(wait_until, "answers go on", lambda: len(record.approved) > before + 300)
+        until.set()
+        await clients
+
+    asyncio.run(load())
+    assert not record.refused
+    assert not record.lost
+    assert not record.unlogged
+    assert record.degraded > 0
+    wait_until("the ledger has every answer", lambda: record.approved.keys() <= recorded_decisions(fleet).keys())
+    ledger = recorded_decisions(fleet)
+    assert {name: ledger[name] for name in record.approved} == {
+        name: (APPROVED, units) for name, units in record.approved.items()
+    }
 
 
 async def spend_the_rest(fleet: Fleet, units: int) -> int:

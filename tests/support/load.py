@@ -19,6 +19,7 @@ class Record:
     refused: dict[str, str] = field(default_factory=dict)
     unlogged: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
+    degraded: int = 0
 
     @property
     def units(self) -> int:
@@ -53,6 +54,7 @@ async def drive(
                 record.lost[type(error).__name__] += 1
                 await asyncio.sleep(0.05)
                 continue
+            record.degraded += decision.degraded
             if not decision.decision_id:
                 record.unlogged[decision.reason.name] += 1
             elif decision.approved:

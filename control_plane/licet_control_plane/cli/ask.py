@@ -67,7 +67,13 @@ def check(
                 peek=peek,
             )
     except licet.InvalidRequest as error:
-        raise CliError(str(error), fix="correct the argument", exit_code=EXIT_USAGE) from error
+        name = error.field.removeprefix("context.")
+        fix = (
+            f"name the type with the value: --context {name}:string=…, or int, double, bool"
+            if name != error.field
+            else "correct the argument"
+        )
+        raise CliError(str(error), fix=fix, exit_code=EXIT_USAGE) from error
     except (licet.SidecarUnavailable, licet.Timeout) as error:
         raise CliError(
             str(error),

@@ -19,7 +19,8 @@ def server(
         Path | None, typer.Option("--state-dir", help="Database, signing key and admin key. [default: licet-state]")
     ] = None,
     database_url: Annotated[
-        str | None, typer.Option("--database-url", help="PostgreSQL; without, SQLite in the state directory.")
+        str | None,
+        typer.Option("--database-url", help="Another SQLite file. [default: licet.db in the state directory]"),
     ] = None,
     redis_url: Annotated[
         str | None, typer.Option("--redis-url", help="Redis or Valkey. [default: redis://127.0.0.1:6379/0]")

@@ -29,7 +29,7 @@ def summary(
 
     \b
     Example:
-      licet usage summary --tenant acme --from 2027-01-01 --by feature
+      licet usage summary --tenant acme --from 2027-01-01 --by feature --by effect
     """
     from licet_control_plane.cli.rest import ControlPlane
 

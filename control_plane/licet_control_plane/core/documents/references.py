@@ -153,6 +153,30 @@ def _check_plan(document: SourceDocument, index: DocumentIndex, findings: Findin
                 f"no action draws on {feature!r}, so that its limits have no effect",
                 f"Add an action with 'feature: {feature}'.",
             )
+        if metering and plan is not None and plan.features[feature].seats:
+            findings.warning(
+                document,
+                ("features", feature, "seats"),
+                "this version does not count seats: checks are answered as if there were no bound on them",
+                "Add a limit in units, or wait for the version that counts seats.",
+            )
+    _check_currencies(document, index, findings)
+
+
+def _check_currencies(document: SourceDocument, index: DocumentIndex, findings: Findings) -> None:
+    plan = index.plans.get(document.name)
+    if plan is None or index.named("Plan")[document.name] is not document:
+        return
+    prices = {feature: entitlement.price for feature, entitlement in plan.features.items() if entitlement.price}
+    for name, action in index.actions.items():
+        currencies = {prices[feature].currency for feature in action.meters.values() if feature in prices}
+        if len(currencies) > 1:
+            findings.warning(
+                document,
+                ("features",),
+                f"action {name!r} is priced in {' and '.join(sorted(currencies))}: its cost shows only one of them",
+                "Price the features of one action in one currency.",
+            )
 
 
 def _actions_metering(feature: str, index: DocumentIndex) -> dict[str, Action | None]:
