@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from licet.domain.ids import LimitKey
 from licet.domain.money import Price
-from licet.domain.windows import Period
+from licet.domain.windows import Anchor, Period
 
 Wire = dict[str, Any]
 
@@ -57,6 +57,13 @@ class OnExceeded(StrEnum):
     DENY = "deny"
     OVERAGE = "overage"
     REQUIRE_APPROVAL = "require_approval"
+
+
+class OnExpiry(StrEnum):
+    """What becomes of a reservation that nobody settled in time."""
+
+    CANCEL = "cancel"
+    COMMIT = "commit"
 
 
 class RuleEffect(StrEnum):
@@ -110,6 +117,14 @@ class OnUnavailable:
 
 
 @dataclass(frozen=True, slots=True)
+class ReservationTerms:
+    """How long a reservation of an action is held when the caller names no time, and what becomes of it then."""
+
+    expires_after_s: int = 900
+    on_expiry: OnExpiry = OnExpiry.CANCEL
+
+
+@dataclass(frozen=True, slots=True)
 class Action:
     """What can be asked. ``meters`` maps each meter to its feature; an action of one feature has the meter ``""``."""
 
@@ -118,13 +133,17 @@ class Action:
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
     durability: Durability = Durability.LOGGED
     on_unavailable: OnUnavailable = OnUnavailable()
+    reservation: ReservationTerms = ReservationTerms()
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """At most ``amount`` units of a feature in each ``per`` window, counted separately for each value of ``scope``.
+    """At most ``amount`` of a feature in each ``per`` window, counted separately for each value of ``scope``.
 
-    ``scope`` is a tuple of paths, ``"subject"`` or ``"context.<attribute>"``; empty means the whole tenant.
+    ``amount`` counts units or, when there is a ``currency``, nanos of it: a budget, spent at the plan's price. With
+    ``per`` a second it is a rate: units a second over time, at most ``burst`` of them at once (0: as many as in a
+    second). ``scope`` is a tuple of paths, ``"subject"`` or ``"context.<attribute>"``; empty means the whole tenant.
+    ``durable``: what is leased is confirmed on disk and on replicas before it is spent.
     ``key`` never depends on the amount or on the position in the file.
     """
 
@@ -133,16 +152,51 @@ class Limit:
     per: Period
     scope: tuple[str, ...] = ()
     on_exceeded: OnExceeded = OnExceeded.DENY
+    anchor: Anchor = Anchor.CALENDAR
+    currency: str = ""
+    burst: int = 0
+    durable: bool = False
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether it bounds units a second instead of units a window."""
+        return self.per is Period.SECOND
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A top-up of one limit of a license: ``amount`` more, once, between ``starts_s`` and ``ends_s`` (exclusive).
+
+    What a check needs is taken from the plan's allowance and from grants in the order of ``priority``, the lowest
+    first; the allowance has priority 0. Of grants with the same priority the one that ends first is used first.
+    A grant is the whole tenant's, whatever the scope of its limit. ``amount``: units, or nanos for a budget.
+    """
+
+    id: str
+    limit: LimitKey
+    amount: int
+    starts_s: int
+    ends_s: int
+    priority: int = 100
+
+    @property
+    def key(self) -> LimitKey:
+        """The key its quota is counted under."""
+        return grant_key(self.limit, self.id)
 
 
 @dataclass(frozen=True, slots=True)
 class Entitlement:
-    """A feature as a plan grants it. ``seats`` 0 means the feature is not sold by seat."""
+    """A feature as a plan grants it. ``seats`` 0 means the feature is not sold by seat.
+
+    ``grants`` are the license's, of any of the limits, in the order they are used; a plan has none.
+    """
 
     price: Price | None = None
     limits: tuple[Limit, ...] = ()
     seats: int = 0
     heartbeat_s: int = 0
+    grants: tuple[Grant, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +302,7 @@ class License:
 
     ``starts_s`` and ``ends_s`` are seconds since the Unix epoch, ``ends_s`` exclusive and 0 for open-ended.
     ``addons`` maps plan names to counts, whose limit amounts are added that many times.
-    ``overrides`` maps limit keys to amounts that replace the plan's.
+    ``overrides`` maps limit keys to amounts that replace the plan's. ``grants`` are top-ups.
     """
 
     tenant: str
@@ -258,6 +312,7 @@ class License:
     ends_s: int = 0
     addons: Mapping[str, int] = field(default_factory=dict)
     overrides: Mapping[str, int] = field(default_factory=dict)
+    grants: tuple[Grant, ...] = ()
 
 
 _FIELD_OF_KIND: dict[type[Document], str] = {
@@ -269,6 +324,16 @@ _FIELD_OF_KIND: dict[type[Document], str] = {
     Flag: "flags",
     ApprovalChain: "approval_chains",
 }
+
+
+def grant_key(limit: LimitKey, grant_id: str) -> LimitKey:
+    """``<limit key>+<grant id>``: the key a grant's quota is counted under."""
+    return LimitKey(f"{limit}+{grant_id}")
+
+
+def seats_key(feature: str) -> LimitKey:
+    """``<feature>#seats``: the key a feature's number of seats is published under."""
+    return LimitKey(f"{feature}#seats")
 
 
 def matches(patterns: Iterable[str], name: str) -> bool:
@@ -294,6 +359,7 @@ def document_to_wire(document: Document) -> Wire:
                     document.on_unavailable.units_max,
                     document.on_unavailable.for_s_max,
                 ],
+                "reservation": [document.reservation.expires_after_s, document.reservation.on_expiry.value],
             }
         case Plan():
             features = {name: _entitlement_to_wire(entitlement) for name, entitlement in document.features.items()}
@@ -323,6 +389,9 @@ def document_to_wire(document: Document) -> Wire:
     return {"kind": type(document).__name__, **body}
 
 
+_NO_TERMS: Final = (ReservationTerms().expires_after_s, ReservationTerms().on_expiry.value)
+
+
 def document_from_wire(wire: Wire) -> Document:
     """The inverse of ``document_to_wire``.
 
@@ -336,6 +405,7 @@ def document_from_wire(wire: Wire) -> Document:
             return Feature(name, wire["unit"], wire["title"])
         case "Action":
             mode, units_max, for_s_max = wire["on_unavailable"]
+            expires_after_s, on_expiry = wire.get("reservation", _NO_TERMS)
             return Action(
                 name=name,
                 meters=wire["meters"],
@@ -345,6 +415,7 @@ def document_from_wire(wire: Wire) -> Document:
                 },
                 durability=Durability(wire["durability"]),
                 on_unavailable=OnUnavailable(UnavailableMode(mode), units_max, for_s_max),
+                reservation=ReservationTerms(expires_after_s, OnExpiry(on_expiry)),
             )
         case "Plan":
             features = {key: _entitlement_from_wire(entitlement) for key, entitlement in wire["features"].items()}
@@ -379,6 +450,10 @@ def license_to_wire(license_: License) -> Wire:
         "ends_s": license_.ends_s,
         "addons": dict(license_.addons),
         "overrides": dict(license_.overrides),
+        "grants": [
+            [grant.id, grant.limit, grant.amount, grant.starts_s, grant.ends_s, grant.priority]
+            for grant in license_.grants
+        ],
     }
 
 
@@ -397,6 +472,10 @@ def license_from_wire(wire: Wire) -> License:
         ends_s=wire["ends_s"],
         addons=wire["addons"],
         overrides=wire["overrides"],
+        grants=tuple(
+            Grant(id_, LimitKey(limit), amount, starts_s, ends_s, priority)
+            for id_, limit, amount, starts_s, ends_s, priority in wire.get("grants", ())
+        ),
     )
 
 
@@ -404,10 +483,7 @@ def _entitlement_to_wire(entitlement: Entitlement) -> list[Any]:
     price = entitlement.price
     return [
         [price.amount_nanos, price.per_units, price.currency, price.by, dict(price.amounts_nanos)] if price else None,
-        [
-            [limit.key, limit.amount, limit.per.value, list(limit.scope), limit.on_exceeded.value]
-            for limit in entitlement.limits
-        ],
+        [_limit_to_wire(limit) for limit in entitlement.limits],
         entitlement.seats,
         entitlement.heartbeat_s,
     ]
@@ -417,10 +493,37 @@ def _entitlement_from_wire(wire: list[Any]) -> Entitlement:
     price, limits, seats, heartbeat_s = wire
     return Entitlement(
         price=Price(*price) if price else None,
-        limits=tuple(
-            Limit(LimitKey(key), amount, Period(per), tuple(scope), OnExceeded(on_exceeded))
-            for key, amount, per, scope, on_exceeded in limits
-        ),
+        limits=tuple(_limit_from_wire(limit) for limit in limits),
         seats=seats,
         heartbeat_s=heartbeat_s,
+    )
+
+
+def _limit_to_wire(limit: Limit) -> list[Any]:
+    return [
+        limit.key,
+        limit.amount,
+        limit.per.value,
+        list(limit.scope),
+        limit.on_exceeded.value,
+        limit.anchor.value,
+        limit.currency,
+        limit.burst,
+        limit.durable,
+    ]
+
+
+def _limit_from_wire(wire: list[Any]) -> Limit:
+    key, amount, per, scope, on_exceeded, *later = wire
+    anchor, currency, burst, durable = later[:4] if len(later) >= 4 else (Anchor.CALENDAR.value, "", 0, False)
+    return Limit(
+        LimitKey(key),
+        amount,
+        Period(per),
+        tuple(scope),
+        OnExceeded(on_exceeded),
+        Anchor(anchor),
+        currency,
+        burst,
+        durable,
     )

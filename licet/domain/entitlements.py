@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
-from licet.domain.catalog import Catalog, Entitlement, License, Limit
+from licet.domain.catalog import Catalog, Entitlement, Grant, License, Limit, seats_key
 from licet.domain.ids import UNITS_MAX, LimitKey
+
+RATE_SCALE: Final = 1_000
+"""Shares of a rate are counted in thousandths of a unit a second: four sidecars can share one a second."""
 
 
 def entitlements_of(license_: License, catalog: Catalog) -> dict[str, Entitlement]:
@@ -14,6 +18,7 @@ def entitlements_of(license_: License, catalog: Catalog) -> dict[str, Entitlemen
 
     The plan's price and scope win; an add-on adds its amount, ``count`` times, to the limit of the same key, and its
     seats to the seats. A feature that the plan grants without limits stays without. Overrides replace amounts last.
+    Grants of a limit that is not there wait until it is.
     """
     plan = catalog.plans.get(license_.plan)
     merged: dict[str, Entitlement] = dict(plan.features) if plan else {}
@@ -26,12 +31,25 @@ def entitlements_of(license_: License, catalog: Catalog) -> dict[str, Entitlemen
             merged[feature] = _added(merged[feature], times) if feature in merged else times
     if license_.overrides:
         merged = {feature: _overridden(entitlement, license_.overrides) for feature, entitlement in merged.items()}
+    if license_.grants:
+        merged = {feature: _topped_up(entitlement, license_.grants) for feature, entitlement in merged.items()}
     return merged
 
 
 def limits_of(entitlements: Mapping[str, Entitlement]) -> dict[LimitKey, int]:
-    """Amount of every limit by key: what the control plane publishes to the tenant's mark in Redis."""
-    return {limit.key: limit.amount for entitlement in entitlements.values() for limit in entitlement.limits}
+    """Amount of every limit, grant and number of seats by key: what is published to the tenant's mark in Redis.
+
+    A rate is published in thousandths of a unit a second, because it is shared out among sidecars.
+    """
+    amounts: dict[LimitKey, int] = {}
+    for feature, entitlement in entitlements.items():
+        for limit in entitlement.limits:
+            amounts[limit.key] = limit.amount * RATE_SCALE if limit.is_rate else limit.amount
+        for grant in entitlement.grants:
+            amounts[grant.key] = grant.amount
+        if entitlement.seats:
+            amounts[seats_key(feature)] = entitlement.seats
+    return amounts
 
 
 def _multiplied(entitlement: Entitlement, count: int) -> Entitlement:
@@ -59,3 +77,12 @@ def _overridden(entitlement: Entitlement, overrides: Mapping[str, int]) -> Entit
         replace(limit, amount=overrides.get(limit.key, limit.amount)) for limit in entitlement.limits
     )
     return replace(entitlement, limits=limits)
+
+
+def _topped_up(entitlement: Entitlement, grants: Sequence[Grant]) -> Entitlement:
+    keys = {limit.key for limit in entitlement.limits}
+    mine = sorted(
+        (grant for grant in grants if grant.limit in keys),
+        key=lambda grant: (grant.priority, grant.ends_s, grant.id),
+    )
+    return replace(entitlement, grants=tuple(mine)) if mine else entitlement

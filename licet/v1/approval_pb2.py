@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17licet/v1/approval.proto\x12\x08licet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcd\x01\n\x05Value\x12\x16\n\x0cstring_value\x18\x01 \x01(\tH\x00\x12\x13\n\tint_value\x18\x02 \x01(\x03H\x00\x12\x16\n\x0c\x64ouble_value\x18\x03 \x01(\x01H\x00\x12\x14\n\nbool_value\x18\x04 \x01(\x08H\x00\x12*\n\nlist_value\x18\x05 \x01(\x0b\x32\x14.licet.v1.StringListH\x00\x12\x35\n\x0ftimestamp_value\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x42\x06\n\x04kind\"\x1c\n\nStringList\x12\x0e\n\x06values\x18\x01 \x03(\t\"\xc3\x01\n\x07Subject\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\r\n\x05roles\x18\x03 \x03(\t\x12\x35\n\nattributes\x18\x04 \x03(\x0b\x32!.licet.v1.Subject.AttributesEntry\x12\x14\n\x0con_behalf_of\x18\x05 \x01(\t\x1a\x42\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.licet.v1.Value:\x02\x38\x01\"\xa0\x01\n\x08Resource\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x36\n\nattributes\x18\x03 \x03(\x0b\x32\".licet.v1.Resource.AttributesEntry\x1a\x42\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.licet.v1.Value:\x02\x38\x01\"\xb9\x03\n\x0c\x43heckRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\"\n\x07subject\x18\x02 \x01(\x0b\x32\x11.licet.v1.Subject\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x15\n\x08quantity\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12:\n\nquantities\x18\x05 \x03(\x0b\x32&.licet.v1.CheckRequest.QuantitiesEntry\x12$\n\x08resource\x18\x06 \x01(\x0b\x32\x12.licet.v1.Resource\x12\x34\n\x07\x63ontext\x18\x07 \x03(\x0b\x32#.licet.v1.CheckRequest.ContextEntry\x12\x17\n\x0fidempotency_key\x18\x08 \x01(\t\x12\x1c\n\x04mode\x18\t \x01(\x0e\x32\x0e.licet.v1.Mode\x1a\x31\n\x0fQuantitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a?\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.licet.v1.Value:\x02\x38\x01\x42\x0b\n\t_quantity\"\x8f\x01\n\nQuotaState\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x11\n\tremaining\x18\x04 \x01(\x03\x12-\n\tresets_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07overage\x18\x06 \x01(\x08\".\n\x04\x43ost\x12\x14\n\x0c\x61mount_nanos\x18\x01 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\"\xde\x03\n\rCheckResponse\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\t\x12 \n\x06\x65\x66\x66\x65\x63t\x18\x02 \x01(\x0e\x32\x10.licet.v1.Effect\x12 \n\x06reason\x18\x03 \x01(\x0e\x32\x10.licet.v1.Reason\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0c\n\x04rule\x18\x05 \x01(\t\x12\x10\n\x08revision\x18\x06 \x01(\x03\x12)\n\x05\x61s_of\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05stale\x18\x08 \x01(\x08\x12\x10\n\x08\x64\x65graded\x18\t \x01(\x08\x12$\n\x06quotas\x18\n \x03(\x0b\x32\x14.licet.v1.QuotaState\x12\x1c\n\x04\x63ost\x18\x0b \x01(\x0b\x32\x0e.licet.v1.Cost\x12.\n\x0bretry_after\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11\x61\x63\x63\x65ss_request_id\x18\r \x01(\t\x12\x37\n\x08metadata\x18\x0e \x03(\x0b\x32%.licet.v1.CheckResponse.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"h\n\x11\x43heckBatchRequest\x12&\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x16.licet.v1.CheckRequest\x12+\n\tsemantics\x18\x02 \x01(\x0e\x32\x18.licet.v1.BatchSemantics\"@\n\x12\x43heckBatchResponse\x12*\n\tdecisions\x18\x01 \x03(\x0b\x32\x17.licet.v1.CheckResponse*=\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x10\n\x0cMODE_CONSUME\x10\x01\x12\r\n\tMODE_PEEK\x10\x02*\\\n\x06\x45\x66\x66\x65\x63t\x12\x16\n\x12\x45\x46\x46\x45\x43T_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45\x46\x46\x45\x43T_APPROVED\x10\x01\x12\x11\n\rEFFECT_DENIED\x10\x02\x12\x12\n\x0e\x45\x46\x46\x45\x43T_PENDING\x10\x03*\x85\x04\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\r\n\tREASON_OK\x10\x01\x12\x12\n\x0eREASON_OVERAGE\x10\x02\x12\x15\n\x11REASON_NO_LICENSE\x10\x03\x12\x1a\n\x16REASON_LICENSE_EXPIRED\x10\x04\x12\x1b\n\x17REASON_TENANT_SUSPENDED\x10\x05\x12\x19\n\x15REASON_UNKNOWN_ACTION\x10\x06\x12\x17\n\x13REASON_NOT_ENTITLED\x10\x07\x12\x16\n\x12REASON_FEATURE_OFF\x10\x08\x12\x18\n\x14REASON_ROLE_REQUIRED\x10\t\x12\x18\n\x14REASON_POLICY_DENIED\x10\n\x12\x17\n\x13REASON_POLICY_ERROR\x10\x0b\x12\x1c\n\x18REASON_APPROVAL_REQUIRED\x10\x0c\x12\x1a\n\x16REASON_QUOTA_EXHAUSTED\x10\r\x12\x17\n\x13REASON_RATE_LIMITED\x10\x0e\x12\x1b\n\x17REASON_SEAT_UNAVAILABLE\x10\x0f\x12\x17\n\x13REASON_STALE_POLICY\x10\x10\x12\x19\n\x15REASON_DEGRADED_ALLOW\x10\x11\x12\x18\n\x14REASON_DEGRADED_DENY\x10\x12\x12\x19\n\x15REASON_USAGE_LOG_FULL\x10\x13*\xa6\x01\n\x0e\x42\x61tchSemantics\x12\x1f\n\x1b\x42\x41TCH_SEMANTICS_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x42\x41TCH_SEMANTICS_EXECUTE_ALL\x10\x01\x12&\n\"BATCH_SEMANTICS_DENY_ON_FIRST_DENY\x10\x02\x12*\n&BATCH_SEMANTICS_PERMIT_ON_FIRST_PERMIT\x10\x03\x32\xd8\x01\n\x0f\x41pprovalService\x12\x38\n\x05\x43heck\x12\x16.licet.v1.CheckRequest\x1a\x17.licet.v1.CheckResponse\x12G\n\nCheckBatch\x12\x1b.licet.v1.CheckBatchRequest\x1a\x1c.licet.v1.CheckBatchResponse\x12\x42\n\x0b\x43heckStream\x12\x16.licet.v1.CheckRequest\x1a\x17.licet.v1.CheckResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17licet/v1/approval.proto\x12\x08licet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcd\x01\n\x05Value\x12\x16\n\x0cstring_value\x18\x01 \x01(\tH\x00\x12\x13\n\tint_value\x18\x02 \x01(\x03H\x00\x12\x16\n\x0c\x64ouble_value\x18\x03 \x01(\x01H\x00\x12\x14\n\nbool_value\x18\x04 \x01(\x08H\x00\x12*\n\nlist_value\x18\x05 \x01(\x0b\x32\x14.licet.v1.StringListH\x00\x12\x35\n\x0ftimestamp_value\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x42\x06\n\x04kind\"\x1c\n\nStringList\x12\x0e\n\x06values\x18\x01 \x03(\t\"\xc3\x01\n\x07Subject\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\r\n\x05roles\x18\x03 \x03(\t\x12\x35\n\nattributes\x18\x04 \x03(\x0b\x32!.licet.v1.Subject.AttributesEntry\x12\x14\n\x0con_behalf_of\x18\x05 \x01(\t\x1a\x42\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.licet.v1.Value:\x02\x38\x01\"\xa0\x01\n\x08Resource\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x36\n\nattributes\x18\x03 \x03(\x0b\x32\".licet.v1.Resource.AttributesEntry\x1a\x42\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.licet.v1.Value:\x02\x38\x01\"\xb9\x03\n\x0c\x43heckRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\"\n\x07subject\x18\x02 \x01(\x0b\x32\x11.licet.v1.Subject\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x15\n\x08quantity\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12:\n\nquantities\x18\x05 \x03(\x0b\x32&.licet.v1.CheckRequest.QuantitiesEntry\x12$\n\x08resource\x18\x06 \x01(\x0b\x32\x12.licet.v1.Resource\x12\x34\n\x07\x63ontext\x18\x07 \x03(\x0b\x32#.licet.v1.CheckRequest.ContextEntry\x12\x17\n\x0fidempotency_key\x18\x08 \x01(\t\x12\x1c\n\x04mode\x18\t \x01(\x0e\x32\x0e.licet.v1.Mode\x1a\x31\n\x0fQuantitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a?\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1e\n\x05value\x18\x02 \x01(\x0b\x32\x0f.licet.v1.Value:\x02\x38\x01\x42\x0b\n\t_quantity\"\xb0\x01\n\nQuotaState\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x11\n\tremaining\x18\x04 \x01(\x03\x12-\n\tresets_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07overage\x18\x06 \x01(\x08\x12\x10\n\x08\x63urrency\x18\x07 \x01(\t\x12\r\n\x05grant\x18\x08 \x01(\t\".\n\x04\x43ost\x12\x14\n\x0c\x61mount_nanos\x18\x01 \x01(\x03\x12\x10\n\x08\x63urrency\x18\x02 \x01(\t\"\xde\x03\n\rCheckResponse\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\t\x12 \n\x06\x65\x66\x66\x65\x63t\x18\x02 \x01(\x0e\x32\x10.licet.v1.Effect\x12 \n\x06reason\x18\x03 \x01(\x0e\x32\x10.licet.v1.Reason\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0c\n\x04rule\x18\x05 \x01(\t\x12\x10\n\x08revision\x18\x06 \x01(\x03\x12)\n\x05\x61s_of\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05stale\x18\x08 \x01(\x08\x12\x10\n\x08\x64\x65graded\x18\t \x01(\x08\x12$\n\x06quotas\x18\n \x03(\x0b\x32\x14.licet.v1.QuotaState\x12\x1c\n\x04\x63ost\x18\x0b \x01(\x0b\x32\x0e.licet.v1.Cost\x12.\n\x0bretry_after\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11\x61\x63\x63\x65ss_request_id\x18\r \x01(\t\x12\x37\n\x08metadata\x18\x0e \x03(\x0b\x32%.licet.v1.CheckResponse.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"h\n\x11\x43heckBatchRequest\x12&\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x16.licet.v1.CheckRequest\x12+\n\tsemantics\x18\x02 \x01(\x0e\x32\x18.licet.v1.BatchSemantics\"@\n\x12\x43heckBatchResponse\x12*\n\tdecisions\x18\x01 \x03(\x0b\x32\x17.licet.v1.CheckResponse\"i\n\x0eReserveRequest\x12%\n\x05\x63heck\x18\x01 \x01(\x0b\x32\x16.licet.v1.CheckRequest\x12\x30\n\rexpires_after\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x84\x01\n\x0fReserveResponse\x12)\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x17.licet.v1.CheckResponse\x12\x16\n\x0ereservation_id\x18\x02 \x01(\t\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe1\x01\n\x18\x43ommitReservationRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x16\n\x0ereservation_id\x18\x02 \x01(\t\x12\x15\n\x08quantity\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x46\n\nquantities\x18\x04 \x03(\x0b\x32\x32.licet.v1.CommitReservationRequest.QuantitiesEntry\x1a\x31\n\x0fQuantitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\x0b\n\t_quantity\"\xe0\x02\n\x19\x43ommitReservationResponse\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.licet.v1.ReservationState\x12)\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0b\x32\x17.licet.v1.CheckResponse\x12\x45\n\tcommitted\x18\x03 \x03(\x0b\x32\x32.licet.v1.CommitReservationResponse.CommittedEntry\x12\x43\n\x08unfunded\x18\x04 \x03(\x0b\x32\x31.licet.v1.CommitReservationResponse.UnfundedEntry\x1a\x30\n\x0e\x43ommittedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a/\n\rUnfundedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"B\n\x18\x43\x61ncelReservationRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x16\n\x0ereservation_id\x18\x02 \x01(\t\"F\n\x19\x43\x61ncelReservationResponse\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.licet.v1.ReservationState\"t\n\x18\x45xtendReservationRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x16\n\x0ereservation_id\x18\x02 \x01(\t\x12\x30\n\rexpires_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"v\n\x19\x45xtendReservationResponse\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.licet.v1.ReservationState\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\";\n\x12\x41\x63quireSeatRequest\x12%\n\x05\x63heck\x18\x01 \x01(\x0b\x32\x16.licet.v1.CheckRequest\"\xd3\x01\n\x13\x41\x63quireSeatResponse\x12)\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x17.licet.v1.CheckResponse\x12\x0f\n\x07seat_id\x18\x02 \x01(\t\x12,\n\theartbeat\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05seats\x18\x05 \x01(\x03\x12\x13\n\x0bseats_taken\x18\x06 \x01(\x03\"3\n\x10RenewSeatRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07seat_id\x18\x02 \x01(\t\"y\n\x11RenewSeatResponse\x12\"\n\x05state\x18\x01 \x01(\x0e\x32\x13.licet.v1.SeatState\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x64\x65graded\x18\x03 \x01(\x08\"5\n\x12ReleaseSeatRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07seat_id\x18\x02 \x01(\t\"9\n\x13ReleaseSeatResponse\x12\"\n\x05state\x18\x01 \x01(\x0e\x32\x13.licet.v1.SeatState*=\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x10\n\x0cMODE_CONSUME\x10\x01\x12\r\n\tMODE_PEEK\x10\x02*\\\n\x06\x45\x66\x66\x65\x63t\x12\x16\n\x12\x45\x46\x46\x45\x43T_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45\x46\x46\x45\x43T_APPROVED\x10\x01\x12\x11\n\rEFFECT_DENIED\x10\x02\x12\x12\n\x0e\x45\x46\x46\x45\x43T_PENDING\x10\x03*\x85\x04\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\r\n\tREASON_OK\x10\x01\x12\x12\n\x0eREASON_OVERAGE\x10\x02\x12\x15\n\x11REASON_NO_LICENSE\x10\x03\x12\x1a\n\x16REASON_LICENSE_EXPIRED\x10\x04\x12\x1b\n\x17REASON_TENANT_SUSPENDED\x10\x05\x12\x19\n\x15REASON_UNKNOWN_ACTION\x10\x06\x12\x17\n\x13REASON_NOT_ENTITLED\x10\x07\x12\x16\n\x12REASON_FEATURE_OFF\x10\x08\x12\x18\n\x14REASON_ROLE_REQUIRED\x10\t\x12\x18\n\x14REASON_POLICY_DENIED\x10\n\x12\x17\n\x13REASON_POLICY_ERROR\x10\x0b\x12\x1c\n\x18REASON_APPROVAL_REQUIRED\x10\x0c\x12\x1a\n\x16REASON_QUOTA_EXHAUSTED\x10\r\x12\x17\n\x13REASON_RATE_LIMITED\x10\x0e\x12\x1b\n\x17REASON_SEAT_UNAVAILABLE\x10\x0f\x12\x17\n\x13REASON_STALE_POLICY\x10\x10\x12\x19\n\x15REASON_DEGRADED_ALLOW\x10\x11\x12\x18\n\x14REASON_DEGRADED_DENY\x10\x12\x12\x19\n\x15REASON_USAGE_LOG_FULL\x10\x13*\xa6\x01\n\x0e\x42\x61tchSemantics\x12\x1f\n\x1b\x42\x41TCH_SEMANTICS_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x42\x41TCH_SEMANTICS_EXECUTE_ALL\x10\x01\x12&\n\"BATCH_SEMANTICS_DENY_ON_FIRST_DENY\x10\x02\x12*\n&BATCH_SEMANTICS_PERMIT_ON_FIRST_PERMIT\x10\x03*\xd0\x01\n\x10ReservationState\x12!\n\x1dRESERVATION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16RESERVATION_STATE_HELD\x10\x01\x12\x1f\n\x1bRESERVATION_STATE_COMMITTED\x10\x02\x12\x1e\n\x1aRESERVATION_STATE_CANCELED\x10\x03\x12\x1d\n\x19RESERVATION_STATE_EXPIRED\x10\x04\x12\x1d\n\x19RESERVATION_STATE_UNKNOWN\x10\x05*\x87\x01\n\tSeatState\x12\x1a\n\x16SEAT_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSEAT_STATE_HELD\x10\x01\x12\x17\n\x13SEAT_STATE_RELEASED\x10\x02\x12\x18\n\x14SEAT_STATE_RECLAIMED\x10\x03\x12\x16\n\x12SEAT_STATE_UNKNOWN\x10\x04\x32\x90\x06\n\x0f\x41pprovalService\x12\x38\n\x05\x43heck\x12\x16.licet.v1.CheckRequest\x1a\x17.licet.v1.CheckResponse\x12G\n\nCheckBatch\x12\x1b.licet.v1.CheckBatchRequest\x1a\x1c.licet.v1.CheckBatchResponse\x12\x42\n\x0b\x43heckStream\x12\x16.licet.v1.CheckRequest\x1a\x17.licet.v1.CheckResponse(\x01\x30\x01\x12>\n\x07Reserve\x12\x18.licet.v1.ReserveRequest\x1a\x19.licet.v1.ReserveResponse\x12\\\n\x11\x43ommitReservation\x12\".licet.v1.CommitReservationRequest\x1a#.licet.v1.CommitReservationResponse\x12\\\n\x11\x43\x61ncelReservation\x12\".licet.v1.CancelReservationRequest\x1a#.licet.v1.CancelReservationResponse\x12\\\n\x11\x45xtendReservation\x12\".licet.v1.ExtendReservationRequest\x1a#.licet.v1.ExtendReservationResponse\x12J\n\x0b\x41\x63quireSeat\x12\x1c.licet.v1.AcquireSeatRequest\x1a\x1d.licet.v1.AcquireSeatResponse\x12\x44\n\tRenewSeat\x12\x1a.licet.v1.RenewSeatRequest\x1a\x1b.licet.v1.RenewSeatResponse\x12J\n\x0bReleaseSeat\x12\x1c.licet.v1.ReleaseSeatRequest\x1a\x1d.licet.v1.ReleaseSeatResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,14 +43,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKREQUEST_CONTEXTENTRY']._serialized_options = b'8\001'
   _globals['_CHECKRESPONSE_METADATAENTRY']._loaded_options = None
   _globals['_CHECKRESPONSE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_MODE']._serialized_start=1992
-  _globals['_MODE']._serialized_end=2053
-  _globals['_EFFECT']._serialized_start=2055
-  _globals['_EFFECT']._serialized_end=2147
-  _globals['_REASON']._serialized_start=2150
-  _globals['_REASON']._serialized_end=2667
-  _globals['_BATCHSEMANTICS']._serialized_start=2670
-  _globals['_BATCHSEMANTICS']._serialized_end=2836
+  _globals['_COMMITRESERVATIONREQUEST_QUANTITIESENTRY']._loaded_options = None
+  _globals['_COMMITRESERVATIONREQUEST_QUANTITIESENTRY']._serialized_options = b'8\001'
+  _globals['_COMMITRESERVATIONRESPONSE_COMMITTEDENTRY']._loaded_options = None
+  _globals['_COMMITRESERVATIONRESPONSE_COMMITTEDENTRY']._serialized_options = b'8\001'
+  _globals['_COMMITRESERVATIONRESPONSE_UNFUNDEDENTRY']._loaded_options = None
+  _globals['_COMMITRESERVATIONRESPONSE_UNFUNDEDENTRY']._serialized_options = b'8\001'
+  _globals['_MODE']._serialized_start=3793
+  _globals['_MODE']._serialized_end=3854
+  _globals['_EFFECT']._serialized_start=3856
+  _globals['_EFFECT']._serialized_end=3948
+  _globals['_REASON']._serialized_start=3951
+  _globals['_REASON']._serialized_end=4468
+  _globals['_BATCHSEMANTICS']._serialized_start=4471
+  _globals['_BATCHSEMANTICS']._serialized_end=4637
+  _globals['_RESERVATIONSTATE']._serialized_start=4640
+  _globals['_RESERVATIONSTATE']._serialized_end=4848
+  _globals['_SEATSTATE']._serialized_start=4851
+  _globals['_SEATSTATE']._serialized_end=4986
   _globals['_VALUE']._serialized_start=103
   _globals['_VALUE']._serialized_end=308
   _globals['_STRINGLIST']._serialized_start=310
@@ -70,17 +80,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKREQUEST_CONTEXTENTRY']._serialized_start=1067
   _globals['_CHECKREQUEST_CONTEXTENTRY']._serialized_end=1130
   _globals['_QUOTASTATE']._serialized_start=1146
-  _globals['_QUOTASTATE']._serialized_end=1289
-  _globals['_COST']._serialized_start=1291
-  _globals['_COST']._serialized_end=1337
-  _globals['_CHECKRESPONSE']._serialized_start=1340
-  _globals['_CHECKRESPONSE']._serialized_end=1818
-  _globals['_CHECKRESPONSE_METADATAENTRY']._serialized_start=1771
-  _globals['_CHECKRESPONSE_METADATAENTRY']._serialized_end=1818
-  _globals['_CHECKBATCHREQUEST']._serialized_start=1820
-  _globals['_CHECKBATCHREQUEST']._serialized_end=1924
-  _globals['_CHECKBATCHRESPONSE']._serialized_start=1926
-  _globals['_CHECKBATCHRESPONSE']._serialized_end=1990
-  _globals['_APPROVALSERVICE']._serialized_start=2839
-  _globals['_APPROVALSERVICE']._serialized_end=3055
+  _globals['_QUOTASTATE']._serialized_end=1322
+  _globals['_COST']._serialized_start=1324
+  _globals['_COST']._serialized_end=1370
+  _globals['_CHECKRESPONSE']._serialized_start=1373
+  _globals['_CHECKRESPONSE']._serialized_end=1851
+  _globals['_CHECKRESPONSE_METADATAENTRY']._serialized_start=1804
+  _globals['_CHECKRESPONSE_METADATAENTRY']._serialized_end=1851
+  _globals['_CHECKBATCHREQUEST']._serialized_start=1853
+  _globals['_CHECKBATCHREQUEST']._serialized_end=1957
+  _globals['_CHECKBATCHRESPONSE']._serialized_start=1959
+  _globals['_CHECKBATCHRESPONSE']._serialized_end=2023
+  _globals['_RESERVEREQUEST']._serialized_start=2025
+  _globals['_RESERVEREQUEST']._serialized_end=2130
+  _globals['_RESERVERESPONSE']._serialized_start=2133
+  _globals['_RESERVERESPONSE']._serialized_end=2265
+  _globals['_COMMITRESERVATIONREQUEST']._serialized_start=2268
+  _globals['_COMMITRESERVATIONREQUEST']._serialized_end=2493
+  _globals['_COMMITRESERVATIONREQUEST_QUANTITIESENTRY']._serialized_start=1016
+  _globals['_COMMITRESERVATIONREQUEST_QUANTITIESENTRY']._serialized_end=1065
+  _globals['_COMMITRESERVATIONRESPONSE']._serialized_start=2496
+  _globals['_COMMITRESERVATIONRESPONSE']._serialized_end=2848
+  _globals['_COMMITRESERVATIONRESPONSE_COMMITTEDENTRY']._serialized_start=2751
+  _globals['_COMMITRESERVATIONRESPONSE_COMMITTEDENTRY']._serialized_end=2799
+  _globals['_COMMITRESERVATIONRESPONSE_UNFUNDEDENTRY']._serialized_start=2801
+  _globals['_COMMITRESERVATIONRESPONSE_UNFUNDEDENTRY']._serialized_end=2848
+  _globals['_CANCELRESERVATIONREQUEST']._serialized_start=2850
+  _globals['_CANCELRESERVATIONREQUEST']._serialized_end=2916
+  _globals['_CANCELRESERVATIONRESPONSE']._serialized_start=2918
+  _globals['_CANCELRESERVATIONRESPONSE']._serialized_end=2988
+  _globals['_EXTENDRESERVATIONREQUEST']._serialized_start=2990
+  _globals['_EXTENDRESERVATIONREQUEST']._serialized_end=3106
+  _globals['_EXTENDRESERVATIONRESPONSE']._serialized_start=3108
+  _globals['_EXTENDRESERVATIONRESPONSE']._serialized_end=3226
+  _globals['_ACQUIRESEATREQUEST']._serialized_start=3228
+  _globals['_ACQUIRESEATREQUEST']._serialized_end=3287
+  _globals['_ACQUIRESEATRESPONSE']._serialized_start=3290
+  _globals['_ACQUIRESEATRESPONSE']._serialized_end=3501
+  _globals['_RENEWSEATREQUEST']._serialized_start=3503
+  _globals['_RENEWSEATREQUEST']._serialized_end=3554
+  _globals['_RENEWSEATRESPONSE']._serialized_start=3556
+  _globals['_RENEWSEATRESPONSE']._serialized_end=3677
+  _globals['_RELEASESEATREQUEST']._serialized_start=3679
+  _globals['_RELEASESEATREQUEST']._serialized_end=3732
+  _globals['_RELEASESEATRESPONSE']._serialized_start=3734
+  _globals['_RELEASESEATRESPONSE']._serialized_end=3791
+  _globals['_APPROVALSERVICE']._serialized_start=4989
+  _globals['_APPROVALSERVICE']._serialized_end=5773
 # @@protoc_insertion_point(module_scope)

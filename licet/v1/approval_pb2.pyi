@@ -149,6 +149,58 @@ BATCH_SEMANTICS_PERMIT_ON_FIRST_PERMIT: BatchSemantics.ValueType  # 3
 """stops after the first APPROVED"""
 Global___BatchSemantics: _TypeAlias = BatchSemantics  # noqa: Y015
 
+class _ReservationState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReservationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReservationState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESERVATION_STATE_UNSPECIFIED: _ReservationState.ValueType  # 0
+    RESERVATION_STATE_HELD: _ReservationState.ValueType  # 1
+    RESERVATION_STATE_COMMITTED: _ReservationState.ValueType  # 2
+    RESERVATION_STATE_CANCELED: _ReservationState.ValueType  # 3
+    RESERVATION_STATE_EXPIRED: _ReservationState.ValueType  # 4
+    """nobody settled it in time, and the action says that it is canceled then"""
+    RESERVATION_STATE_UNKNOWN: _ReservationState.ValueType  # 5
+    """this sidecar never made it, or settled it more than ten minutes ago"""
+
+class ReservationState(_ReservationState, metaclass=_ReservationStateEnumTypeWrapper): ...
+
+RESERVATION_STATE_UNSPECIFIED: ReservationState.ValueType  # 0
+RESERVATION_STATE_HELD: ReservationState.ValueType  # 1
+RESERVATION_STATE_COMMITTED: ReservationState.ValueType  # 2
+RESERVATION_STATE_CANCELED: ReservationState.ValueType  # 3
+RESERVATION_STATE_EXPIRED: ReservationState.ValueType  # 4
+"""nobody settled it in time, and the action says that it is canceled then"""
+RESERVATION_STATE_UNKNOWN: ReservationState.ValueType  # 5
+"""this sidecar never made it, or settled it more than ten minutes ago"""
+Global___ReservationState: _TypeAlias = ReservationState  # noqa: Y015
+
+class _SeatState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SeatStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SeatState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SEAT_STATE_UNSPECIFIED: _SeatState.ValueType  # 0
+    SEAT_STATE_HELD: _SeatState.ValueType  # 1
+    SEAT_STATE_RELEASED: _SeatState.ValueType  # 2
+    SEAT_STATE_RECLAIMED: _SeatState.ValueType  # 3
+    """the holder was silent for too long, and another may have the seat"""
+    SEAT_STATE_UNKNOWN: _SeatState.ValueType  # 4
+    """no such seat"""
+
+class SeatState(_SeatState, metaclass=_SeatStateEnumTypeWrapper): ...
+
+SEAT_STATE_UNSPECIFIED: SeatState.ValueType  # 0
+SEAT_STATE_HELD: SeatState.ValueType  # 1
+SEAT_STATE_RELEASED: SeatState.ValueType  # 2
+SEAT_STATE_RECLAIMED: SeatState.ValueType  # 3
+"""the holder was silent for too long, and another may have the seat"""
+SEAT_STATE_UNKNOWN: SeatState.ValueType  # 4
+"""no such seat"""
+Global___SeatState: _TypeAlias = SeatState  # noqa: Y015
+
 @_typing.final
 class Value(_message.Message):
     """A typed attribute value. Kept small on purpose: what a condition can compare."""
@@ -425,6 +477,8 @@ class QuotaState(_message.Message):
     REMAINING_FIELD_NUMBER: _builtins.int
     RESETS_AT_FIELD_NUMBER: _builtins.int
     OVERAGE_FIELD_NUMBER: _builtins.int
+    CURRENCY_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
     feature: _builtins.str
     window: _builtins.str
     """"month", "minute", …"""
@@ -432,6 +486,11 @@ class QuotaState(_message.Message):
     remaining: _builtins.int
     """Units left in the window as this sidecar last knew them, over all sidecars; never exact while others spend."""
     overage: _builtins.bool
+    """Some of what this answer took lies beyond the limit, which allows that and bills it as overage."""
+    currency: _builtins.str
+    """For a budget in money: ISO 4217; limit and remaining are billionths of it. Empty when units are counted."""
+    grant: _builtins.str
+    """For a top-up: the id of the grant."""
     @_builtins.property
     def resets_at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -443,10 +502,12 @@ class QuotaState(_message.Message):
         remaining: _builtins.int = ...,
         resets_at: _timestamp_pb2.Timestamp | None = ...,
         overage: _builtins.bool = ...,
+        currency: _builtins.str = ...,
+        grant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resets_at", b"resets_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "limit", b"limit", "overage", b"overage", "remaining", b"remaining", "resets_at", b"resets_at", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency", b"currency", "feature", b"feature", "grant", b"grant", "limit", b"limit", "overage", b"overage", "remaining", b"remaining", "resets_at", b"resets_at", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -617,3 +678,437 @@ class CheckBatchResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckBatchResponse: _TypeAlias = CheckBatchResponse  # noqa: Y015
+
+@_typing.final
+class ReserveRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECK_FIELD_NUMBER: _builtins.int
+    EXPIRES_AFTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def check(self) -> Global___CheckRequest:
+        """What is asked; its quantity is what is held. A mode of PEEK only decides."""
+
+    @_builtins.property
+    def expires_after(self) -> _duration_pb2.Duration:
+        """How long it is held, 1 s to 7 days; absent means as long as the action says."""
+
+    def __init__(
+        self,
+        *,
+        check: Global___CheckRequest | None = ...,
+        expires_after: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "expires_after", b"expires_after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "expires_after", b"expires_after"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReserveRequest: _TypeAlias = ReserveRequest  # noqa: Y015
+
+@_typing.final
+class ReserveResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    RESERVATION_ID_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    reservation_id: _builtins.str
+    """Empty unless approved."""
+    @_builtins.property
+    def decision(self) -> Global___CheckResponse: ...
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When it is settled by itself, the way the action says: canceled, or committed as reserved."""
+
+    def __init__(
+        self,
+        *,
+        decision: Global___CheckResponse | None = ...,
+        reservation_id: _builtins.str = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "expires_at", b"expires_at", "reservation_id", b"reservation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReserveResponse: _TypeAlias = ReserveResponse  # noqa: Y015
+
+@_typing.final
+class CommitReservationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class QuantitiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    RESERVATION_ID_FIELD_NUMBER: _builtins.int
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    QUANTITIES_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    reservation_id: _builtins.str
+    quantity: _builtins.int
+    """Units that were really used; absent means what was reserved. As in CheckRequest, one of both."""
+    @_builtins.property
+    def quantities(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        reservation_id: _builtins.str = ...,
+        quantity: _builtins.int | None = ...,
+        quantities: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_quantity", b"_quantity", "quantity", b"quantity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quantity", b"_quantity", "quantities", b"quantities", "quantity", b"quantity", "reservation_id", b"reservation_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__quantity: _TypeAlias = _typing.Literal["quantity"]  # noqa: Y015
+    _WhichOneofArgType__quantity: _TypeAlias = _typing.Literal["_quantity", b"_quantity"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quantity) -> _WhichOneofReturnType__quantity | None: ...
+
+Global___CommitReservationRequest: _TypeAlias = CommitReservationRequest  # noqa: Y015
+
+@_typing.final
+class CommitReservationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CommittedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class UnfundedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    STATE_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    COMMITTED_FIELD_NUMBER: _builtins.int
+    UNFUNDED_FIELD_NUMBER: _builtins.int
+    state: Global___ReservationState.ValueType
+    @_builtins.property
+    def decision(self) -> Global___CheckResponse:
+        """The decision on what was used: its id in the ledger, its cost. DENIED when nothing could be committed."""
+
+    @_builtins.property
+    def committed(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Units by feature that were used and paid for out of a limit."""
+
+    @_builtins.property
+    def unfunded(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Units by feature that were used beyond the reservation and that no hard limit had room for: recorded, not approved."""
+
+    def __init__(
+        self,
+        *,
+        state: Global___ReservationState.ValueType = ...,
+        decision: Global___CheckResponse | None = ...,
+        committed: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        unfunded: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "decision", b"decision", "state", b"state", "unfunded", b"unfunded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CommitReservationResponse: _TypeAlias = CommitReservationResponse  # noqa: Y015
+
+@_typing.final
+class CancelReservationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    RESERVATION_ID_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    reservation_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        reservation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reservation_id", b"reservation_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelReservationRequest: _TypeAlias = CancelReservationRequest  # noqa: Y015
+
+@_typing.final
+class CancelReservationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    state: Global___ReservationState.ValueType
+    def __init__(
+        self,
+        *,
+        state: Global___ReservationState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelReservationResponse: _TypeAlias = CancelReservationResponse  # noqa: Y015
+
+@_typing.final
+class ExtendReservationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    RESERVATION_ID_FIELD_NUMBER: _builtins.int
+    EXPIRES_AFTER_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    reservation_id: _builtins.str
+    @_builtins.property
+    def expires_after(self) -> _duration_pb2.Duration:
+        """Counted from now, 1 s to 7 days; absent means as long as the action says."""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        reservation_id: _builtins.str = ...,
+        expires_after: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_after", b"expires_after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_after", b"expires_after", "reservation_id", b"reservation_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendReservationRequest: _TypeAlias = ExtendReservationRequest  # noqa: Y015
+
+@_typing.final
+class ExtendReservationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    state: Global___ReservationState.ValueType
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        state: Global___ReservationState.ValueType = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendReservationResponse: _TypeAlias = ExtendReservationResponse  # noqa: Y015
+
+@_typing.final
+class AcquireSeatRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def check(self) -> Global___CheckRequest:
+        """Who wants the seat, and the action whose feature has seats. The subject's type and id name the holder."""
+
+    def __init__(
+        self,
+        *,
+        check: Global___CheckRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcquireSeatRequest: _TypeAlias = AcquireSeatRequest  # noqa: Y015
+
+@_typing.final
+class AcquireSeatResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    SEAT_ID_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    SEATS_FIELD_NUMBER: _builtins.int
+    SEATS_TAKEN_FIELD_NUMBER: _builtins.int
+    seat_id: _builtins.str
+    """Empty unless approved."""
+    seats: _builtins.int
+    """How many there are, and how many are taken, this one included."""
+    seats_taken: _builtins.int
+    @_builtins.property
+    def decision(self) -> Global___CheckResponse: ...
+    @_builtins.property
+    def heartbeat(self) -> _duration_pb2.Duration:
+        """Renew at least this often."""
+
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """Without a renewal the seat is lost then."""
+
+    def __init__(
+        self,
+        *,
+        decision: Global___CheckResponse | None = ...,
+        seat_id: _builtins.str = ...,
+        heartbeat: _duration_pb2.Duration | None = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        seats: _builtins.int = ...,
+        seats_taken: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "expires_at", b"expires_at", "heartbeat", b"heartbeat"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "expires_at", b"expires_at", "heartbeat", b"heartbeat", "seat_id", b"seat_id", "seats", b"seats", "seats_taken", b"seats_taken"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcquireSeatResponse: _TypeAlias = AcquireSeatResponse  # noqa: Y015
+
+@_typing.final
+class RenewSeatRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    SEAT_ID_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    seat_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        seat_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seat_id", b"seat_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewSeatRequest: _TypeAlias = RenewSeatRequest  # noqa: Y015
+
+@_typing.final
+class RenewSeatResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    state: Global___SeatState.ValueType
+    degraded: _builtins.bool
+    """Redis could not be asked; the seat is kept for as long as it is certain that nobody else was given it."""
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        state: Global___SeatState.ValueType = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        degraded: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "expires_at", b"expires_at", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewSeatResponse: _TypeAlias = RenewSeatResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseSeatRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    SEAT_ID_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    seat_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        seat_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seat_id", b"seat_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseSeatRequest: _TypeAlias = ReleaseSeatRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseSeatResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    state: Global___SeatState.ValueType
+    def __init__(
+        self,
+        *,
+        state: Global___SeatState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseSeatResponse: _TypeAlias = ReleaseSeatResponse  # noqa: Y015

@@ -49,6 +49,41 @@ class ApprovalServiceStub:
                 request_serializer=licet_dot_v1_dot_approval__pb2.CheckRequest.SerializeToString,
                 response_deserializer=licet_dot_v1_dot_approval__pb2.CheckResponse.FromString,
                 _registered_method=True)
+        self.Reserve = channel.unary_unary(
+                '/licet.v1.ApprovalService/Reserve',
+                request_serializer=licet_dot_v1_dot_approval__pb2.ReserveRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.ReserveResponse.FromString,
+                _registered_method=True)
+        self.CommitReservation = channel.unary_unary(
+                '/licet.v1.ApprovalService/CommitReservation',
+                request_serializer=licet_dot_v1_dot_approval__pb2.CommitReservationRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.CommitReservationResponse.FromString,
+                _registered_method=True)
+        self.CancelReservation = channel.unary_unary(
+                '/licet.v1.ApprovalService/CancelReservation',
+                request_serializer=licet_dot_v1_dot_approval__pb2.CancelReservationRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.CancelReservationResponse.FromString,
+                _registered_method=True)
+        self.ExtendReservation = channel.unary_unary(
+                '/licet.v1.ApprovalService/ExtendReservation',
+                request_serializer=licet_dot_v1_dot_approval__pb2.ExtendReservationRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.ExtendReservationResponse.FromString,
+                _registered_method=True)
+        self.AcquireSeat = channel.unary_unary(
+                '/licet.v1.ApprovalService/AcquireSeat',
+                request_serializer=licet_dot_v1_dot_approval__pb2.AcquireSeatRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.AcquireSeatResponse.FromString,
+                _registered_method=True)
+        self.RenewSeat = channel.unary_unary(
+                '/licet.v1.ApprovalService/RenewSeat',
+                request_serializer=licet_dot_v1_dot_approval__pb2.RenewSeatRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.RenewSeatResponse.FromString,
+                _registered_method=True)
+        self.ReleaseSeat = channel.unary_unary(
+                '/licet.v1.ApprovalService/ReleaseSeat',
+                request_serializer=licet_dot_v1_dot_approval__pb2.ReleaseSeatRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.ReleaseSeatResponse.FromString,
+                _registered_method=True)
 
 
 class ApprovalServiceServicer:
@@ -75,6 +110,58 @@ class ApprovalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reserve(self, request, context):
+        """Decides and, when approved, holds the units for an action whose real quantity is known later. Nothing is used, and
+        nothing billed, before it is committed. A reservation is settled with the sidecar that made it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CommitReservation(self, request, context):
+        """Uses what was reserved: all of it, less (the rest is free again at once), or more (the extra is decided as a check
+        of its own). Settling again gives the same answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelReservation(self, request, context):
+        """Frees what was reserved. Settling again gives the same answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExtendReservation(self, request, context):
+        """Holds a reservation for longer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AcquireSeat(self, request, context):
+        """Decides and, when approved, takes one of the feature's seats for the subject. A subject has at most one seat of a
+        feature: acquiring again, wherever, gives the seat it has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewSeat(self, request, context):
+        """Says that the holder is still there. A holder that is silent for two heartbeats loses its seat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseSeat(self, request, context):
+        """Gives a seat back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ApprovalServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +179,41 @@ def add_ApprovalServiceServicer_to_server(servicer, server):
                     servicer.CheckStream,
                     request_deserializer=licet_dot_v1_dot_approval__pb2.CheckRequest.FromString,
                     response_serializer=licet_dot_v1_dot_approval__pb2.CheckResponse.SerializeToString,
+            ),
+            'Reserve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reserve,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.ReserveRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.ReserveResponse.SerializeToString,
+            ),
+            'CommitReservation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CommitReservation,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.CommitReservationRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.CommitReservationResponse.SerializeToString,
+            ),
+            'CancelReservation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelReservation,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.CancelReservationRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.CancelReservationResponse.SerializeToString,
+            ),
+            'ExtendReservation': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExtendReservation,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.ExtendReservationRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.ExtendReservationResponse.SerializeToString,
+            ),
+            'AcquireSeat': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcquireSeat,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.AcquireSeatRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.AcquireSeatResponse.SerializeToString,
+            ),
+            'RenewSeat': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewSeat,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.RenewSeatRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.RenewSeatResponse.SerializeToString,
+            ),
+            'ReleaseSeat': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseSeat,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.ReleaseSeatRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.ReleaseSeatResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +297,195 @@ class ApprovalService:
             '/licet.v1.ApprovalService/CheckStream',
             licet_dot_v1_dot_approval__pb2.CheckRequest.SerializeToString,
             licet_dot_v1_dot_approval__pb2.CheckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reserve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/licet.v1.ApprovalService/Reserve',
+            licet_dot_v1_dot_approval__pb2.ReserveRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.ReserveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CommitReservation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/licet.v1.ApprovalService/CommitReservation',
+            licet_dot_v1_dot_approval__pb2.CommitReservationRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.CommitReservationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelReservation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/licet.v1.ApprovalService/CancelReservation',
+            licet_dot_v1_dot_approval__pb2.CancelReservationRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.CancelReservationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtendReservation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/licet.v1.ApprovalService/ExtendReservation',
+            licet_dot_v1_dot_approval__pb2.ExtendReservationRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.ExtendReservationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcquireSeat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/licet.v1.ApprovalService/AcquireSeat',
+            licet_dot_v1_dot_approval__pb2.AcquireSeatRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.AcquireSeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewSeat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/licet.v1.ApprovalService/RenewSeat',
+            licet_dot_v1_dot_approval__pb2.RenewSeatRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.RenewSeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseSeat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/licet.v1.ApprovalService/ReleaseSeat',
+            licet_dot_v1_dot_approval__pb2.ReleaseSeatRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.ReleaseSeatResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,26 @@ class ApprovalServiceStub:
     """Many checks in one call, each its own decision."""
     CheckStream: _grpc.StreamStreamMultiCallable[_approval_pb2.CheckRequest, _approval_pb2.CheckResponse]
     """The same as Check, as a bidirectional stream; answers come in the order of the requests."""
+    Reserve: _grpc.UnaryUnaryMultiCallable[_approval_pb2.ReserveRequest, _approval_pb2.ReserveResponse]
+    """Decides and, when approved, holds the units for an action whose real quantity is known later. Nothing is used, and
+    nothing billed, before it is committed. A reservation is settled with the sidecar that made it.
+    """
+    CommitReservation: _grpc.UnaryUnaryMultiCallable[_approval_pb2.CommitReservationRequest, _approval_pb2.CommitReservationResponse]
+    """Uses what was reserved: all of it, less (the rest is free again at once), or more (the extra is decided as a check
+    of its own). Settling again gives the same answer.
+    """
+    CancelReservation: _grpc.UnaryUnaryMultiCallable[_approval_pb2.CancelReservationRequest, _approval_pb2.CancelReservationResponse]
+    """Frees what was reserved. Settling again gives the same answer."""
+    ExtendReservation: _grpc.UnaryUnaryMultiCallable[_approval_pb2.ExtendReservationRequest, _approval_pb2.ExtendReservationResponse]
+    """Holds a reservation for longer."""
+    AcquireSeat: _grpc.UnaryUnaryMultiCallable[_approval_pb2.AcquireSeatRequest, _approval_pb2.AcquireSeatResponse]
+    """Decides and, when approved, takes one of the feature's seats for the subject. A subject has at most one seat of a
+    feature: acquiring again, wherever, gives the seat it has.
+    """
+    RenewSeat: _grpc.UnaryUnaryMultiCallable[_approval_pb2.RenewSeatRequest, _approval_pb2.RenewSeatResponse]
+    """Says that the holder is still there. A holder that is silent for two heartbeats loses its seat."""
+    ReleaseSeat: _grpc.UnaryUnaryMultiCallable[_approval_pb2.ReleaseSeatRequest, _approval_pb2.ReleaseSeatResponse]
+    """Gives a seat back."""
 
 @_typing.type_check_only
 class ApprovalServiceAsyncStub(ApprovalServiceStub):
@@ -55,6 +75,26 @@ class ApprovalServiceAsyncStub(ApprovalServiceStub):
     """Many checks in one call, each its own decision."""
     CheckStream: _aio.StreamStreamMultiCallable[_approval_pb2.CheckRequest, _approval_pb2.CheckResponse]  # type: ignore[assignment]
     """The same as Check, as a bidirectional stream; answers come in the order of the requests."""
+    Reserve: _aio.UnaryUnaryMultiCallable[_approval_pb2.ReserveRequest, _approval_pb2.ReserveResponse]  # type: ignore[assignment]
+    """Decides and, when approved, holds the units for an action whose real quantity is known later. Nothing is used, and
+    nothing billed, before it is committed. A reservation is settled with the sidecar that made it.
+    """
+    CommitReservation: _aio.UnaryUnaryMultiCallable[_approval_pb2.CommitReservationRequest, _approval_pb2.CommitReservationResponse]  # type: ignore[assignment]
+    """Uses what was reserved: all of it, less (the rest is free again at once), or more (the extra is decided as a check
+    of its own). Settling again gives the same answer.
+    """
+    CancelReservation: _aio.UnaryUnaryMultiCallable[_approval_pb2.CancelReservationRequest, _approval_pb2.CancelReservationResponse]  # type: ignore[assignment]
+    """Frees what was reserved. Settling again gives the same answer."""
+    ExtendReservation: _aio.UnaryUnaryMultiCallable[_approval_pb2.ExtendReservationRequest, _approval_pb2.ExtendReservationResponse]  # type: ignore[assignment]
+    """Holds a reservation for longer."""
+    AcquireSeat: _aio.UnaryUnaryMultiCallable[_approval_pb2.AcquireSeatRequest, _approval_pb2.AcquireSeatResponse]  # type: ignore[assignment]
+    """Decides and, when approved, takes one of the feature's seats for the subject. A subject has at most one seat of a
+    feature: acquiring again, wherever, gives the seat it has.
+    """
+    RenewSeat: _aio.UnaryUnaryMultiCallable[_approval_pb2.RenewSeatRequest, _approval_pb2.RenewSeatResponse]  # type: ignore[assignment]
+    """Says that the holder is still there. A holder that is silent for two heartbeats loses its seat."""
+    ReleaseSeat: _aio.UnaryUnaryMultiCallable[_approval_pb2.ReleaseSeatRequest, _approval_pb2.ReleaseSeatResponse]  # type: ignore[assignment]
+    """Gives a seat back."""
 
 class ApprovalServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -80,5 +120,67 @@ class ApprovalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_approval_pb2.CheckResponse], _abc.AsyncIterator[_approval_pb2.CheckResponse]]:
         """The same as Check, as a bidirectional stream; answers come in the order of the requests."""
+
+    @_abc_1.abstractmethod
+    def Reserve(
+        self,
+        request: _approval_pb2.ReserveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_approval_pb2.ReserveResponse, _abc.Awaitable[_approval_pb2.ReserveResponse]]:
+        """Decides and, when approved, holds the units for an action whose real quantity is known later. Nothing is used, and
+        nothing billed, before it is committed. A reservation is settled with the sidecar that made it.
+        """
+
+    @_abc_1.abstractmethod
+    def CommitReservation(
+        self,
+        request: _approval_pb2.CommitReservationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_approval_pb2.CommitReservationResponse, _abc.Awaitable[_approval_pb2.CommitReservationResponse]]:
+        """Uses what was reserved: all of it, less (the rest is free again at once), or more (the extra is decided as a check
+        of its own). Settling again gives the same answer.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelReservation(
+        self,
+        request: _approval_pb2.CancelReservationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_approval_pb2.CancelReservationResponse, _abc.Awaitable[_approval_pb2.CancelReservationResponse]]:
+        """Frees what was reserved. Settling again gives the same answer."""
+
+    @_abc_1.abstractmethod
+    def ExtendReservation(
+        self,
+        request: _approval_pb2.ExtendReservationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_approval_pb2.ExtendReservationResponse, _abc.Awaitable[_approval_pb2.ExtendReservationResponse]]:
+        """Holds a reservation for longer."""
+
+    @_abc_1.abstractmethod
+    def AcquireSeat(
+        self,
+        request: _approval_pb2.AcquireSeatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_approval_pb2.AcquireSeatResponse, _abc.Awaitable[_approval_pb2.AcquireSeatResponse]]:
+        """Decides and, when approved, takes one of the feature's seats for the subject. A subject has at most one seat of a
+        feature: acquiring again, wherever, gives the seat it has.
+        """
+
+    @_abc_1.abstractmethod
+    def RenewSeat(
+        self,
+        request: _approval_pb2.RenewSeatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_approval_pb2.RenewSeatResponse, _abc.Awaitable[_approval_pb2.RenewSeatResponse]]:
+        """Says that the holder is still there. A holder that is silent for two heartbeats loses its seat."""
+
+    @_abc_1.abstractmethod
+    def ReleaseSeat(
+        self,
+        request: _approval_pb2.ReleaseSeatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_approval_pb2.ReleaseSeatResponse, _abc.Awaitable[_approval_pb2.ReleaseSeatResponse]]:
+        """Gives a seat back."""
 
 def add_ApprovalServiceServicer_to_server(servicer: ApprovalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Self
 
@@ -22,6 +23,24 @@ FLAG_DEGRADED: Final = 2
 FLAG_OVERAGE: Final = 4
 FLAG_OBSERVED: Final = 8
 """The bundle was pushed in observe mode: the caller was answered APPROVED, ``effect`` is what would have been."""
+
+
+class EventKind(IntEnum):
+    """What an event records. Only CHECK and COMMIT use units; the others have none in ``units``."""
+
+    CHECK = 0
+    RESERVE = 1
+    """Units are held: ``held`` says of which quotas, ``units_held`` of which features."""
+    COMMIT = 2
+    """A reservation was used: ``units`` is what was used, whatever was reserved."""
+    CANCEL = 3
+    EXPIRE = 4
+    """Nobody settled a reservation in time, and it was canceled."""
+    EXTEND = 5
+    SEAT_ACQUIRE = 6
+    SEAT_RELEASE = 7
+    SEAT_RECLAIM = 8
+
 
 BATCH_EVENTS_MAX: Final = 4_096
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
@@ -37,6 +56,10 @@ class UsageEvent(NamedTuple):
     pairs: which quota register of this sidecar they were taken from. ``shadow`` names the rules of shadow policies that
     matched, as ``policy/rule=effect``. ``feature_costs`` divides ``cost_nanos``
     among several features with a price; it is empty when one bears all of it.
+
+    ``kind`` is an ``EventKind``; ``about`` the reservation (the decision id of its RESERVE event) or seat it is
+    about. ``overage`` is the part of ``units`` beyond a soft limit, provisionally; ``unfunded`` what a COMMIT used that
+    no limit had room for, not in ``units``. ``expires_us`` is when a reservation expires.
     """
 
     seq: int
@@ -61,6 +84,13 @@ class UsageEvent(NamedTuple):
     spends: list[tuple[str, int]]
     shadow: list[str]
     feature_costs: Mapping[str, int] = MappingProxyType({})
+    kind: int = EventKind.CHECK
+    about: str = ""
+    held: Sequence[tuple[str, int]] = ()
+    units_held: Mapping[str, int] = MappingProxyType({})
+    overage: Mapping[str, int] = MappingProxyType({})
+    unfunded: Mapping[str, int] = MappingProxyType({})
+    expires_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +166,19 @@ def log_id(sidecar: str, incarnation: int) -> str:
 def decision_id(prefix: bytes, seq: int) -> str:
     """32 hex digits: unique, and enough to find the event in the ledger."""
     return f"{prefix.hex()}{seq:016x}"
+
+
+_FIELDS_MIN: Final = UsageEvent._fields.index("kind")
+"""Fields that every event has. Later ones are left out from where on all are empty."""
+
+
+def pack_event(event: UsageEvent) -> bytes:
+    """An event as it is logged and travels."""
+    fields = list(event)
+    while len(fields) > _FIELDS_MIN and not fields[-1]:
+        fields.pop()
+    packed: bytes = msgpack.packb(fields, use_bin_type=True, default=dict)
+    return packed
 
 
 def unpack_event(data: bytes) -> UsageEvent:

@@ -234,7 +234,9 @@ def test_a_golden_heartbeat_is_read() -> None:
 
 
 def test_fields_that_a_newer_program_appended_are_ignored() -> None:
-    newer = msgpack.packb([*msgpack.unpackb(bytes.fromhex(GOLDEN["event"])), "new", 7])
+    written = msgpack.unpackb(bytes.fromhex(GOLDEN["event"]))
+    since = [UsageEvent._field_defaults[name] for name in UsageEvent._fields[len(written) :]]
+    newer = msgpack.packb([*written, *since, "new", 7], default=dict)
     assert unpack_event(newer).seq == 1
     heartbeat = envelope.unpack("heartbeat", HEARTBEAT.pack())
     assert Heartbeat.unpack(envelope.pack("heartbeat", {**heartbeat, "new": 1})) == HEARTBEAT

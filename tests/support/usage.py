@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgpack
-
 from licet.domain.outcomes import Effect, Reason
-from licet.wire.usage import UsageBatch, UsageEvent
+from licet.wire.usage import UsageBatch, UsageEvent, pack_event
 
 AT_US = 1_790_000_000_000_000
 
@@ -43,8 +41,7 @@ def event(seq: int, **changes: Any) -> UsageEvent:
 
 def packed(one: UsageEvent) -> bytes:
     """As the sidecar's log holds it."""
-    data: bytes = msgpack.packb(tuple(one), use_bin_type=True)
-    return data
+    return pack_event(one)
 
 
 def batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Final
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,8 @@ from licet.domain.windows import Period, window_at
 
 YEAR_9999_S = 253_370_764_800
 
-periods = st.sampled_from(Period)
+CALENDAR: Final = [period for period in Period if period not in (Period.SECOND, Period.TERM)]
+periods = st.sampled_from(CALENDAR)
 # From the first whole week on, so that no window begins before 1970.
 instants = st.integers(min_value=4 * 86_400, max_value=YEAR_9999_S - 1)
 
@@ -60,7 +62,7 @@ def test_december_ends_with_the_year() -> None:
 
 
 @pytest.mark.parametrize("instant_s", [-1, YEAR_9999_S, 2**63])
-@pytest.mark.parametrize("period", Period)
+@pytest.mark.parametrize("period", CALENDAR)
 def test_refuses_instants_outside_the_calendar(period: Period, instant_s: int) -> None:
     with pytest.raises(ValueError, match="1970 and 9998"):
         window_at(period, instant_s)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from licet.domain.windows import Period, window_at
+from licet.domain.windows import period_of, window_at
 from licet.wire.registers import Pair
 from licet_sidecar.adapters.usage_log import UsageLog, UsageLogError, lease_record
 from licet_sidecar.clock import Clock
@@ -387,7 +387,5 @@ class LeasingService:
 
 def _window_after(start: int, end: int) -> tuple[int, int] | None:
     """The window of the same period that begins where this one ends."""
-    for period in Period:
-        if window_at(period, start) == (start, end):
-            return window_at(period, end)
-    return None
+    period = period_of(start, end)
+    return window_at(period, end) if period else None
