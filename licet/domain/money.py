@@ -37,6 +37,13 @@ class Price:
         amount_nanos = self.amounts_nanos.get(by_value, self.amount_nanos)
         return divide_half_even(units * amount_nanos, self.per_units)
 
+    def charge_nanos(self, units: int, by_value: str = "") -> int:
+        """What ``units`` take from a budget: their cost in nanos, rounded up, so that a sum of charges is never less
+        than the exact cost of the units together.
+        """
+        amount_nanos = self.amounts_nanos.get(by_value, self.amount_nanos)
+        return -(-units * amount_nanos // self.per_units)
+
 
 def divide_half_even(numerator: int, denominator: int) -> int:
     """``numerator / denominator`` for a positive denominator, rounded half to even, exactly."""

@@ -300,7 +300,7 @@ class Sidecar:
     # Callbacks
 
     def _head_taken(self, head: Head) -> None:
-        self.leasing.live = head.live
+        self.engine.leases.live = head.live
         self._epoch = head.epoch
         self.leasing.assert_all(head.epoch, head.run_id)
 

@@ -14,7 +14,7 @@ import pytest
 
 from licet.domain.ids import LimitKey
 from licet.wire.registers import Mark, Pair
-from licet_sidecar.core.leases import Ask, Lease, SettleAnswer, SettleCall
+from licet_sidecar.core.leases import Ask, Lease, SettleAnswer, SettleCall, Terms
 from tests.support.lease_backends import TENANT, Backend, FakeBackend, Quota, RealBackend, real_backend
 from tests.support.valkey import ValkeyProcess
 
@@ -41,11 +41,11 @@ class History:
         self.both: tuple[Backend, Backend] = (real, self.model)
         # Around the end of a window of one limit, and two limits in the middle of theirs.
         self.leases = [
-            Lease(LimitKey("a:x"), "", now_s - 3_600, now_s + 7, 40),
-            Lease(LimitKey("a:x"), "", now_s + 7, now_s + 3_600, 40),
-            Lease(LimitKey("b:y"), "", now_s - 3_600, now_s + 3_600, 1_000),
-            Lease(LimitKey("c:z"), "ab12", now_s - 3_600, now_s + 3_600, 2**53 - 1),
-            Lease(LimitKey("d:over"), "", now_s - 7_200, now_s - 3_600, 40),
+            Lease(LimitKey("a:x"), "", now_s - 3_600, now_s + 7, Terms(40)),
+            Lease(LimitKey("a:x"), "", now_s + 7, now_s + 3_600, Terms(40)),
+            Lease(LimitKey("b:y"), "", now_s - 3_600, now_s + 3_600, Terms(1_000)),
+            Lease(LimitKey("c:z"), "ab12", now_s - 3_600, now_s + 3_600, Terms(2**53 - 1)),
+            Lease(LimitKey("d:over"), "", now_s - 7_200, now_s - 3_600, Terms(40)),
         ]
         self.last: dict[str, SettleCall] = {}
         self.ops = dict.fromkeys(SIDECARS, 0)

@@ -35,7 +35,7 @@ from licet.wire.envelope import EnvelopeError
 from licet.wire.signing import Verifier
 from licet.wire.usage import UsageBatch, UsageEvent, decision_id, event_seq, log_id, unpack_event
 from licet_sidecar.adapters.usage_log import EVENT, HEADER, floor_record, frame, lease_record
-from licet_sidecar.core.leases import Lease
+from licet_sidecar.core.leases import Lease, Terms
 from tests.support.published import KEY, Signer, limit
 from tests.support.usage import batch, event, packed
 
@@ -73,7 +73,7 @@ HEARTBEAT = Heartbeat(
 
 def held() -> Lease:
     """A lease of 10 units, of which 4 are spent."""
-    lease = Lease(LimitKey("reports:month"), "0123456789abcdef", 1_788_220_800, 1_790_812_800, 1_000)
+    lease = Lease(LimitKey("reports:month"), "0123456789abcdef", 1_788_220_800, 1_790_812_800, Terms(1_000))
     lease.cap, lease.used = 10, 4
     return lease
 

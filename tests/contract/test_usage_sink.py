@@ -9,6 +9,7 @@ import pytest
 import redis.asyncio as aioredis
 
 from licet.wire.names import RedisNames, usage_shard
+from licet.wire.registers import RUN_SECTIONS, run_of
 from licet_sidecar.adapters.redis_link import connect
 from licet_sidecar.adapters.redis_usage_sink import RedisUsageSink
 from licet_sidecar.ports import LinkDown, PulseReport, UsageSink
@@ -65,7 +66,7 @@ class RedisDoorstep:
         self.sink = RedisUsageSink(self.client, NAMES, valkey.url, sidecar=ME)
 
     async def run_id(self) -> str:
-        return str((await self.redis.info("server"))["run_id"])
+        return run_of(await self.redis.execute_command("INFO", *RUN_SECTIONS))
 
     async def put_head(self, head: bytes) -> None:
         await self.redis.set(NAMES.head(), head)

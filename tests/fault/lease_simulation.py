@@ -23,7 +23,7 @@ from licet.domain.ids import LimitKey
 from licet.wire.registers import HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Mark, Marker, Pair
 from licet_control_plane.core.learning import WAIT_S_MAX, Holder, Verdict, may_open
 from licet_control_plane.publisher.marks import quotas_to_keep
-from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, Status, TenantLeases
+from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, Status, TenantLeases, Terms
 from tests.support.fake_lease_store import OPEN, Contents, FakeMark, FakeRegisters, Rule
 
 TENANT: Final = "acme"
@@ -141,7 +141,7 @@ class Sidecar:
             del self.world.answered_until_ms[key]
         kept = {quota: one for quota, one in self.log.items() if one.end + QUOTA_KEPT_S > self.now_s}
         for one in kept.values():
-            lease = Lease(one.limit, "", one.start, one.end, one.amount)
+            lease = Lease(one.limit, "", one.start, one.end, Terms(one.amount))
             lease.cap, lease.used = one.cap, one.used
             self.book.restore(TENANT, lease, self.boot_ms)
         self.log = {lease.quota: _logged(lease) for lease in self.held.all()}
@@ -197,9 +197,12 @@ class Sidecar:
         ):
             self.spend(lease, units)
 
+    def terms(self, limit: LimitKey) -> Terms:
+        return Terms(self.amounts.get(limit, 0))
+
     def lease(self, limit: LimitKey) -> Lease:
         start, end = window(limit, self.now_s)
-        return self.book.lease(self.held, limit, "", start, end, self.amounts.get(limit, 0))
+        return self.book.lease(self.held, limit, "", start, end, self.terms(limit))
 
     # Calls
 
@@ -352,7 +355,7 @@ class ControlPlane:
         if mark is None:
             return
         whole = Mark(mark.pair, mark.phase, mark.since_ms, mark.revision, mark.amounts, dict(mark.markers))
-        keep = [quota for quota, _ in quotas_to_keep(whole, registers.now_ms / 1_000)]
+        keep = quotas_to_keep(whole, registers.now_ms / 1_000)
         yield
         before = registers.touch_mark(TENANT)
         if registers.open(TENANT, state.pair, revision, amounts, keep) and before is not None:

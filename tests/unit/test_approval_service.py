@@ -32,7 +32,7 @@ from licet.domain.windows import Period, window_at
 from licet.v1 import approval_pb2 as pb
 from licet.wire.usage import FLAG_DEGRADED, FLAG_OBSERVED, FLAG_STALE
 from licet_sidecar.core.engine import Decision
-from licet_sidecar.core.leases import Lease
+from licet_sidecar.core.leases import Lease, Terms
 from licet_sidecar.services.answers import Answers, varint
 from licet_sidecar.services.approval import Malformed, NotReady
 from licet_sidecar.services.link import LinkState
@@ -759,7 +759,7 @@ def _decided(**fields: Any) -> Decision:
 
 def _lease(amount: int, cap: int, used: int, remaining: int, idle: int = 0) -> Lease:
     start, end = window_at(Period.MONTH, 1_790_000_000)
-    lease = Lease(limit(amount).key, "", start, end, amount)
+    lease = Lease(limit(amount).key, "", start, end, Terms(amount))
     lease.cap, lease.used, lease.remaining, lease.idle_elsewhere = cap, used, remaining, idle
     return lease
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from licet.wire.names import RedisNames
-from licet.wire.registers import QUOTA_KEPT_S, WINDOW_GRACE_S, Mark, Pair, parse_mark
+from licet.wire.registers import QUOTA_KEPT_S, SERVER_RUN_LUA, WINDOW_GRACE_S, Mark, Pair, parse_mark
 from licet_control_plane.publisher.documents import LUA
 from licet_control_plane.redis_link import Redis, redis_errors
 
@@ -48,15 +48,31 @@ class Fill:
     units: int
 
 
+class KeptQuota(NamedTuple):
+    """A quota hash that a marker promises. ``expires_s``: when it goes, seconds since the Unix epoch."""
+
+    name: str
+    expires_s: int
+    marker: str
+    window_start: int
+
+
+class Opened(NamedTuple):
+    """What became of openings, by tenant. ``lost``: something was lost while it was learned; learn again."""
+
+    opened: list[str]
+    lost: list[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """Ends the learning of one tenant under ``pair``. ``quotas`` are hashes that must exist, with their expiry (s)."""
+    """Ends the learning of one tenant under ``pair``. ``quotas`` are hashes that must exist."""
 
     tenant: str
     pair: Pair
     revision: int
     limits: Mapping[Any, int]
-    quotas: Sequence[tuple[str, int]] = ()
+    quotas: Sequence[KeptQuota] = ()
 
 
 class RedisMarks:
@@ -65,7 +81,9 @@ class RedisMarks:
     def __init__(self, redis: Redis, names: RedisNames) -> None:
         self._redis = redis
         self._names = names
-        self._scripts = {name: redis.register_script((LUA / f"{name}.lua").read_text()) for name in _SCRIPTS}
+        self._scripts = {
+            name: redis.register_script(SERVER_RUN_LUA + (LUA / f"{name}.lua").read_text()) for name in _SCRIPTS
+        }
 
     async def touch(self, tenants: Sequence[str]) -> dict[str, MarkState | None]:
         """What each mark says; one last used on another run of the server goes to learning. ``None``: no mark."""
@@ -121,24 +139,28 @@ class RedisMarks:
         ]
         return sum(await self._run("fill", calls))
 
-    async def open(self, openings: Iterable[Opening]) -> list[str]:
-        """End learning. Returns the tenants that are open now."""
+    async def open(self, openings: Iterable[Opening]) -> Opened:
+        """End learning."""
         openings = list(openings)
         calls = [
             (
-                [self._limits(one.tenant), *(self._names.quota(one.tenant, quota) for quota, _ in one.quotas)],
+                [self._limits(one.tenant), *(self._names.quota(one.tenant, quota.name) for quota in one.quotas)],
                 [
                     one.pair.epoch,
                     one.pair.run,
                     one.revision,
                     *_counted(one.limits),
-                    *(expires_s for _, expires_s in one.quotas),
+                    *(part for quota in one.quotas for part in quota[1:]),
                 ],
             )
             for one in openings
         ]
         answers = await self._run("open", calls)
-        return [one.tenant for one, answer in zip(openings, answers, strict=True) if answer]
+        answered = list(zip((one.tenant for one in openings), answers, strict=True))
+        return Opened(
+            opened=[tenant for tenant, answer in answered if answer == 1],
+            lost=[tenant for tenant, answer in answered if answer == -1],
+        )
 
     def _limits(self, tenant: str) -> str:
         return self._names.limits(tenant)
@@ -154,15 +176,14 @@ class RedisMarks:
                 return answers
 
 
-def quotas_to_keep(mark: Mark, now_s: float) -> list[tuple[str, int]]:
-    """Quota hashes that a mark's markers promise and whose window still takes calls, with their expiry (seconds)."""
-    kept: list[tuple[str, int]] = []
+def quotas_to_keep(mark: Mark, now_s: float) -> list[KeptQuota]:
+    """Quota hashes that a mark's markers promise and whose window still takes calls."""
+    kept: list[KeptQuota] = []
     for name, marker in mark.markers.items():
-        if marker.end + WINDOW_GRACE_S > now_s:
-            kept.append((f"{name}:{marker.start}", marker.end + WINDOW_GRACE_S + QUOTA_KEPT_S))
         # The window before ended, at the latest, when this one began.
-        if marker.previous_start and marker.start + WINDOW_GRACE_S > now_s:
-            kept.append((f"{name}:{marker.previous_start}", marker.start + WINDOW_GRACE_S + QUOTA_KEPT_S))
+        for start, end in ((marker.start, marker.end), (marker.previous_start, marker.start)):
+            if end + WINDOW_GRACE_S > now_s and (start or end == marker.end):
+                kept.append(KeptQuota(f"{name}:{start}", end + WINDOW_GRACE_S + QUOTA_KEPT_S, name, start))
     return kept
 
 

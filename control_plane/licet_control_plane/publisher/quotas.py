@@ -21,7 +21,7 @@ from licet.domain.windows import Period, window_at
 from licet.wire.registers import WINDOW_GRACE_S, Pair
 from licet_control_plane.core.learning import Verdict, may_open
 from licet_control_plane.publisher.fleet import Fleet
-from licet_control_plane.publisher.marks import Fill, MarkState, Opening, RedisMarks, quotas_to_keep
+from licet_control_plane.publisher.marks import Fill, MarkState, Opened, Opening, RedisMarks, quotas_to_keep
 from licet_control_plane.store import access, ledger, licenses, marks, meta
 from licet_control_plane.store.database import Database
 
@@ -115,11 +115,9 @@ class Quotas:
         if doubted := {
             name: state.pair.epoch
             for name, state in present.items()
-            if asks[name] == "quota-lost" and state.is_open and self._may_relearn(name)
+            if asks[name] == "quota-lost" and self._may_relearn(name)
         }:
-            await self._new_epoch("quota.lost", list(doubted))
-            await self._marks.relearn(doubted, self.epoch)
-            self.learning.update(dict.fromkeys(doubted))
+            await self._relearn(doubted)
         self.learning.update(dict.fromkeys(name for name, state in present.items() if not state.is_open))
 
     async def open_learned(self, in_force: InForce) -> tuple[int, list[str]]:
@@ -151,18 +149,26 @@ class Quotas:
             waited_for.update(missing)
             if verdict is not Verdict.WAIT:
                 ready[tenant] = state
-        opened = await self._open(ready, in_force) if ready else []
+        opened, lost_again = await self._open(ready, in_force) if ready else Opened([], [])
         for tenant in tenants:  # those still learning go to the end of the line
             del self.learning[tenant]
             if tenant not in done and tenant not in opened:
                 self.learning[tenant] = None
+        if lost_again:
+            await self._relearn({tenant: ready[tenant].pair.epoch for tenant in lost_again})
         if finished := [*done, *opened]:
             await self._database.write(marks.set_learning, finished, False)
         if opened:
             log.info("quotas opened", tenants=len(opened), still_learning=len(self.learning), epoch=self.epoch)
         return len(finished), sorted(waited_for)
 
-    async def _open(self, states: Mapping[str, MarkState], in_force: InForce) -> list[str]:
+    async def _relearn(self, epochs: Mapping[str, int]) -> None:
+        """Tenants whose marks have these epochs lost a quota, and learn again under a new one."""
+        await self._new_epoch("quota.lost", list(epochs))
+        await self._marks.relearn(epochs, self.epoch)
+        self.learning.update(dict.fromkeys(epochs))
+
+    async def _open(self, states: Mapping[str, MarkState], in_force: InForce) -> Opened:
         tenants = list(states)
         limits = await self._limits(tenants, in_force.catalog)
         server_s = next(iter(states.values())).now_ms / 1_000

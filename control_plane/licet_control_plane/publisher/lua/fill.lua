@@ -1,10 +1,11 @@
--- fill: while learning, counts what the ledger knows one sidecar spent of one quota, unless it said so itself.
+-- fill: while learning, counts what the ledger knows one sidecar spent of one quota, unless it said so itself; or what
+-- it knows all retired ones spent, whose registers became part of the base.
 --
 -- KEYS  1 the tenant's mark  2 the quota    (layout: licet/wire/registers.py)
--- ARGV  1 epoch  2 run  3 sidecar  4 u, units from the ledger  5 marker name
+-- ARGV  1 epoch  2 run  3 sidecar, or nothing for all that are retired  4 u, units from the ledger  5 marker name
 --       6 window start  7 window end (seconds)  8 window grace, seconds  9 seconds the hash outlives its grace
--- Answer: 1 when the register was raised, 0 when not: not learning, another pair, already asserted, not below u,
---         the window is over, or the sum would reach 2^53. May be repeated.
+-- Answer: 1 when the register (or the base) was raised, 0 when not: not learning, another pair, already asserted or
+--         sealed, not below u, the window is over, or the sum would reach 2^53. May be repeated.
 
 local mark = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'phase')
 if mark[1] ~= ARGV[1] or mark[2] ~= ARGV[2] or mark[3] ~= 'learning' then return 0 end
@@ -20,26 +21,41 @@ if state[5] then
     string.match(state[5], '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%w+)|(%d+)|(%d)|(%d+)$')
   g, u, h = tonumber(g), tonumber(u), tonumber(h)
   if epoch == mark[1] and run == mark[2] then return 0 end -- it asserted itself: it knows better
+  if sealed == '1' then return 0 end -- what it spent is in the base
 end
+local base = tonumber(state[1] or '0')
+local retired = ARGV[3] == ''
+if retired then g, u = base, base end
 if spent <= u then return 0 end
 local new_g = math.max(g, spent + h)
-local base = tonumber(state[1] or '0')
 local sum, used = tonumber(state[2] or '0') + (new_g - g), tonumber(state[3] or '0') + (spent - u)
 if sum > 9007199254740991 then return 0 end -- beyond 2^53 - 1 a double loses count, for good
-redis.call('HSET', KEYS[2], 'base', text(base), 'sum', text(sum), 'used', text(used), 'wanted', state[4] or '0',
-  field, table.concat({text(new_g), text(spent), text(h), incarnation, op, epoch, run, at, sealed, d}, '|'))
+if retired then
+  base = spent
+else
+  redis.call('HSET', KEYS[2], field,
+    table.concat({text(new_g), text(spent), text(h), incarnation, op, epoch, run, at, sealed, d}, '|'))
+end
+redis.call('HSET', KEYS[2], 'base', text(base), 'sum', text(sum), 'used', text(used), 'wanted', state[4] or '0')
 redis.call('EXPIREAT', KEYS[2], tonumber(ARGV[7]) + tonumber(ARGV[8]) + tonumber(ARGV[9]))
 
+-- The marker also tells when something was first said in this phase: the hash may not be lost again unnoticed.
+local now_ms = text(tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000))
 local marker = redis.call('HGET', KEYS[1], 'm|' .. ARGV[5])
 local starts = tonumber(ARGV[6])
-if not marker then
-  redis.call('HSET', KEYS[1], 'm|' .. ARGV[5], ARGV[6] .. '|' .. ARGV[7] .. '|0')
-else
-  local newest, newest_end, previous = string.match(marker, '^(%d+)|(%d+)|(%d+)$')
+local new = {ARGV[6], ARGV[7], '0', now_ms, '0'}
+if marker then
+  local newest, newest_end, previous, said, previous_said =
+    string.match(marker, '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)$')
   if starts > tonumber(newest) then
-    redis.call('HSET', KEYS[1], 'm|' .. ARGV[5], ARGV[6] .. '|' .. ARGV[7] .. '|' .. newest)
-  elseif starts < tonumber(newest) and starts > tonumber(previous) then
-    redis.call('HSET', KEYS[1], 'm|' .. ARGV[5], newest .. '|' .. newest_end .. '|' .. ARGV[6])
+    new = {ARGV[6], ARGV[7], newest, now_ms, said}
+  elseif starts == tonumber(newest) then
+    new = {newest, newest_end, previous, now_ms, previous_said}
+  elseif starts >= tonumber(previous) then
+    new = {newest, newest_end, ARGV[6], said, now_ms}
+  else
+    return 1 -- older than what markers remember
   end
 end
+redis.call('HSET', KEYS[1], 'm|' .. ARGV[5], table.concat(new, '|'))
 return 1
