@@ -14,8 +14,8 @@ field                                value
                                      seats, ``<feature>#seats``. A rate in thousandths of a unit a second
 ``m|<limit key>[@<scope digest>]``   marker: ``<start>|<end>|<previous start>|<said>|<previous said>``: the newest
                                      window a hash was made for and the start of the one before it (0 for none), in
-                                     seconds; and when, in milliseconds of the Redis clock, a sidecar first said what it
-                                     holds of each in the last learning phase (0 for not yet)
+                                     seconds; and of each the ``since`` of the learning phase in which something was
+                                     last said into it (0 for none)
 ===================================  =================================================================================
 
 *A quota*, hash ``licet:{tenant}:q:<limit key>[@<scope digest>]:<window start>``:
@@ -97,7 +97,7 @@ class Pair(NamedTuple):
 class Marker(NamedTuple):
     """The newest window a quota hash was made for, and the start of the one before (0 for none), in seconds.
 
-    ``said_ms`` and ``previous_said_ms``: when a sidecar first said what it holds of them in the last learning phase.
+    ``said_ms`` and ``previous_said_ms``: ``since`` of the learning phase in which something was last said into them.
     """
 
     start: int

@@ -149,12 +149,12 @@ class _Entry:
     ask: Ask
     quota: FakeQuota
     register: FakeRegister
-    marker: Marker | None
     others: int
     asserting: bool
     repeated: bool
     grant: int = 0
     short: bool = False
+    lacks: bool = False
     swept: list[str] = field(default_factory=list)
     retired: bool = False
 
@@ -238,15 +238,26 @@ class FakeRegisters:
         self._notice_new_run(mark)
         if call.pair != mark.pair and self._has(Rule.CHECK_PAIR):
             raise _Refused(Status.STALE)
-        entries = [self._examine(mark, sidecar, incarnation, call, ask, about) for about, ask in enumerate(call.asks)]
+        markers = dict(mark.markers)
+        entries = [
+            self._examine(mark, markers, sidecar, incarnation, call, ask, about) for about, ask in enumerate(call.asks)
+        ]
         if not all(entry.repeated for entry in entries):
             self._move(mark, incarnation, call, entries, live)
+            mark.markers = markers
             for entry in entries:
-                self._write(mark, call.tenant, sidecar, entry)
+                self._write(call.tenant, sidecar, entry)
         return tuple(self._granted(mark, entry) for entry in entries)
 
     def _examine(
-        self, mark: FakeMark, sidecar: str, incarnation: int, call: SettleCall, ask: Ask, about: int
+        self,
+        mark: FakeMark,
+        markers: dict[str, Marker],
+        sidecar: str,
+        incarnation: int,
+        call: SettleCall,
+        ask: Ask,
+        about: int,
     ) -> _Entry:
         for units in (ask.cap, ask.used, ask.reserved, ask.want, ask.min, ask.amount, ask.used + ask.reserved):
             if units != int(units) or not 0 <= units <= UNITS_MAX:
@@ -258,7 +269,8 @@ class FakeRegisters:
         if lease.start > now_s + WINDOW_GRACE_S:
             raise _Refused(Status.EARLY, about)
         quota = self.contents.quotas.get((call.tenant, lease.quota))
-        new_marker = self._marker_for(mark, ask, quota is not None, about)
+        name = LeaseBook.marker(lease)
+        markers[name] = self._marker_for(mark, markers.get(name), ask, quota is not None, about)
         quota = quota or FakeQuota()
         old = quota.registers.get(sidecar)
         if old is None:
@@ -270,21 +282,20 @@ class FakeRegisters:
                 if not call.retiring:
                     raise _Refused(Status.SEALED, about)
                 gone = FakeRegister(ask.used, ask.used, 0, incarnation, call.op, mark.pair)
-                return _Entry(ask, quota, gone, None, quota.sum, asserting=False, repeated=True, retired=True)
-            return _Entry(ask, quota, FakeRegister(), new_marker, quota.sum, asserting=asserting, repeated=False)
+                return _Entry(ask, quota, gone, quota.sum, asserting=False, repeated=True, retired=True)
+            return _Entry(ask, quota, FakeRegister(), quota.sum, asserting=asserting, repeated=False)
         if old.sealed:
             raise _Refused(Status.SEALED, about)
         if (old.incarnation, old.op) > (incarnation, call.op) and self._has(Rule.FENCE):
             raise _Refused(Status.FENCED, about)
         repeated = (old.incarnation, old.op) == (incarnation, call.op) and self._has(Rule.REPEAT)
         others = quota.sum - old.g
-        return _Entry(ask, quota, replace(old), new_marker, others, asserting=old.pair != mark.pair, repeated=repeated)
+        return _Entry(ask, quota, replace(old), others, asserting=old.pair != mark.pair, repeated=repeated)
 
-    def _marker_for(self, mark: FakeMark, ask: Ask, exists: bool, about: int) -> Marker | None:
-        """The marker to write, if another one is due."""
+    def _marker_for(self, mark: FakeMark, marker: Marker | None, ask: Ask, exists: bool, about: int) -> Marker:
+        """What becomes of a limit's marker."""
         lease = ask.lease
-        marker = mark.markers.get(LeaseBook.marker(lease))
-        says_ms = self.now_ms if mark.phase == LEARNING else 0
+        says_ms = mark.since_ms if mark.phase == LEARNING else 0
         if marker is None:
             return Marker(lease.start, lease.end, 0, says_ms, 0)
         if lease.start > marker.start:
@@ -294,10 +305,10 @@ class FakeRegisters:
         said_ms = _said_ms(marker, lease.start)
         if not exists:
             lost = mark.phase == OPEN and self._has(Rule.MARKERS)
-            if lost or (mark.phase == LEARNING and said_ms >= mark.since_ms and self._has(Rule.SAID)):
+            if lost or (mark.phase == LEARNING and said_ms == mark.since_ms and self._has(Rule.SAID)):
                 raise _Refused(Status.LEARN, about)
-        if mark.phase == LEARNING and said_ms < mark.since_ms:
-            marker = _saying(marker, lease.start, self.now_ms)
+        if mark.phase == LEARNING and said_ms != mark.since_ms:
+            marker = _saying(marker, lease.start, mark.since_ms)
         return marker._replace(end=lease.end) if lease.start == marker.start else marker
 
     def _move(self, mark: FakeMark, incarnation: int, call: SettleCall, entries: Sequence[_Entry], live: int) -> None:
@@ -348,7 +359,7 @@ class FakeRegisters:
                 continue
             if ask.kind is Kind.RATE:
                 entry.grant = min(remaining, max(ask.want, ask.min))
-                entry.short = False
+                entry.lacks = entry.grant < ask.want
                 continue
             if ask.kind is Kind.SOFT and remaining < ask.want:
                 entry.grant = max(ask.min, ask.want)
@@ -367,7 +378,7 @@ class FakeRegisters:
         after_ms = 1_000 * (HOLD_S + HOLD_MARGIN_S) if self._has(Rule.SWEEP_LATE) else 1_000
         return [name for name, one in quota.registers.items() if one.g and one.time_ms + after_ms < self.now_ms]
 
-    def _write(self, mark: FakeMark, tenant: str, sidecar: str, entry: _Entry) -> None:
+    def _write(self, tenant: str, sidecar: str, entry: _Entry) -> None:
         if entry.repeated:
             return
         lease = entry.ask.lease
@@ -378,12 +389,9 @@ class FakeRegisters:
             entry.quota.base += entry.register.g
         else:
             entry.quota.registers[sidecar] = entry.register
-        lacks = entry.ask.kind is Kind.RATE and entry.register.d < entry.ask.want and not entry.asserting
-        if entry.short or (lacks and mark.phase == OPEN):
+        if entry.short or entry.lacks:
             entry.quota.wanted_ms = self.now_ms + WANTED_MS
         self.contents.quotas[(tenant, lease.quota)] = entry.quota
-        if entry.marker is not None:
-            mark.markers[LeaseBook.marker(lease)] = entry.marker
 
     def _granted(self, mark: FakeMark, entry: _Entry) -> Granted:
         register, quota = entry.register, entry.quota
@@ -412,7 +420,8 @@ class FakeRegisters:
         mark = self.contents.marks.get(tenant)
         if mark is None or mark.pair.epoch != old_epoch or epoch <= old_epoch:
             return None
-        mark.pair, mark.phase, mark.since_ms = Pair(epoch, self.run_id), LEARNING, self.now_ms
+        since_ms = max(self.now_ms, mark.since_ms + 1)
+        mark.pair, mark.phase, mark.since_ms = Pair(epoch, self.run_id), LEARNING, since_ms
         return self.run_id
 
     def fill(self, tenant: str, pair: Pair, sidecar: str, units: int, quota: str, marker: str, window: Marker) -> bool:
@@ -439,13 +448,13 @@ class FakeRegisters:
         self.contents.quotas.setdefault((tenant, quota), FakeQuota()).registers[sidecar] = register
         old = mark.markers.get(marker)
         if old is None:
-            mark.markers[marker] = Marker(window.start, window.end, 0, self.now_ms, 0)
+            mark.markers[marker] = Marker(window.start, window.end, 0, mark.since_ms, 0)
         elif window.start > old.start:
-            mark.markers[marker] = Marker(window.start, window.end, old.start, self.now_ms, old.said_ms)
+            mark.markers[marker] = Marker(window.start, window.end, old.start, mark.since_ms, old.said_ms)
         elif old.previous_start < window.start < old.start:
-            mark.markers[marker] = Marker(old.start, old.end, window.start, old.said_ms, self.now_ms)
+            mark.markers[marker] = Marker(old.start, old.end, window.start, old.said_ms, mark.since_ms)
         else:
-            mark.markers[marker] = _saying(old, window.start, self.now_ms)
+            mark.markers[marker] = _saying(old, window.start, mark.since_ms)
         return True
 
     def fill_base(self, tenant: str, pair: Pair, units: int, quota: str) -> bool:
@@ -472,8 +481,9 @@ class FakeRegisters:
             return False
         missing = [kept for kept in quotas if (tenant, kept.name) not in self.contents.quotas]
         for kept in missing:
-            said_ms = _said_ms(mark.markers[kept.marker], kept.window_start)
-            if said_ms >= mark.since_ms and self._has(Rule.OPEN_SAID):
+            marker = mark.markers.get(kept.marker)
+            said = marker is not None and _said_ms(marker, kept.window_start) == mark.since_ms
+            if said and self._has(Rule.OPEN_SAID):
                 return None
         mark.phase, mark.since_ms, mark.revision, mark.amounts = OPEN, self.now_ms, revision, dict(amounts)
         for kept in missing:
@@ -531,10 +541,10 @@ def _said_ms(marker: Marker, start: int) -> int:
     return marker.previous_said_ms if start == marker.previous_start else 0
 
 
-def _saying(marker: Marker, start: int, now_ms: int) -> Marker:
+def _saying(marker: Marker, start: int, since_ms: int) -> Marker:
     if start == marker.start:
-        return marker._replace(said_ms=now_ms)
-    return marker._replace(previous_said_ms=now_ms) if start == marker.previous_start else marker
+        return marker._replace(said_ms=since_ms)
+    return marker._replace(previous_said_ms=since_ms) if start == marker.previous_start else marker
 
 
 class FakeLeaseStore:

@@ -73,6 +73,7 @@ if ARGV[4] ~= epoch or ARGV[5] ~= run then return answer('STALE', 0) end
 
 -- 2. Each quota: read and check, write nothing.
 local quotas = {}
+local new_markers = {} -- two windows of one limit share a marker
 local repeated = 0
 for i = 2, #KEYS do
   local at = ARGUMENTS_BEFORE + (i - 2) * ARGUMENTS_EACH
@@ -96,13 +97,13 @@ for i = 2, #KEYS do
 
   -- The marker remembers the two newest windows a hash was made for, more than can be open at once as long as the
   -- grace is at most half of the shortest window and a limit's period does not change.
-  local marker = redis.call('HGET', mark_key, 'm|' .. q.marker)
+  local marker = new_markers[q.marker] or redis.call('HGET', mark_key, 'm|' .. q.marker)
   local newest, newest_end, previous, said, previous_said = 0, '0', 0, 0, 0
   if marker then
     newest, newest_end, previous, said, previous_said = string.match(marker, '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)$')
     newest, previous, said, previous_said = tonumber(newest), tonumber(previous), tonumber(said), tonumber(previous_said)
   end
-  local says = phase == 'learning' and now_ms or 0
+  local says = phase == 'learning' and since_ms or 0
   local new = nil
   if not marker then
     new = {q.starts, text(q.ends), 0, says, 0}
@@ -114,9 +115,9 @@ for i = 2, #KEYS do
     local last_said = q.starts == newest and said or q.starts == previous and previous_said or 0
     -- A marker without its hash is a loss, never new. So is, while learning, a hash that was said something into in
     -- this phase: whoever said it will not say it again.
-    if not q.exists and (phase == 'open' or last_said >= since_ms) then return answer('LEARN', i - 1) end
-    if phase == 'learning' and last_said < since_ms then
-      if q.starts == newest then said = now_ms elseif q.starts == previous then previous_said = now_ms end
+    if not q.exists and (phase == 'open' or last_said == since_ms) then return answer('LEARN', i - 1) end
+    if phase == 'learning' and last_said ~= since_ms then
+      if q.starts == newest then said = since_ms elseif q.starts == previous then previous_said = since_ms end
       new = {newest, newest_end, previous, said, previous_said}
     end
     if q.starts == newest and newest_end ~= text(q.ends) then -- the license's term was moved
@@ -124,7 +125,7 @@ for i = 2, #KEYS do
     end
   end
   if new then
-    q.new_marker = table.concat({text(new[1]), new[2], text(new[3]), text(new[4]), text(new[5])}, '|')
+    new_markers[q.marker] = table.concat({text(new[1]), new[2], text(new[3]), text(new[4]), text(new[5])}, '|')
   end
 
   if state[5] then
@@ -277,7 +278,7 @@ for _, q in ipairs(quotas) do
     end
     write(q)
     redis.call('EXPIREAT', q.key, math.min(q.ends + grace_s + kept_s, 253402300799))
-    if q.new_marker then redis.call('HSET', mark_key, 'm|' .. q.marker, q.new_marker) end
   end
 end
+for name, marker in pairs(new_markers) do redis.call('HSET', mark_key, 'm|' .. name, marker) end
 return result()

@@ -21,6 +21,7 @@ from licet_sidecar.services.link import LinkState
 _DECISION_ID_TAG: Final = b"\x0a\x20"  # field 1, 32 bytes
 _QUOTAS_TAG: Final = b"\x52"  # field 10, length-delimited
 _REMAINING_TAG: Final = b"\x20"  # field 4 of QuotaState, varint
+_OVERAGE: Final = b"\x30\x01"  # field 6 of QuotaState, true
 _COST_TAG: Final = b"\x5a"  # field 11, length-delimited
 _AMOUNT_TAG: Final = b"\x08"  # field 1 of Cost, varint
 _APPROVED: Final = Effect.APPROVED
@@ -59,18 +60,16 @@ class Answers:
             parts.append(_DECISION_ID_TAG)
             parts.append(decision_id.encode())
         for lease, _ in decision.spends:
-            self._quota(lease, parts)
+            self._quota(lease, parts, lease.quota in decision.overage)
         for share, _ in decision.rates:
-            self._quota(share, parts)
-        if decision.overage:
-            parts.append(self._overage(decision))
+            self._quota(share, parts, False)
         if decision.cost_nanos:
             parts.append(self._cost(decision.cost_nanos, decision.currency))
         if decision.message or decision.rule or decision.retry_after_s or decision.observed:
             parts.append(_encode_explanation(decision))
         return b"".join(parts)
 
-    def _quota(self, lease: Lease, parts: list[bytes]) -> None:
+    def _quota(self, lease: Lease, parts: list[bytes], over: bool) -> None:
         known = self._quotas.get(lease.quota)
         if known is None or known[0] is not lease.terms:
             if len(self._quotas) >= _QUOTA_FRAGMENTS_MAX:
@@ -82,22 +81,13 @@ class Answers:
         else:
             free = lease.cap - lease.used - lease.reserved
             remaining = varint(lease.remaining + lease.idle_elsewhere + (free if free > 0 else 0))
+        if over:
+            remaining += _OVERAGE
         parts.append(_QUOTAS_TAG)
         parts.append(varint(len(fragment) + 1 + len(remaining)))
         parts.append(fragment)
         parts.append(_REMAINING_TAG)
         parts.append(remaining)
-
-    @staticmethod
-    def _overage(decision: Decision) -> bytes:
-        """Quotas of which some was taken beyond the limit, once more: what says so is rare, and not kept."""
-        response = pb.CheckResponse()
-        for lease, _ in decision.spends:
-            if lease.quota in decision.overage:
-                state = _quota_state(lease)
-                state.overage = True
-                response.quotas.append(state)
-        return response.SerializeToString()
 
     def _cost(self, amount_nanos: int, currency: str) -> bytes:
         text = self._currencies.get(currency)

@@ -7,7 +7,7 @@
 -- Answer: 1 when the register (or the base) was raised, 0 when not: not learning, another pair, already asserted or
 --         sealed, not below u, the window is over, or the sum would reach 2^53. May be repeated.
 
-local mark = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'phase')
+local mark = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'phase', 'since')
 if mark[1] ~= ARGV[1] or mark[2] ~= ARGV[2] or mark[3] ~= 'learning' then return 0 end
 local time = redis.call('TIME')
 if tonumber(time[1]) >= tonumber(ARGV[7]) + tonumber(ARGV[8]) then return 0 end
@@ -39,20 +39,20 @@ end
 redis.call('HSET', KEYS[2], 'base', text(base), 'sum', text(sum), 'used', text(used), 'wanted', state[4] or '0')
 redis.call('EXPIREAT', KEYS[2], tonumber(ARGV[7]) + tonumber(ARGV[8]) + tonumber(ARGV[9]))
 
--- The marker also tells when something was first said in this phase: the hash may not be lost again unnoticed.
-local now_ms = text(tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000))
+-- The marker also tells that something was said in this phase: the hash may not be lost again unnoticed.
+local since = mark[4]
 local marker = redis.call('HGET', KEYS[1], 'm|' .. ARGV[5])
 local starts = tonumber(ARGV[6])
-local new = {ARGV[6], ARGV[7], '0', now_ms, '0'}
+local new = {ARGV[6], ARGV[7], '0', since, '0'}
 if marker then
   local newest, newest_end, previous, said, previous_said =
     string.match(marker, '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)$')
   if starts > tonumber(newest) then
-    new = {ARGV[6], ARGV[7], newest, now_ms, said}
+    new = {ARGV[6], ARGV[7], newest, since, said}
   elseif starts == tonumber(newest) then
-    new = {newest, newest_end, previous, now_ms, previous_said}
+    new = {newest, newest_end, previous, since, previous_said}
   elseif starts >= tonumber(previous) then
-    new = {newest, newest_end, ARGV[6], said, now_ms}
+    new = {newest, newest_end, ARGV[6], said, since}
   else
     return 1 -- older than what markers remember
   end

@@ -21,7 +21,7 @@ for i = 2, #KEYS do
     if marker then
       local newest, previous, said, previous_said = string.match(marker, '^(%d+)|%d+|(%d+)|(%d+)|(%d+)$')
       local last_said = ARGV[at + 3] == newest and said or ARGV[at + 3] == previous and previous_said or '0'
-      if tonumber(last_said) >= tonumber(mark[5]) then return -1 end
+      if last_said == mark[5] then return -1 end
     end
     missing[#missing + 1] = {KEYS[i], ARGV[at + 1]}
   end
