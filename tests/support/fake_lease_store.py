@@ -72,6 +72,8 @@ class Rule(Enum):
     """*open* works only under the pair that was learned."""
     OPEN_NOT_OLDER = auto()
     """*open* does not replace newer limits by older ones."""
+    FILL_SAID = auto()
+    """*fill* does not make a hash again that something was said into."""
     OPEN_SAID = auto()
     """*open* does not open when a hash is missing that something was said into."""
     SHARES_END = auto()
@@ -434,6 +436,8 @@ class FakeRegisters:
             return False
         if self.now_ms // 1_000 >= window.end + WINDOW_GRACE_S:
             return False
+        if self._lost_in_this_phase(mark, tenant, quota, marker, window.start):
+            return False
         registers = self.contents.quotas[(tenant, quota)].registers if (tenant, quota) in self.contents.quotas else {}
         register = replace(registers.get(sidecar, FakeRegister()))
         if register.sealed or (register.pair == pair and self._has(Rule.FILL_UNASSERTED)):
@@ -446,24 +450,24 @@ class FakeRegisters:
         if others + register.g > UNITS_MAX:
             return False
         self.contents.quotas.setdefault((tenant, quota), FakeQuota()).registers[sidecar] = register
-        old = mark.markers.get(marker)
-        if old is None:
-            mark.markers[marker] = Marker(window.start, window.end, 0, mark.since_ms, 0)
-        elif window.start > old.start:
-            mark.markers[marker] = Marker(window.start, window.end, old.start, mark.since_ms, old.said_ms)
-        elif old.previous_start < window.start < old.start:
-            mark.markers[marker] = Marker(old.start, old.end, window.start, old.said_ms, mark.since_ms)
-        else:
-            mark.markers[marker] = _saying(old, window.start, mark.since_ms)
+        self._say(mark, marker, window)
         return True
 
-    def fill_base(self, tenant: str, pair: Pair, units: int, quota: str) -> bool:
+    def fill_base(self, tenant: str, pair: Pair, units: int, quota: str, marker: str, window: Marker) -> bool:
         """While learning, counts in the base what the ledger knows retired sidecars spent."""
         mark = self.contents.marks.get(tenant)
-        found = self.contents.quotas.get((tenant, quota))
-        if mark is None or mark.pair != pair or mark.phase != LEARNING or found is None or units <= found.base:
+        if mark is None or mark.pair != pair or mark.phase != LEARNING:
             return False
+        if self.now_ms // 1_000 >= window.end + WINDOW_GRACE_S:
+            return False
+        if self._lost_in_this_phase(mark, tenant, quota, marker, window.start):
+            return False
+        found = self.contents.quotas.get((tenant, quota), FakeQuota())
+        if units <= found.base:
+            return False
+        self.contents.quotas[(tenant, quota)] = found
         found.base = units
+        self._say(mark, marker, window)
         return True
 
     def open(
@@ -530,6 +534,24 @@ class FakeRegisters:
     def _notice_new_run(self, mark: FakeMark) -> None:
         if mark.pair.run != self.run_id and self._has(Rule.LEARN_ON_NEW_RUN):
             mark.pair, mark.phase, mark.since_ms = Pair(mark.pair.epoch, self.run_id), LEARNING, self.now_ms
+
+    def _lost_in_this_phase(self, mark: FakeMark, tenant: str, quota: str, marker: str, start: int) -> bool:
+        if (tenant, quota) in self.contents.quotas or not self._has(Rule.FILL_SAID):
+            return False
+        return marker in mark.markers and _said_ms(mark.markers[marker], start) == mark.since_ms
+
+    @staticmethod
+    def _say(mark: FakeMark, marker: str, window: Marker) -> None:
+        """Something was said into a hash in this phase."""
+        old = mark.markers.get(marker)
+        if old is None:
+            mark.markers[marker] = Marker(window.start, window.end, 0, mark.since_ms, 0)
+        elif window.start > old.start:
+            mark.markers[marker] = Marker(window.start, window.end, old.start, mark.since_ms, old.said_ms)
+        elif old.previous_start < window.start < old.start:
+            mark.markers[marker] = Marker(old.start, old.end, window.start, old.said_ms, mark.since_ms)
+        else:
+            mark.markers[marker] = _saying(old, window.start, mark.since_ms)
 
     def _has(self, rule: Rule) -> bool:
         return rule not in self.without

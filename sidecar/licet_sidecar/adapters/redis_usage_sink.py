@@ -33,7 +33,7 @@ class RedisUsageSink:
             pipeline.execute_command("INFO", *RUN_SECTIONS)
             _, head, acks, info = (await pipeline.execute())[len(batches) :]
         found = {log: ack for log, ack in zip(logs, acks, strict=True) if ack is not None}
-        return PulseReport(head, found, run_id_in(info))
+        return PulseReport(head, found, run_id_in(info), int(info["server_time_usec"]) // 1_000)
 
     async def deregister(self, sidecar: str) -> None:
         """See ``UsageSink``."""

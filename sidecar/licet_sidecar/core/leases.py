@@ -554,8 +554,12 @@ class LeaseBook:
         if held.outstanding is not call or (answer.incarnation, answer.op) != (self.incarnation, call.op):
             return None
         held.outstanding = None
-        self._redis_ahead_ms = answer.redis_ms - boot_ms  # at least: the answer took time to come
+        self.heard(answer.redis_ms, boot_ms)
         match answer.status:
+            case Status.OK if call.retiring:
+                for ask in call.asks:
+                    self._drop(held, ask.lease)  # it is Redis' to count now
+                return Outcome.SETTLED
             case Status.OK:
                 return self._settled(held, call, answer, boot_ms)
             case Status.STALE:
@@ -574,7 +578,8 @@ class LeaseBook:
             case Status.CLOSED:
                 ask = call.asks[answer.about]
                 expected = ask.min > 0 and held.leases.get((ask.lease.limit_key, ask.lease.scope)) is ask.lease
-                self._drop(held, ask.lease)
+                if not ask.lease.reserved:  # else its reservations are settled without Redis
+                    self._drop(held, ask.lease)
                 return Outcome.CLOCK if expected else Outcome.SETTLED
             case Status.EARLY:
                 self._drop(held, call.asks[answer.about].lease)
@@ -602,6 +607,27 @@ class LeaseBook:
             if (held.outstanding is not None and held.outstanding.sent_boot_ms <= since_ms)
             or any(lease.asked_ms <= since_ms for lease in held.all() if self._is_sayable(lease, boot_ms))
         ]
+
+    def is_told(self, held: TenantLeases, boot_ms: int) -> bool:
+        """Whether Redis knows everything about a tenant's leases that it still takes."""
+        return held.outstanding is None and not any(self._is_sayable(lease, boot_ms) for lease in held.all())
+
+    def heard(self, redis_ms: int, boot_ms: int) -> None:
+        """The Redis clock showed ``redis_ms``, some time before ``boot_ms``."""
+        self._redis_ahead_ms = redis_ms - boot_ms
+
+    def answered_after_ms(self, boot_ms: int) -> int:
+        """An instant of the Redis clock after which everything held now was answered for; 0 when none is known."""
+        if self._redis_ahead_ms is None:
+            return 0
+        after_ms = boot_ms
+        for held in self.tenants.values():
+            if held.outstanding is not None:
+                after_ms = min(after_ms, held.outstanding.sent_boot_ms)
+            for lease in held.all():
+                if lease.asked_ms < after_ms and self._is_sayable(lease, boot_ms):
+                    after_ms = lease.asked_ms
+        return max(0, after_ms + self._redis_ahead_ms)
 
     # Upkeep
 

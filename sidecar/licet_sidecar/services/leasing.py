@@ -172,24 +172,15 @@ class LeasingService:
     async def give_back_all(self) -> int:
         """Returns everything that is not spent or reserved. How many tenants could not be told."""
         await self.stop()
-        unfinished: list[TenantLeases] = []
-        for _ in range(GIVE_BACK_ROUNDS_MAX):
-            unfinished = [
-                held
-                for held in self._book.tenants.values()
-                if held.outstanding is not None or any(lease.free > 0 for lease in held.all())
-            ]
-            if not unfinished:
-                break
-            boot_ms = self._clock.boot_ms()
-            calls: list[tuple[TenantLeases, SettleCall]] = []
-            for held in unfinished:
-                held.needs.clear()
-                call = held.outstanding or self._begin(held, boot_ms, giving_back=True)
-                if call is not None:
-                    calls.append((held, call))
-            await self._send_all(calls)
-        return len(unfinished)
+
+        def holds(held: TenantLeases) -> bool:
+            return held.outstanding is not None or any(lease.free > 0 for lease in held.all())
+
+        return await self._say_to_all(holds, retiring=False)
+
+    async def retire(self) -> int:
+        """Gives up all registers; this sidecar's id is never used again. How many tenants could not be told."""
+        return await self._say_to_all(lambda held: not self._book.is_told(held, self._clock.boot_ms()), retiring=True)
 
     def lease_records(self) -> list[bytes]:
         """Records of everything held, for the head of a new log segment."""
@@ -207,6 +198,21 @@ class LeasingService:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     # Inside
+
+    async def _say_to_all(self, applies: Callable[[TenantLeases], bool], *, retiring: bool) -> int:
+        left: list[TenantLeases] = []
+        for _ in range(GIVE_BACK_ROUNDS_MAX):
+            left = [held for held in self._book.tenants.values() if applies(held)]
+            calls: list[tuple[TenantLeases, SettleCall]] = []
+            for held in left:
+                held.needs.clear()
+                call = held.outstanding or self._begin(held, self._clock.boot_ms(), giving_back=True, retiring=retiring)
+                if call is not None:
+                    calls.append((held, call))
+            if not calls:
+                break
+            await self._send_all(calls)
+        return len([held for held in self._book.tenants.values() if applies(held)])
 
     def _start(self, tenant: str) -> None:
         if tenant not in self._tasks:
@@ -335,9 +341,13 @@ class LeasingService:
         self._link.succeeded()
         return answers
 
-    def _begin(self, held: TenantLeases, boot_ms: int, *, giving_back: bool = False) -> SettleCall | None:
+    def _begin(
+        self, held: TenantLeases, boot_ms: int, *, giving_back: bool = False, retiring: bool = False
+    ) -> SettleCall | None:
         caps = {lease: lease.cap for lease in held.all()}
-        call = self._book.begin_call(held, revision=self._engine.revision, boot_ms=boot_ms, giving_back=giving_back)
+        call = self._book.begin_call(
+            held, revision=self._engine.revision, boot_ms=boot_ms, giving_back=giving_back, retiring=retiring
+        )
         if call is not None:
             first = [ask.lease for ask in call.asks if ask.cap < caps.get(ask.lease, 0) or not ask.lease.logged]
             first = [lease for lease in first if lease.kind is not Kind.RATE]

@@ -5,7 +5,8 @@
 -- ARGV  1 epoch  2 run  3 sidecar, or nothing for all that are retired  4 u, units from the ledger  5 marker name
 --       6 window start  7 window end (seconds)  8 window grace, seconds  9 seconds the hash outlives its grace
 -- Answer: 1 when the register (or the base) was raised, 0 when not: not learning, another pair, already asserted or
---         sealed, not below u, the window is over, or the sum would reach 2^53. May be repeated.
+--         sealed, not below u, the window is over, the hash was lost in this phase, or the sum would reach 2^53. May be
+--         repeated.
 
 local mark = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'phase', 'since')
 if mark[1] ~= ARGV[1] or mark[2] ~= ARGV[2] or mark[3] ~= 'learning' then return 0 end
@@ -23,6 +24,27 @@ if state[5] then
   if epoch == mark[1] and run == mark[2] then return 0 end -- it asserted itself: it knows better
   if sealed == '1' then return 0 end -- what it spent is in the base
 end
+-- The marker also tells that something was said in this phase: the hash may not be lost again unnoticed.
+local since, starts = mark[4], ARGV[6]
+local marker = redis.call('HGET', KEYS[1], 'm|' .. ARGV[5])
+local new, last_said = {starts, ARGV[7], '0', since, '0'}, '0'
+if marker then
+  local newest, newest_end, previous, said, previous_said =
+    string.match(marker, '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)$')
+  if tonumber(starts) > tonumber(newest) then
+    new = {starts, ARGV[7], newest, since, said}
+  elseif starts == newest then
+    new, last_said = {newest, newest_end, previous, since, previous_said}, said
+  elseif tonumber(starts) > tonumber(previous) then
+    new = {newest, newest_end, starts, said, since}
+  elseif starts == previous then
+    new, last_said = {newest, newest_end, previous, said, since}, previous_said
+  else
+    new = nil -- older than what markers remember
+  end
+end
+if not state[2] and last_said == since then return 0 end
+
 local base = tonumber(state[1] or '0')
 local retired = ARGV[3] == ''
 if retired then g, u = base, base end
@@ -38,24 +60,5 @@ else
 end
 redis.call('HSET', KEYS[2], 'base', text(base), 'sum', text(sum), 'used', text(used), 'wanted', state[4] or '0')
 redis.call('EXPIREAT', KEYS[2], tonumber(ARGV[7]) + tonumber(ARGV[8]) + tonumber(ARGV[9]))
-
--- The marker also tells that something was said in this phase: the hash may not be lost again unnoticed.
-local since = mark[4]
-local marker = redis.call('HGET', KEYS[1], 'm|' .. ARGV[5])
-local starts = tonumber(ARGV[6])
-local new = {ARGV[6], ARGV[7], '0', since, '0'}
-if marker then
-  local newest, newest_end, previous, said, previous_said =
-    string.match(marker, '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)$')
-  if starts > tonumber(newest) then
-    new = {ARGV[6], ARGV[7], newest, since, said}
-  elseif starts == tonumber(newest) then
-    new = {newest, newest_end, previous, since, previous_said}
-  elseif starts >= tonumber(previous) then
-    new = {newest, newest_end, ARGV[6], said, since}
-  else
-    return 1 -- older than what markers remember
-  end
-end
-redis.call('HSET', KEYS[1], 'm|' .. ARGV[5], table.concat(new, '|'))
+if new then redis.call('HSET', KEYS[1], 'm|' .. ARGV[5], table.concat(new, '|')) end
 return 1
