@@ -7,6 +7,7 @@ an unknown *enum value* raises ``ValueError``, because acting on a rule that is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -326,6 +327,20 @@ _FIELD_OF_KIND: dict[type[Document], str] = {
 }
 
 
+def budget_key(limit: LimitKey, currency: str) -> LimitKey:
+    """``<feature>:<limit name>.<currency, lower case>``: the key of a limit in money.
+
+    The currency is in it, so that a limit that is changed between units and money never mixes their counts.
+    """
+    return LimitKey(f"{limit}.{currency.lower()}")
+
+
+def currency_of(limit: str) -> str:
+    """The currency of a limit in money, from its key; empty for one in units."""
+    match = _BUDGET_KEY.search(limit)
+    return match[1].upper() if match else ""
+
+
 def grant_key(limit: LimitKey, grant_id: str) -> LimitKey:
     """``<limit key>+<grant id>``: the key a grant's quota is counted under."""
     return LimitKey(f"{limit}+{grant_id}")
@@ -389,6 +404,8 @@ def document_to_wire(document: Document) -> Wire:
     return {"kind": type(document).__name__, **body}
 
 
+# A name has no dot, but a scope does: `context.usd` is an attribute, `month@context.usd` a limit in units.
+_BUDGET_KEY: Final = re.compile(r":[^:]+(?<![@+]context)\.([a-z]{3})\Z")
 _NO_TERMS: Final = (ReservationTerms().expires_after_s, ReservationTerms().on_expiry.value)
 
 

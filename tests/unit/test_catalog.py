@@ -36,6 +36,8 @@ from licet.domain.catalog import (
     Rule,
     RuleEffect,
     UnavailableMode,
+    budget_key,
+    currency_of,
     document_from_wire,
     document_to_wire,
     grant_key,
@@ -166,6 +168,16 @@ def test_the_key_of_a_grant_names_its_limit_and_itself() -> None:
         == grant_key(LimitKey("f:month"), "spring")
         == "f:month+spring"
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["month", "usd", "minute@subject", "day@context.usd", "day@context.usd+subject", "day@context.team"]
+)
+def test_the_key_of_a_budget_tells_its_currency(name: str) -> None:
+    units = LimitKey(f"api.usd:{name}")
+    assert currency_of(units) == ""
+    assert budget_key(units, "USD") == f"{units}.usd"
+    assert currency_of(budget_key(units, "EUR")) == "EUR"
 
 
 @pytest.mark.parametrize(
