@@ -467,10 +467,7 @@ def license_to_wire(license_: License) -> Wire:
         "ends_s": license_.ends_s,
         "addons": dict(license_.addons),
         "overrides": dict(license_.overrides),
-        "grants": [
-            [grant.id, grant.limit, grant.amount, grant.starts_s, grant.ends_s, grant.priority]
-            for grant in license_.grants
-        ],
+        "grants": grants_to_wire(license_.grants),
     }
 
 
@@ -489,10 +486,20 @@ def license_from_wire(wire: Wire) -> License:
         ends_s=wire["ends_s"],
         addons=wire["addons"],
         overrides=wire["overrides"],
-        grants=tuple(
-            Grant(id_, LimitKey(limit), amount, starts_s, ends_s, priority)
-            for id_, limit, amount, starts_s, ends_s, priority in wire.get("grants", ())
-        ),
+        grants=grants_from_wire(wire.get("grants", ())),
+    )
+
+
+def grants_to_wire(grants: Iterable[Grant]) -> list[list[Any]]:
+    """Grants as they are stored and travel."""
+    return [[grant.id, grant.limit, grant.amount, grant.starts_s, grant.ends_s, grant.priority] for grant in grants]
+
+
+def grants_from_wire(wire: Iterable[list[Any]]) -> tuple[Grant, ...]:
+    """The inverse of ``grants_to_wire``; what a newer writer appends to a grant is ignored."""
+    return tuple(
+        Grant(id_, LimitKey(limit), amount, starts_s, ends_s, priority)
+        for id_, limit, amount, starts_s, ends_s, priority, *_ in wire
     )
 
 
