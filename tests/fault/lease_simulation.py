@@ -229,7 +229,7 @@ class Sidecar:
         if self.retired and self.book.is_told(self.held, self.boot_ms):
             self.gone("has retired")
             return
-        if not self.retired and not self.held.outstanding and not any(lease.free > 0 for lease in self.held.all()):
+        if not self.retired and self.book.has_returned(self.held, self.boot_ms):
             self.retired = self.book.retirable()
         self.held.needs.clear()
         self.call(giving_back=True, retiring=self.retired)

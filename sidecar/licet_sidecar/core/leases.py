@@ -608,6 +608,12 @@ class LeaseBook:
             or any(lease.asked_ms <= since_ms for lease in held.all() if self._is_sayable(lease, boot_ms))
         ]
 
+    def has_returned(self, held: TenantLeases, boot_ms: int) -> bool:
+        """Whether nothing is held of a tenant's quotas that could be spent."""
+        return held.outstanding is None and not any(
+            lease.free > 0 and self._is_sayable(lease, boot_ms) for lease in held.all()
+        )
+
     def is_told(self, held: TenantLeases, boot_ms: int) -> bool:
         """Whether Redis knows everything about a tenant's leases that it still takes."""
         return held.outstanding is None and not any(self._is_sayable(lease, boot_ms) for lease in held.all())

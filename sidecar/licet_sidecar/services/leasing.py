@@ -172,15 +172,11 @@ class LeasingService:
     async def give_back_all(self) -> int:
         """Returns everything that is not spent or reserved. How many tenants could not be told."""
         await self.stop()
-
-        def holds(held: TenantLeases) -> bool:
-            return held.outstanding is not None or any(lease.free > 0 for lease in held.all())
-
-        return await self._say_to_all(holds, retiring=False)
+        return await self._say_to_all(self._book.has_returned, retiring=False)
 
     async def retire(self) -> int:
         """Gives up all registers; this sidecar's id is never used again. How many tenants could not be told."""
-        return await self._say_to_all(lambda held: not self._book.is_told(held, self._clock.boot_ms()), retiring=True)
+        return await self._say_to_all(self._book.is_told, retiring=True)
 
     def lease_records(self) -> list[bytes]:
         """Records of everything held, for the head of a new log segment."""
@@ -199,12 +195,16 @@ class LeasingService:
 
     # Inside
 
-    async def _say_to_all(self, applies: Callable[[TenantLeases], bool], *, retiring: bool) -> int:
-        left: list[TenantLeases] = []
+    async def _say_to_all(self, is_done: Callable[[TenantLeases, int], bool], *, retiring: bool) -> int:
+        """Calls for every tenant until ``is_done``. How many are not."""
+
+        def unfinished() -> list[TenantLeases]:
+            boot_ms = self._clock.boot_ms()
+            return [held for held in self._book.tenants.values() if not is_done(held, boot_ms)]
+
         for _ in range(GIVE_BACK_ROUNDS_MAX):
-            left = [held for held in self._book.tenants.values() if applies(held)]
             calls: list[tuple[TenantLeases, SettleCall]] = []
-            for held in left:
+            for held in unfinished():
                 held.needs.clear()
                 call = held.outstanding or self._begin(held, self._clock.boot_ms(), giving_back=True, retiring=retiring)
                 if call is not None:
@@ -212,7 +212,7 @@ class LeasingService:
             if not calls:
                 break
             await self._send_all(calls)
-        return len([held for held in self._book.tenants.values() if applies(held)])
+        return len(unfinished())
 
     def _start(self, tenant: str) -> None:
         if tenant not in self._tasks:
