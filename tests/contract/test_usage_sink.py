@@ -100,7 +100,7 @@ async def doorstep(request: pytest.FixtureRequest) -> AsyncIterator[Doorstep]:
 
 async def test_a_pulse_into_an_empty_world_brings_nothing_back(doorstep: Doorstep) -> None:
     report = await doorstep.sink.pulse((ME, b"alive"), [LOG], [])
-    assert report == PulseReport(None, {}, await doorstep.run_id())
+    assert report == PulseReport(None, {}, await doorstep.run_id(), report.redis_ms)
     assert await doorstep.batches() == []
 
 
@@ -121,7 +121,7 @@ async def test_a_pulse_brings_head_and_acknowledgements_back(doorstep: Doorstep)
     await doorstep.put_ack(LOG, b"ack" + RAW)
     await doorstep.put_ack("somebody:1", b"else")
     report = await doorstep.sink.pulse((ME, b"1"), [f"{ME}:0", LOG], [])
-    assert report == PulseReport(b"head" + RAW, {LOG: b"ack" + RAW}, await doorstep.run_id())
+    assert report == PulseReport(b"head" + RAW, {LOG: b"ack" + RAW}, await doorstep.run_id(), report.redis_ms)
 
 
 async def test_the_newest_heartbeat_is_the_one_that_is_there(doorstep: Doorstep) -> None:
