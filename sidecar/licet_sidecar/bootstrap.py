@@ -98,6 +98,7 @@ class Sidecar:
             config.redis_url,
             sidecar=self.identity.sidecar,
             incarnation=self.identity.incarnation,
+            replicas=config.durable_replicas,
         )
         self._store = store
         self._sink = RedisUsageSink(self._redis, names, config.redis_url, sidecar=self.identity.sidecar)

@@ -34,6 +34,7 @@ class Config:
     log_bytes_max: int = 1024**3
     message_bytes_max: int = 8 * 1024**2
     drain_grace_s: float = 10.0
+    durable_replicas: int = 0
     log_level: str = "info"
 
 
@@ -86,6 +87,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         log_bytes_max=_count("log_bytes_max", setting("log_bytes_max", str(1024**3)), 1024**2),
         message_bytes_max=_count("message_bytes_max", setting("message_bytes_max", str(8 * 1024**2)), 1024),
         drain_grace_s=_duration("drain_grace", setting("drain_grace", "10s")),
+        durable_replicas=_count("durable_replicas", setting("durable_replicas", "0"), 0),
         log_level=setting("log_level", "info").lower(),
     )
 
@@ -128,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-bytes-max", metavar="N", help="size of the usage log on disk (default 1 GiB)")
     add("--message-bytes-max", metavar="N", help="size of one request (default 8 MiB)")
     add("--drain-grace", metavar="TIME", help="how long to go on shipping usage after SIGTERM (default 10s)")
+    add(
+        "--durable-replicas",
+        metavar="N",
+        help="replicas of Redis that must have what a durable limit leased, beside its own disk (default 0)",
+    )
     add("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
     return parser
 

@@ -19,6 +19,10 @@ class LinkDown(Exception):
     """Transient: Redis cannot be reached, is loading, is read-only, or is out of memory."""
 
 
+class Unconfirmed(LinkDown):
+    """The call took effect, and what it granted is not yet on disk or on enough replicas: repeat it verbatim."""
+
+
 class LinkRefused(Exception):
     """Permanent until configuration changes: wrong password, missing permission. The message says what to do."""
 

@@ -942,12 +942,13 @@ class World:
                     lease.unsure = True
                 sidecar.reserved.clear()
         self.reopen()
-        alive = [sidecar for sidecar in self.sidecars.values() if sidecar.running and not sidecar.retiring]
-        if not alive:
-            return
         for limit in LIMITS:
             self.into_window()
-            self.spend_all(self.random.choice(alive), limit)
+            if alive := self.alive():
+                self.spend_all(self.random.choice(alive), limit)
+
+    def alive(self) -> list[Sidecar]:
+        return [sidecar for sidecar in self.sidecars.values() if sidecar.running and not sidecar.retiring]
 
     def reopen(self) -> None:
         """Until leasing is open with the newest limits, and everybody has asserted."""
@@ -1000,6 +1001,10 @@ class World:
         had = 0
         refused = 0
         while refused < REFUSED_MAX:
+            if not sidecar.running:  # sealed meanwhile, and learns it only now
+                if alive := self.alive():
+                    self.spend_all(self.random.choice(alive), limit)
+                return
             size = min(5, expected - had) if expected - had > 0 else 1
             answer = sidecar.check({limit: size})
             if answer:

@@ -12,11 +12,14 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from licet.wire.names import RedisNames
 from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, QUOTA_KEPT_S, SERVER_RUN_LUA, WINDOW_GRACE_S, Pair
-from licet_sidecar.adapters.redis_link import decoded, failure_of, is_refusal_of_script, translated
+from licet_sidecar.adapters.redis_link import decoded, failure_of, is_refusal_of_script, translated, without_password
 from licet_sidecar.core.leases import Granted, LeaseBook, SettleAnswer, SettleCall, Status
+from licet_sidecar.ports import CallRefused, Unconfirmed
 
 CALLS_PER_PIPELINE_MAX: Final = 32
 """Bounds how long one pipeline keeps checks waiting here, and other sidecars at the server: about 2 ms."""
+CONFIRM_MS: Final = 500
+"""How long one try waits for the disk and the replicas; shorter than the client's timeout."""
 ASKS_MAX: Final = 10_000
 LISTEN_S: Final = 5.0
 _FIELDS_BEFORE: Final = 8
@@ -26,10 +29,22 @@ _SCRIPT_SHA: Final = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdi
 
 
 class RedisLeaseStore:
-    """A ``LeaseStore``. ``listening`` is a client whose timeout is longer than ``LISTEN_S``."""
+    """A ``LeaseStore``. ``listening`` is a client whose timeout is longer than ``LISTEN_S``.
+
+    What a durable limit grants is on the server's disk and on ``replicas`` of it before it is answered; on a server
+    without an append-only file, on ``replicas`` alone, of which there must be one then.
+    """
 
     def __init__(
-        self, redis: Redis, listening: Redis, names: RedisNames, url: str, *, sidecar: str, incarnation: int
+        self,
+        redis: Redis,
+        listening: Redis,
+        names: RedisNames,
+        url: str,
+        *,
+        sidecar: str,
+        incarnation: int,
+        replicas: int = 0,
     ) -> None:
         self._redis = redis
         self._listening = listening
@@ -37,6 +52,7 @@ class RedisLeaseStore:
         self._url = url
         self._sidecar = sidecar
         self._incarnation = incarnation
+        self._replicas = replicas
 
     async def settle(self, calls: Sequence[SettleCall], live: int) -> list[SettleAnswer | Exception]:
         """See ``LeaseStore``."""
@@ -72,17 +88,48 @@ class RedisLeaseStore:
                         yield tenant, quotas
 
     async def _settle_some(self, calls: Sequence[SettleCall], live: int) -> list[SettleAnswer | Exception]:
+        durable = any(call.durable for call in calls)
         async with translated(self._url):
-            replies = await self._evaluate([("EVALSHA", _SCRIPT_SHA, *self._arguments(call, live)) for call in calls])
+            arguments = [self._arguments(call, live) for call in calls]
+            replies, doubt = await self._evaluate([("EVALSHA", _SCRIPT_SHA, *each) for each in arguments], durable)
             if any(isinstance(reply, NoScriptError) for reply in replies):
                 # The server was restarted or its scripts flushed. Calls may be repeated, so all are sent again.
-                replies = await self._evaluate([("EVAL", _SCRIPT, *self._arguments(call, live)) for call in calls])
-        return [
-            failure_of(reply, self._url) if isinstance(reply, Exception) else _answer(reply, len(call.asks))
-            for call, reply in zip(calls, replies, strict=True)
-        ]
+                replies, doubt = await self._evaluate([("EVAL", _SCRIPT, *each) for each in arguments], durable)
+        answers: list[SettleAnswer | Exception] = []
+        for call, reply in zip(calls, replies, strict=True):
+            if isinstance(reply, Exception):
+                answers.append(failure_of(reply, self._url))
+            else:
+                answers.append(doubt if call.durable and doubt else _answer(reply, len(call.asks)))
+        return answers
 
-    async def _evaluate(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    async def _evaluate(self, commands: Sequence[tuple[Any, ...]], durable: bool) -> tuple[list[Any], Exception | None]:
+        """Replies, and why what they granted may still be lost (``None``: it may not, or nobody asked)."""
+        if not durable:
+            return await self._replies(commands), None
+        replies = await self._replies([*commands, ("WAITAOF", 1, self._replicas, CONFIRM_MS)])
+        if len(replies) == 1:
+            return replies, None  # the script is not there
+        *replies, reached = replies
+        if isinstance(reached, ResponseError) and "appendonly" in str(reached):
+            if not self._replicas:
+                return replies, CallRefused(
+                    f"a limit is durable, and Redis at {without_password(self._url)} has no append-only file; set"
+                    " appendonly yes there, or LICET_DURABLE_REPLICAS here"
+                )
+            # Not the same connection, perhaps: the calls are repeated, and write again, before the wait.
+            *replies, reached = await self._replies([*commands, ("WAIT", self._replicas, CONFIRM_MS)])
+            reached = [1, reached]
+        if isinstance(reached, Exception):
+            raise reached
+        on_disk, on_replicas = reached
+        if on_disk >= 1 and on_replicas >= self._replicas:
+            return replies, None
+        return replies, Unconfirmed(
+            f"what was leased is not safe yet: on disk {on_disk} of 1, on replicas {on_replicas} of {self._replicas}"
+        )
+
+    async def _replies(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         if len(commands) == 1:
             try:
                 return [await self._redis.execute_command(*commands[0])]  # type: ignore[no-untyped-call]  # untyped there

@@ -27,7 +27,7 @@ from licet_sidecar.core.leases import (
     TenantLeases,
 )
 from licet_sidecar.logs import Logger
-from licet_sidecar.ports import CallRefused, LeaseStore, LinkDown, LinkRefused
+from licet_sidecar.ports import CallRefused, LeaseStore, LinkDown, LinkRefused, Unconfirmed
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.tally import Tally
 
@@ -245,6 +245,11 @@ class LeasingService:
                 return
             try:
                 outcome = await self._send_one(held, call)
+            except Unconfirmed as error:
+                if self._waiters.get(tenant):
+                    continue
+                self._logger.warning("a durable lease waits", tenant=tenant, why=str(error))
+                return
             except (LinkDown, LinkRefused) as error:
                 self._wake(tenant, LinkDown(str(error)))
                 return  # upkeep sends the call again
@@ -290,7 +295,7 @@ class LeasingService:
             self._tally.settle_failures += 1
             if isinstance(answer, CallRefused):
                 self._refused(held, call, answer)
-            else:
+            elif not isinstance(answer, Unconfirmed):
                 self._link.failed(answer, refused=isinstance(answer, LinkRefused))
             raise answer
         return self._take(held, call, answer)
