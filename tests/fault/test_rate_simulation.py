@@ -1,0 +1,78 @@
+"""Shares of a rate never let more through than the rate, whatever is lost, repeated, late or dead."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+import pytest
+
+from licet_sidecar.core.leases import RateShare
+from tests.fault.rate_simulation import RateWorld, Violation
+from tests.support.fake_lease_store import Rule
+
+SEEDS: Final = int(os.environ.get("LICET_SIM_SEEDS", "100"))
+SEEDS_EACH: Final = 50
+ABLATION_SEEDS: Final = 300
+
+
+@pytest.mark.parametrize("start", range(0, SEEDS, SEEDS_EACH))
+def test_no_more_than_the_rate_and_a_burst_is_approved(start: int) -> None:
+    for seed in range(start, min(SEEDS, start + SEEDS_EACH)):
+        try:
+            RateWorld(seed).run()
+        except Violation as violation:
+            pytest.fail(f"seed {seed}: {violation}", pytrace=False)
+
+
+def test_histories_approve_something() -> None:
+    worlds = [RateWorld(seed) for seed in range(10)]
+    for world in worlds:
+        world.run()
+    assert sum(world.approved for world in worlds) > 1_000
+
+
+class StartsFull(RateShare):
+    """A new share's bucket is full."""
+
+    def granted(self, share: int, hold_until_ms: int, boot_ms: int) -> None:
+        fresh = not self.cap
+        super().granted(share, hold_until_ms, boot_ms)
+        if fresh:
+            self.tokens = self._capacity()
+
+
+class KeepsWhatItLowered(RateShare):
+    """A lowered share's bucket keeps what it held."""
+
+    def lower(self, share: int, boot_ms: int) -> None:
+        self.level(boot_ms)
+        self.cap = min(self.cap, share)
+
+
+class OutlivesItsHold(RateShare):
+    """A share is used after its hold ended."""
+
+    def level(self, boot_ms: int) -> int:
+        if boot_ms > self.filled_ms:
+            self.tokens = min(self._capacity(), self.tokens + self.cap * (boot_ms - self.filled_ms))
+        self.filled_ms = boot_ms
+        return self.tokens
+
+
+@pytest.mark.parametrize("share", [StartsFull, KeepsWhatItLowered, OutlivesItsHold])
+def test_each_rule_of_a_share_is_needed(share: type[RateShare]) -> None:
+    assert any(_breaks(RateWorld(seed, share=share)) for seed in range(ABLATION_SEEDS))
+
+
+@pytest.mark.parametrize("rule", [Rule.SHARES_END, Rule.SWEEP_LATE, Rule.WITHIN_AMOUNT])
+def test_each_rule_of_the_script_is_needed_for_shares(rule: Rule) -> None:
+    assert any(_breaks(RateWorld(seed, without=frozenset({rule}))) for seed in range(ABLATION_SEEDS))
+
+
+def _breaks(world: RateWorld) -> bool:
+    try:
+        world.run()
+    except Violation:
+        return True
+    return False
