@@ -42,7 +42,8 @@ from licet_sidecar.transport.http_edge import HttpEdge
 
 PULSE_S: Final = 1.0
 PULSE_S_MIN: Final = 0.05
-UPKEEP_S: Final = 0.5
+UPKEEP_S: Final = 1.25
+"""With a pulse each second and a blocking read each five that is two round trips a second, whatever is held."""
 LOOP_STALLED_MS: Final = 10_000
 """Without a turn of the event loop for this long, ``/healthz`` says that the process hangs."""
 

@@ -12,7 +12,7 @@ import redis
 from licet.domain.catalog import Catalog, License
 from licet.domain.entitlements import entitlements_of, limits_of
 from licet.wire.names import USAGE_SHARDS, RedisNames
-from licet.wire.registers import RUN_SECTIONS, run_of
+from licet.wire.registers import RUN_SECTIONS, SERVER_RUN_LUA, run_of
 from licet.wire.usage import UsageBatch, UsageEvent, unpack_event
 from tests.support.published import Signer
 
@@ -30,7 +30,9 @@ class RedisPublisher:
         self.revision = 0
         self._catalog = Catalog()
         self._licenses: dict[str, License] = {}
-        self._scripts = {path.stem: self.redis.register_script(path.read_text()) for path in LUA.glob("*.lua")}
+        self._scripts = {
+            path.stem: self.redis.register_script(SERVER_RUN_LUA + path.read_text()) for path in LUA.glob("*.lua")
+        }
 
     def push(self, content: Catalog) -> int:
         """A bundle, the limits that follow from it, its change, and a head."""

@@ -16,8 +16,8 @@ from licet_sidecar.adapters.redis_link import decoded, failure_of, is_refusal_of
 from licet_sidecar.core.leases import Granted, LeaseBook, SettleAnswer, SettleCall, Status
 from licet_sidecar.ports import CallRefused, Unconfirmed
 
-CALLS_PER_PIPELINE_MAX: Final = 32
-"""Bounds how long one pipeline keeps checks waiting here, and other sidecars at the server: about 2 ms."""
+CALLS_PER_PIPELINE_MAX: Final = 512
+"""One round of upkeep is one round trip; the server serves others in between, as it reads 16 KB of one at a time."""
 CONFIRM_MS: Final = 500
 """How long one try waits for the disk and the replicas; shorter than the client's timeout."""
 ASKS_MAX: Final = 10_000

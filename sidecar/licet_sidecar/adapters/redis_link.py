@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -61,9 +62,20 @@ def connect(url: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> Redis:
     return Redis.from_pool(pool)
 
 
+@dataclass(slots=True)
+class RoundTrips:
+    """How often this process waited for Redis; a pipeline is one."""
+
+    total: int = 0
+
+
+round_trips: Final = RoundTrips()
+
+
 @asynccontextmanager
 async def translated(url: str) -> AsyncIterator[None]:
-    """Turns errors of redis-py into ``LinkDown`` and ``LinkRefused``."""
+    """One round trip: counts it, and turns errors of redis-py into ``LinkDown`` and ``LinkRefused``."""
+    round_trips.total += 1
     try:
         yield
     except (AuthenticationError, AuthorizationError) as error:

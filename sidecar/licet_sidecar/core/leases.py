@@ -42,8 +42,10 @@ IDLE_MS: Final = 300_000
 """A lease nobody spent from for this long goes back. Long, so that tenants met rarely are warm when met again;
 whoever is short of units meanwhile calls them back at once."""
 
-DEMAND_S: Final = 2
-"""Seconds of recent demand a refill asks for."""
+DEMAND_S: Final = 3
+"""Seconds of recent demand a refill asks for. It is due when half is gone, and upkeep comes each 1.25 s: what is held
+lasts for about two seconds, and does not run dry in between.
+"""
 
 RATE_IDLE_MS: Final = 10_000
 """A share of a rate that nobody used for this long goes back."""

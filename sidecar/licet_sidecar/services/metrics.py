@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, exposition
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
+from licet_sidecar.adapters.redis_link import round_trips
 from licet_sidecar.adapters.usage_log import UsageLog
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import Engine
@@ -55,6 +56,7 @@ class Metrics:
         counter("licet_checks_stale", "Answers marked stale.", lambda: tally.stale_answers)
         counter("licet_settle_calls", "Calls to the quota registers.", lambda: tally.settle_calls)
         counter("licet_settle_failures", "Those that were not answered.", lambda: tally.settle_failures)
+        counter("licet_redis_round_trips", "Times Redis was waited for; a pipeline is one.", lambda: round_trips.total)
         counter("licet_recalls", "Times idle units were called back from other sidecars.", lambda: tally.recalls)
         counter("licet_license_loads", "Licenses read on a tenant's first check.", lambda: tally.license_loads)
         counter("licet_resyncs", "Times the whole state was read again.", lambda: tally.resyncs)
