@@ -17,6 +17,11 @@ from licet_control_plane.redis_link import Redis, redis_errors
 
 _SCRIPTS: Final = ("touch_mark", "begin", "relearn", "fill", "open", "publish_limits")
 
+OPENED: Final = 1
+NOT_OPENED: Final = 0
+LOST_MEANWHILE: Final = -1
+"""A quota into which something was said in this learning phase is lost: it has to be learned again."""
+
 
 @dataclass(frozen=True, slots=True)
 class MarkState:
@@ -123,6 +128,10 @@ class RedisMarks:
 
     async def open(self, openings: Iterable[Opening]) -> list[str]:
         """End learning. Returns the tenants that are open now."""
+        return [tenant for tenant, answer in (await self.open_or_lost(openings)).items() if answer == OPENED]
+
+    async def open_or_lost(self, openings: Iterable[Opening]) -> dict[str, int]:
+        """End learning. By tenant: ``OPENED``, ``NOT_OPENED``, or ``LOST_MEANWHILE``."""
         openings = list(openings)
         calls = [
             (
@@ -138,7 +147,7 @@ class RedisMarks:
             for one in openings
         ]
         answers = await self._run("open", calls)
-        return [one.tenant for one, answer in zip(openings, answers, strict=True) if answer]
+        return {one.tenant: int(answer) for one, answer in zip(openings, answers, strict=True)}
 
     def _limits(self, tenant: str) -> str:
         return self._names.limits(tenant)
