@@ -74,7 +74,7 @@ class ControlPlane:
         wake = asyncio.Event()
         fleet = Fleet(database)
         marks, registers = RedisMarks(redis, names), RedisRegisters(redis, names)
-        quotas = Quotas(database, marks, fleet, now_s=now_s)
+        quotas = Quotas(database, marks, registers, fleet, now_s=now_s)
         reclaimer = Reclaimer(database, marks, registers, fleet, after_s=config.reclaim_after_s)
         sweeper = Sweeper(database, registers)
         asks = AsksReader(redis, names, wake)

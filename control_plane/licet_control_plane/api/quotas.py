@@ -62,20 +62,20 @@ async def list_quotas(
     catalog = plane.publisher.catalog
     counting = Counting(stored.license if stored else None, catalog, limits_by_key(catalog))
     redis_now_s = await plane.registers.now_s()
-    names = sorted(
-        name for name, _ in quotas_to_keep(mark, redis_now_s) if not key or limit_key_of(name.rpartition(":")[0]) == key
-    )
-    touched = {limit_key_of(name.rpartition(":")[0]) for name in names}
-    rest = [name for name in names if name > after]
+    open_now = {
+        one.name: one for one in quotas_to_keep(mark, redis_now_s) if not key or limit_key_of(one.marker) == key
+    }
+    rest = sorted(name for name in open_now if name > after)
     page = rest[:limit]
     states = await plane.registers.read(tenant, page)
     scopes = await _scopes(plane, tenant, page, counting)
     items: list[dict[str, Any]] = []
     now_s = plane.now_s()
+    touched = {limit_key_of(one.marker) for one in open_now.values()}
     for name, state in zip(page, states, strict=True):
-        marker_name, _, start = name.rpartition(":")
+        _, _, marker_name, start = open_now[name]
         limit_key, _, digest = marker_name.partition("@")
-        window = counting.window(limit_key, int(start), mark.markers.get(marker_name))
+        window = counting.window(limit_key, start, mark.markers.get(marker_name))
         seen = (
             view(state.base, state.sum, state.registers, plane.fleet.sidecars, now_s)
             if state
@@ -92,7 +92,7 @@ async def list_quotas(
                 "scope_values": scopes.get(digest) if digest else {},
                 "window": {
                     "per": limit_.per.value if limit_ and "+" not in limit_key else None,
-                    "starts_at": format_s(int(start)),
+                    "starts_at": format_s(start),
                     "ends_at": None if window is None or window.end >= FOREVER_S else format_s(window.end),
                 },
                 "lost": state is None,
@@ -116,7 +116,7 @@ async def list_quotas(
 
 
 class ReclaimOrder(BaseModel):
-    """``tenant``: of this one only. ``after``: the ``next`` of the answer before. ``dry_run``: only say what there is."""
+    """``tenant``: of this one only. ``after``: the ``next`` of the last answer. ``dry_run``: only say what is there."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from licet.wire.names import RedisNames
 from licet.wire.registers import QUOTA_KEPT_S, WINDOW_GRACE_S, Mark, Pair, parse_mark
@@ -16,11 +16,6 @@ from licet_control_plane.publisher.documents import LUA
 from licet_control_plane.redis_link import Redis, redis_errors
 
 _SCRIPTS: Final = ("touch_mark", "begin", "relearn", "fill", "open", "publish_limits")
-
-OPENED: Final = 1
-NOT_OPENED: Final = 0
-LOST_MEANWHILE: Final = -1
-"""A quota into which something was said in this learning phase is lost: it has to be learned again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +48,31 @@ class Fill:
     units: int
 
 
+class KeptQuota(NamedTuple):
+    """A quota hash that a marker promises. ``expires_s``: when it goes, seconds since the Unix epoch."""
+
+    name: str
+    expires_s: int
+    marker: str
+    window_start: int
+
+
+class Opened(NamedTuple):
+    """What became of openings, by tenant. ``lost``: something was lost while it was learned; learn again."""
+
+    opened: list[str]
+    lost: list[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """Ends the learning of one tenant under ``pair``. ``quotas`` are hashes that must exist, with their expiry (s)."""
+    """Ends the learning of one tenant under ``pair``. ``quotas`` are hashes that must exist."""
 
     tenant: str
     pair: Pair
     revision: int
     limits: Mapping[Any, int]
-    quotas: Sequence[tuple[str, int]] = ()
+    quotas: Sequence[KeptQuota] = ()
 
 
 class RedisMarks:
@@ -126,28 +137,28 @@ class RedisMarks:
         ]
         return sum(await self._run("fill", calls))
 
-    async def open(self, openings: Iterable[Opening]) -> list[str]:
-        """End learning. Returns the tenants that are open now."""
-        return [tenant for tenant, answer in (await self.open_or_lost(openings)).items() if answer == OPENED]
-
-    async def open_or_lost(self, openings: Iterable[Opening]) -> dict[str, int]:
-        """End learning. By tenant: ``OPENED``, ``NOT_OPENED``, or ``LOST_MEANWHILE``."""
+    async def open(self, openings: Iterable[Opening]) -> Opened:
+        """End learning."""
         openings = list(openings)
         calls = [
             (
-                [self._limits(one.tenant), *(self._names.quota(one.tenant, quota) for quota, _ in one.quotas)],
+                [self._limits(one.tenant), *(self._names.quota(one.tenant, quota.name) for quota in one.quotas)],
                 [
                     one.pair.epoch,
                     one.pair.run,
                     one.revision,
                     *_counted(one.limits),
-                    *(expires_s for _, expires_s in one.quotas),
+                    *(quota.expires_s for quota in one.quotas),
                 ],
             )
             for one in openings
         ]
         answers = await self._run("open", calls)
-        return {one.tenant: int(answer) for one, answer in zip(openings, answers, strict=True)}
+        answered = list(zip((one.tenant for one in openings), answers, strict=True))
+        return Opened(
+            opened=[tenant for tenant, answer in answered if answer == 1],
+            lost=[tenant for tenant, answer in answered if answer == -1],
+        )
 
     def _limits(self, tenant: str) -> str:
         return self._names.limits(tenant)
@@ -163,15 +174,14 @@ class RedisMarks:
                 return answers
 
 
-def quotas_to_keep(mark: Mark, now_s: float) -> list[tuple[str, int]]:
-    """Quota hashes that a mark's markers promise and whose window still takes calls, with their expiry (seconds)."""
-    kept: list[tuple[str, int]] = []
+def quotas_to_keep(mark: Mark, now_s: float) -> list[KeptQuota]:
+    """Quota hashes that a mark's markers promise and whose window still takes calls."""
+    kept: list[KeptQuota] = []
     for name, marker in mark.markers.items():
-        if marker.end + WINDOW_GRACE_S > now_s:
-            kept.append((f"{name}:{marker.start}", marker.end + WINDOW_GRACE_S + QUOTA_KEPT_S))
         # The window before ended, at the latest, when this one began.
-        if marker.previous_start and marker.start + WINDOW_GRACE_S > now_s:
-            kept.append((f"{name}:{marker.previous_start}", marker.start + WINDOW_GRACE_S + QUOTA_KEPT_S))
+        for start, end in ((marker.start, marker.end), (marker.previous_start, marker.start)):
+            if end + WINDOW_GRACE_S > now_s and (start or end == marker.end):
+                kept.append(KeptQuota(f"{name}:{start}", end + WINDOW_GRACE_S + QUOTA_KEPT_S, name, start))
     return kept
 
 

@@ -7,7 +7,7 @@ what is about to happen is noted there, before Redis is touched.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
 
@@ -20,16 +20,10 @@ from licet.domain.ids import LimitKey
 from licet.wire.registers import WINDOW_GRACE_S, Marker, Pair
 from licet_control_plane.core.counting import Counting, Kind, limit_key_of, limits_by_key
 from licet_control_plane.core.learning import Verdict, may_open
+from licet_control_plane.core.reclaim import holder_state, in_base
 from licet_control_plane.publisher.fleet import Fleet
-from licet_control_plane.publisher.marks import (
-    LOST_MEANWHILE,
-    OPENED,
-    Fill,
-    MarkState,
-    Opening,
-    RedisMarks,
-    quotas_to_keep,
-)
+from licet_control_plane.publisher.marks import Fill, MarkState, Opened, Opening, RedisMarks, quotas_to_keep
+from licet_control_plane.publisher.registers import RedisRegisters
 from licet_control_plane.store import access, ledger, licenses, marks, meta
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.licenses import StoredLicense
@@ -58,10 +52,17 @@ class Quotas:
     """``epoch`` is the newest one; ``learning`` the tenants whose mark is learning, the next to be looked at first."""
 
     def __init__(
-        self, database: Database, redis_marks: RedisMarks, fleet: Fleet, *, now_s: Callable[[], float]
+        self,
+        database: Database,
+        redis_marks: RedisMarks,
+        registers: RedisRegisters,
+        fleet: Fleet,
+        *,
+        now_s: Callable[[], float],
     ) -> None:
         self._database = database
         self._marks = redis_marks
+        self._registers = registers
         self._fleet = fleet
         self._now_s = now_s
         self.epoch = 0
@@ -126,7 +127,6 @@ class Quotas:
         if doubted := {
             name: state.pair.epoch
             for name, state in present.items()
-            # Also while it learns: what was said into a quota that is lost since will not be said again.
             if asks[name] == "quota-lost" and self._may_relearn(name)
         }:
             await self._relearn(doubted)
@@ -161,18 +161,26 @@ class Quotas:
             waited_for.update(missing)
             if verdict is not Verdict.WAIT:
                 ready[tenant] = state
-        opened = await self._open(ready, in_force) if ready else []
+        opened, lost_again = await self._open(ready, in_force) if ready else Opened([], [])
         for tenant in tenants:  # those still learning go to the end of the line
             del self.learning[tenant]
             if tenant not in done and tenant not in opened:
                 self.learning[tenant] = None
+        if lost_again:
+            await self._relearn({tenant: ready[tenant].pair.epoch for tenant in lost_again})
         if finished := [*done, *opened]:
             await self._database.write(marks.set_learning, finished, False)
         if opened:
             log.info("quotas opened", tenants=len(opened), still_learning=len(self.learning), epoch=self.epoch)
         return len(finished), sorted(waited_for)
 
-    async def _open(self, states: Mapping[str, MarkState], in_force: InForce) -> list[str]:
+    async def _relearn(self, epochs: Mapping[str, int]) -> None:
+        """Tenants whose marks have these epochs lost a quota, and learn again under a new one."""
+        await self._new_epoch("quota.lost", list(epochs))
+        await self._marks.relearn(epochs, self.epoch)
+        self.learning.update(dict.fromkeys(epochs))
+
+    async def _open(self, states: Mapping[str, MarkState], in_force: InForce) -> Opened:
         tenants = list(states)
         found = await self._database.read(licenses.of_tenants, tenants)
         limits = {tenant: limits_under(stored.license, in_force.catalog) for tenant, stored in found.items()}
@@ -189,10 +197,7 @@ class Quotas:
             for tenant, mark in (await self._marks.read(tenants)).items()
             if mark is not None
         ]
-        answers = await self._marks.open_or_lost(openings)
-        if lost := {tenant: states[tenant].pair.epoch for tenant, it in answers.items() if it == LOST_MEANWHILE}:
-            await self._relearn(lost)
-        return [tenant for tenant, it in answers.items() if it == OPENED]
+        return await self._marks.open(openings)
 
     async def _fills(
         self,
@@ -220,18 +225,35 @@ class Quotas:
         if len(starts) > _STARTS_MAX:
             starts, oldest = set(), 0
         spend = await self._database.read(ledger.spend_of, list(states), window_start_min=oldest, starts=starts)
-        return [
+        fills = [
             fill
             for tenant, rows in spend.items()
             for row in rows
             if (fill := _fill(row, states[tenant].pair, counting[tenant], markers.get(tenant, {}), server_s))
         ]
+        return await self._of_retired_together(fills)
 
-    async def _relearn(self, epochs: Mapping[str, int]) -> None:
-        """Put marks that have the given epochs in learning again, under a new one."""
-        await self._new_epoch("quota.lost", list(epochs))
-        await self._marks.relearn(epochs, self.epoch)
-        self.learning.update(dict.fromkeys(epochs))
+    async def _of_retired_together(self, fills: Sequence[Fill]) -> list[Fill]:
+        """The same, with those of sidecars whose registers became part of a base made one for each quota.
+
+        A base cannot be told apart any more: what they spent together is counted when it is less than that.
+        """
+        by_quota: dict[tuple[str, str], list[Fill]] = {}
+        for fill in fills:
+            by_quota.setdefault((fill.tenant, fill.quota), []).append(fill)
+        asked = {quota: [fill.sidecar for fill in mine] for quota, mine in by_quota.items()}
+        there = await self._registers.look_at(asked)
+        now_s = self._now_s()
+        result: list[Fill] = []
+        for quota, mine in by_quota.items():
+            retired: list[Fill] = []
+            for fill in mine:
+                state = holder_state(self._fleet.sidecars.get(fill.sidecar), now_s)
+                is_retired = in_base(state, there[quota].registers.get(fill.sidecar), hash_exists=there[quota].exists)
+                (retired if is_retired else result).append(fill)
+            if retired:
+                result.append(replace(retired[0], sidecar="", units=sum(fill.units for fill in retired)))
+        return result
 
     async def _limits(self, tenants: Sequence[str], catalog: Catalog) -> dict[str, dict[LimitKey, int]]:
         found = await self._database.read(licenses.of_tenants, tenants)

@@ -154,10 +154,10 @@ class Reclaimer:
             return []
         now_s = await self._registers.now_s()
         quotas = [
-            (tenant, quota)
+            (tenant, quota.name)
             for tenant, mark in (await self._marks.read(tenants)).items()
             if mark is not None
-            for quota, _ in quotas_to_keep(mark, now_s)
+            for quota in quotas_to_keep(mark, now_s)
         ]
         held = [
             one

@@ -27,6 +27,7 @@ from licet_control_plane.publisher.documents import LUA
 from licet_control_plane.redis_link import Redis, redis_errors
 
 _SCRIPTS: Final = ("seal", "sweep_markers", "sweep_quota")
+_PIPELINE_MAX: Final = 500
 SCAN_COUNT: Final = 500
 """Fields of a mark looked at in one step."""
 
@@ -38,6 +39,14 @@ class QuotaState:
     base: int
     sum: int
     used: int
+    registers: Mapping[str, Register]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A part of a quota hash."""
+
+    exists: bool
     registers: Mapping[str, Register]
 
 
@@ -100,6 +109,27 @@ class RedisRegisters:
                 for quota in quotas:
                     pipe.hgetall(self._names.quota(tenant, quota))
                 return [_state(answer) for answer in await pipe.execute()]
+
+    async def look_at(self, sidecars: Mapping[tuple[str, str], Sequence[str]]) -> dict[tuple[str, str], Found]:
+        """For each quota (tenant, quota), whether there is a hash, and the registers of some sidecars in it."""
+        found: dict[tuple[str, str], Found] = {}
+        quotas = list(sidecars)
+        for start in range(0, len(quotas), _PIPELINE_MAX):
+            part = quotas[start : start + _PIPELINE_MAX]
+            with redis_errors():
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    for quota in part:
+                        fields = [f"{REGISTER_FIELD}{sidecar}" for sidecar in sidecars[quota]]
+                        pipe.hmget(self._names.quota(*quota), ["sum", *fields])
+                    answers = await pipe.execute()
+            for quota, (total, *values) in zip(part, answers, strict=True):
+                registers = {
+                    sidecar: parse_register(value)
+                    for sidecar, value in zip(sidecars[quota], values, strict=True)
+                    if value is not None
+                }
+                found[quota] = Found(total is not None, registers)
+        return found
 
     async def held_by(
         self, quotas: Sequence[tuple[str, str]], sidecars: Sequence[str]
