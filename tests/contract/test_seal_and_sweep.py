@@ -64,7 +64,7 @@ async def seal(
 
 async def test_sealing_folds_what_was_spent_and_frees_the_rest(redis: Any) -> None:
     pair = await make_mark(redis, TENANT)
-    await make_quota(redis, TENANT, QUOTA, base=7, dead=register(50, 20), other=register(30, 3))
+    await make_quota(redis, TENANT, QUOTA, {"dead": register(50, 20), "other": register(30, 3)}, base=7)
     answer = await seal(redis, "dead", pair)
     assert answer == Sealed(SealStatus.SEALED, 50, 20, 0, 20, 0.0)
     after = await look(redis, TENANT, QUOTA)
@@ -90,7 +90,7 @@ async def test_sealing_folds_what_was_spent_and_frees_the_rest(redis: Any) -> No
 )
 async def test_what_stays_counted(redis: Any, g: int, u: int, h: int, ledger: int, counted: int) -> None:
     pair = await make_mark(redis, TENANT)
-    await make_quota(redis, TENANT, QUOTA, dead=register(g, u, h))
+    await make_quota(redis, TENANT, QUOTA, {"dead": register(g, u, h)})
     answer = await seal(redis, "dead", pair, ledger=ledger)
     assert (answer.status, answer.counted, answer.reserved) == (SealStatus.SEALED, counted, h)
     assert (await look(redis, TENANT, QUOTA))["base"] == counted
@@ -99,7 +99,7 @@ async def test_what_stays_counted(redis: Any, g: int, u: int, h: int, ledger: in
 async def test_a_register_that_was_heard_of_lately_is_not_sealed(redis: Any) -> None:
     pair = await make_mark(redis, TENANT)
     at_ms = int(time.time() * 1_000) - 30_000
-    await make_quota(redis, TENANT, QUOTA, live=register(50, 20, at_ms=at_ms))
+    await make_quota(redis, TENANT, QUOTA, {"live": register(50, 20, at_ms=at_ms)})
     answer = await seal(redis, "live", pair)
     assert answer.status is SealStatus.LIVE
     assert SILENT_S_MIN - 35 < answer.wait_s <= SILENT_S_MIN - 30
@@ -109,7 +109,7 @@ async def test_a_register_that_was_heard_of_lately_is_not_sealed(redis: Any) -> 
 
 async def test_sealing_again_changes_nothing(redis: Any) -> None:
     pair = await make_mark(redis, TENANT)
-    await make_quota(redis, TENANT, QUOTA, dead=register(50, 20))
+    await make_quota(redis, TENANT, QUOTA, {"dead": register(50, 20)})
     await seal(redis, "dead", pair)
     before = await redis.hgetall(NAMES.quota(TENANT, QUOTA))
     assert (await seal(redis, "dead", pair, ledger=45)).status is SealStatus.ALREADY
@@ -118,7 +118,7 @@ async def test_sealing_again_changes_nothing(redis: Any) -> None:
 
 async def test_nothing_is_sealed_while_learning_under_another_pair_or_without_a_register(redis: Any) -> None:
     pair = await make_mark(redis, TENANT)
-    await make_quota(redis, TENANT, QUOTA, dead=register(50, 20))
+    await make_quota(redis, TENANT, QUOTA, {"dead": register(50, 20)})
     before = await redis.hgetall(NAMES.quota(TENANT, QUOTA))
     assert (await seal(redis, "dead", Pair(pair.epoch + 1, pair.run))).status is SealStatus.STALE
     assert (await seal(redis, "dead", Pair(pair.epoch, "other"))).status is SealStatus.STALE
@@ -130,7 +130,7 @@ async def test_nothing_is_sealed_while_learning_under_another_pair_or_without_a_
 
 async def test_a_register_that_was_not_asserted_since_a_loss_is_sealed_too(redis: Any) -> None:
     pair = await make_mark(redis, TENANT, epoch=3)
-    await make_quota(redis, TENANT, QUOTA, dead=register(50, 20, epoch=1, run="before"))
+    await make_quota(redis, TENANT, QUOTA, {"dead": register(50, 20, epoch=1, run="before")})
     assert (await seal(redis, "dead", pair)).status is SealStatus.SEALED
 
 
@@ -141,10 +141,12 @@ async def test_sealing_removes_old_tombstones_and_keeps_young_ones(redis: Any) -
         redis,
         TENANT,
         QUOTA,
-        dead=register(5, 5),
-        old=register(sealed=True),
-        young=register(sealed=True, at_ms=now_ms - (TOMBSTONE_KEPT_S - 60) * 1_000),
-        silent=register(9, 4),
+        {
+            "dead": register(5, 5),
+            "old": register(sealed=True),
+            "young": register(sealed=True, at_ms=now_ms - (TOMBSTONE_KEPT_S - 60) * 1_000),
+            "silent": register(9, 4),
+        },
     )
     await seal(redis, "dead", pair)
     assert set((await look(redis, TENANT, QUOTA))["registers"]) == {"dead", "young", "silent"}
@@ -154,7 +156,7 @@ async def test_a_damaged_register_is_named_and_nothing_is_done(redis: Any, regis
     from licet_control_plane.redis_link import RedisRefused
 
     pair = await make_mark(redis, TENANT)
-    await make_quota(redis, TENANT, QUOTA, dead=register(5, 5))
+    await make_quota(redis, TENANT, QUOTA, {"dead": register(5, 5)})
     held = (await look(redis, TENANT, QUOTA))["registers"]["dead"]
     await redis.hset(NAMES.quota(TENANT, QUOTA), "r|dead", "what is this")
     with pytest.raises(RedisRefused, match="dead"):
@@ -166,7 +168,7 @@ async def test_two_thousand_dead_sidecars_are_folded_and_the_hash_stays_small(
 ) -> None:
     pair = await make_mark(redis, TENANT)
     everyone = {f"dead{number}": register(10, 3) for number in range(2_000)}
-    await make_quota(redis, TENANT, QUOTA, live=register(40, 1, at_ms=int(time.time() * 1_000)), **everyone)
+    await make_quota(redis, TENANT, QUOTA, {"live": register(40, 1, at_ms=int(time.time() * 1_000)), **everyone})
     found = (await look(redis, TENANT, QUOTA))["registers"]
     answers = await registers.seal(
         [Seal(Holding(TENANT, QUOTA, "calls:month", name, found[name], 4), pair) for name in everyone]
@@ -187,7 +189,7 @@ async def test_a_sealed_sidecar_that_comes_back_is_told_and_its_units_were_given
     server: ValkeyProcess,
 ) -> None:
     async with real_backend(server) as backend:
-        client = backend._redis
+        client: Any = backend._redis
         lease = await month(backend)
         pair = await opened(backend, lease)
         dead, other = Caller(backend, "dead"), Caller(backend, "other")
@@ -235,8 +237,8 @@ async def test_markers_of_windows_that_are_long_over_are_removed_and_no_others(
 async def test_a_marker_stays_while_one_of_its_hashes_is_there(redis: Any, registers: RedisRegisters) -> None:
     await make_mark(redis, TENANT)
     await add_markers(redis, TENANT, {"a:x": "100|160|40", "b:x": "100|160|40", "c:x": "100|160|40"})
-    await make_quota(redis, TENANT, "a:x:100", one=register(5, 5))
-    await make_quota(redis, TENANT, "b:x:40", one=register(5, 5))
+    await make_quota(redis, TENANT, "a:x:100", {"one": register(5, 5)})
+    await make_quota(redis, TENANT, "b:x:40", {"one": register(5, 5)})
     (read,) = await registers.markers([(TENANT, 0)])
     assert await registers.sweep_markers({TENANT: read.markers}) == 1
     (read,) = await registers.markers([(TENANT, 0)])
@@ -274,7 +276,7 @@ async def test_a_large_mark_is_read_in_parts(redis: Any, registers: RedisRegiste
 async def test_a_rate_that_nobody_has_a_share_of_goes_with_its_marker(redis: Any, registers: RedisRegisters) -> None:
     await make_mark(redis, TENANT)
     await add_markers(redis, TENANT, {"calls:second": f"0|{FOREVER_S}|0|0|0"})
-    await make_quota(redis, TENANT, "calls:second:0", idle=register(0), dead=register(700))
+    await make_quota(redis, TENANT, "calls:second:0", {"idle": register(0), "dead": register(700)})
     assert await registers.sweep_quotas([(TENANT, "calls:second:0", "calls:second")]) == (2, 1)
     assert not await redis.exists(NAMES.quota(TENANT, "calls:second:0"))
     assert not await redis.hexists(NAMES.limits(TENANT), "m|calls:second")
@@ -285,7 +287,7 @@ async def test_shares_that_are_over_go_and_those_in_use_stay(redis: Any, registe
     await add_markers(redis, TENANT, {"calls:second": f"0|{FOREVER_S}|0"})
     now_ms = int(time.time() * 1_000)
     young = register(300, at_ms=now_ms - (SILENT_S_MIN - 20) * 1_000)
-    await make_quota(redis, TENANT, "calls:second:0", live=young, dead=register(700))
+    await make_quota(redis, TENANT, "calls:second:0", {"live": young, "dead": register(700)})
     assert await registers.sweep_quotas([(TENANT, "calls:second:0", "calls:second")]) == (1, 0)
     after = await look(redis, TENANT, "calls:second:0")
     assert (after["sum"], list(after["registers"])) == (300, ["live"])
@@ -296,7 +298,7 @@ async def test_a_quota_in_units_is_never_swept_away(redis: Any, registers: Redis
     # Also when somebody takes it for a rate: what was spent, and what was folded, holds it.
     await make_mark(redis, TENANT)
     await make_quota(redis, TENANT, "a:term:0", base=4)
-    await make_quota(redis, TENANT, "b:term:0", dead=register(5, 2))
+    await make_quota(redis, TENANT, "b:term:0", {"dead": register(5, 2)})
     asked = [(TENANT, "a:term:0", "a:term"), (TENANT, "b:term:0", "b:term"), (TENANT, "c:term:0", "c:term")]
     assert await registers.sweep_quotas(asked) == (0, 0)
     assert (await look(redis, TENANT, "a:term:0"))["base"] == 4
@@ -305,6 +307,6 @@ async def test_a_quota_in_units_is_never_swept_away(redis: Any, registers: Redis
 
 async def test_nothing_is_swept_while_learning(redis: Any, registers: RedisRegisters) -> None:
     await make_mark(redis, TENANT, phase="learning")
-    await make_quota(redis, TENANT, "calls:second:0", dead=register(700), old=register(sealed=True))
+    await make_quota(redis, TENANT, "calls:second:0", {"dead": register(700), "old": register(sealed=True)})
     assert await registers.sweep_quotas([(TENANT, "calls:second:0", "calls:second")]) == (0, 0)
     assert len((await look(redis, TENANT, "calls:second:0"))["registers"]) == 2

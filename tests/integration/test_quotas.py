@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,9 @@ class Running(Deployment):
         await fleet.save(now_s)
         fleet._watched_since_s = -math.inf
 
-    async def holds(self, tenant: str = "acme", *, base: int = 0, **registers: str) -> None:
+    async def holds(self, registers: Mapping[str, str], tenant: str = "acme", *, base: int = 0) -> None:
         """Registers in the month's quota of a tenant."""
-        await make_quota(self.redis, tenant, self.quota, base=base, **registers)
+        await make_quota(self.redis, tenant, self.quota, registers, base=base)
         await add_markers(self.redis, tenant, {MONTHLY: f"{self.start_s}|{self.end_s}|0"})
 
     async def audited(self) -> list[Any]:
@@ -100,9 +100,7 @@ async def test_shows_what_is_used_leased_and_reserved_and_who_holds_it(running: 
     await running.heard(LIVE, ago_s=1.0)
     await running.heard(DEAD, ago_s=400.0)
     now_ms = int(time.time() * 1_000)
-    await running.holds(
-        base=7, **{LIVE: register(30, 10, 5, at_ms=now_ms), DEAD: register(20, 8), OTHER: register(4, 4)}
-    )
+    await running.holds({LIVE: register(30, 10, 5, at_ms=now_ms), DEAD: register(20, 8), OTHER: register(4, 4)}, base=7)
     shown = await running.quotas()
     assert shown["phase"] == "open"
     assert shown["since"]
@@ -119,7 +117,7 @@ async def test_shows_what_is_used_leased_and_reserved_and_who_holds_it(running: 
 
 
 async def test_shows_what_is_beyond_a_limit_that_was_lowered(running: Running) -> None:
-    await running.holds(base=80, **{LIVE: register(10, 2)})
+    await running.holds({LIVE: register(10, 2)}, base=80)
     await running.headed(await running.push(60))
     (quota,) = (await running.quotas())["items"]
     assert (quota["amount"], quota["remaining"], quota["overage"]) == (60, 0, 30)
@@ -157,7 +155,7 @@ async def test_reclaims_what_a_dead_sidecar_holds_and_has_not_spent(running: Run
     await running.heard(DEAD, ago_s=400.0)
     await running.headed(await running.license("globex"))
     for tenant in ("acme", "globex"):
-        await running.holds(tenant, **{DEAD: register(20, 8), LIVE: register(30, 10)})
+        await running.holds({DEAD: register(20, 8), LIVE: register(30, 10)}, tenant)
     spent = DecodedBatch.of(batch(1, 9, sidecar=DEAD, spends=[(running.quota, 1)], tenant="acme").pack())
     await running.plane.database.write(ledger.record, 0, [spent], now_us=1)
 
@@ -187,7 +185,7 @@ async def test_reclaims_what_a_dead_sidecar_holds_and_has_not_spent(running: Run
 
 
 async def test_a_sidecar_that_may_live_is_not_reclaimed(running: Running) -> None:
-    await running.holds(**{LIVE: register(20, 8)})
+    await running.holds({LIVE: register(20, 8)})
     await running.heard(LIVE, ago_s=3.0)
     problem = assert_problem(await running.reclaim(LIVE), 409, says="3 s ago")
     assert "72 s" in problem["fix"]
@@ -200,7 +198,7 @@ async def test_a_sidecar_that_may_live_is_not_reclaimed(running: Running) -> Non
 
 async def test_a_register_in_use_is_left_whatever_the_registry_says(running: Running) -> None:
     await running.heard(DEAD, ago_s=400.0)
-    await running.holds(**{DEAD: register(20, 8, at_ms=int(time.time() * 1_000) - 10_000)})
+    await running.holds({DEAD: register(20, 8, at_ms=int(time.time() * 1_000) - 10_000)})
     done = (await running.reclaim()).json()
     assert [item["status"] for item in done["items"]] == ["live"]
     assert not running.plane.fleet.sidecars[DEAD].gone
@@ -208,7 +206,7 @@ async def test_a_register_in_use_is_left_whatever_the_registry_says(running: Run
 
 async def test_a_tenant_that_learns_is_skipped_and_named(running: Running) -> None:
     await running.heard(DEAD, ago_s=400.0)
-    await running.holds(**{DEAD: register(20, 8)})
+    await running.holds({DEAD: register(20, 8)})
     running.plane.quotas.learning.clear()
     await running.redis.hset(NAMES.limits("acme"), "phase", "learning")
     assert_problem(await running.reclaim(tenant="acme"), 409, says="learning")
@@ -228,7 +226,7 @@ async def test_an_order_names_one_sidecar_and_a_tenant_that_exists(running: Runn
 
 
 async def test_the_timer_reclaims_only_who_was_silent_for_long_enough(running: Running) -> None:
-    await running.holds(**{DEAD: register(20, 8), OTHER: register(10, 1), LIVE: register(30, 10)})
+    await running.holds({DEAD: register(20, 8), OTHER: register(10, 1), LIVE: register(30, 10)})
     await running.heard(DEAD, ago_s=700.0)
     await running.heard(OTHER, ago_s=500.0)
     reclaimer, catalog = running.plane.reclaimer, running.plane.publisher.catalog
@@ -279,8 +277,8 @@ async def test_sweeps_ended_windows_and_idle_rates_of_every_tenant(running: Runn
     await running.opened("acme")
     await add_markers(running.redis, "acme", {f"old:minute@{n:016x}": f"{ended}|{ended + 60}|0" for n in range(1_200)})
     await add_markers(running.redis, "acme", {rate.key: f"0|{FOREVER_S}|0"})
-    await make_quota(running.redis, "acme", f"{rate.key}:0", dead=register(500))
-    await running.holds(old=register(sealed=True), live=register(3, 1))
+    await make_quota(running.redis, "acme", f"{rate.key}:0", {"dead": register(500)})
+    await running.holds({"old": register(sealed=True), "live": register(3, 1)})
     sweeper = running.plane.sweeper
     sweeper._round_s = None
 

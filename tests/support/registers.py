@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from licet.wire.names import RedisNames
@@ -38,7 +40,9 @@ def register(
     return f"{g}|{u}|{h}|1|5|{epoch}|{run}|{at_ms}|{int(sealed)}|0"
 
 
-async def make_quota(redis: Any, tenant: str, quota: str, *, base: int = 0, **registers: str) -> None:
+async def make_quota(
+    redis: Any, tenant: str, quota: str, registers: Mapping[str, str] = MappingProxyType({}), *, base: int = 0
+) -> None:
     """A quota hash whose ``sum`` and ``used`` fit its registers, by sidecar."""
     parsed = [parse_register(value.encode()) for value in registers.values()]
     fields: dict[str, Any] = {
