@@ -271,24 +271,31 @@ async def test_sweeps_ended_windows_and_idle_rates_of_every_tenant(running: Runn
     ended = int(time.time()) - 10_000
     rate = Limit(LimitKey("reports:second"), 5, Period.SECOND)
     monthly = Limit(MONTHLY, 100, Period.MONTH, scope=("subject",))
-    plan = Plan("pro", {"reports": Entitlement(limits=(monthly, rate))})
+    minutely = Limit(LimitKey("old:minute"), 5, Period.MINUTE, scope=("subject",))
+    term = Limit(LimitKey("reports:term"), 900, Period.TERM)
+    plan = Plan("pro", {"reports": Entitlement(limits=(monthly, rate, minutely, term))})
     catalog = Catalog.of([Feature("reports"), Action("report.export", {"": "reports"}), plan])
     await running.headed((await running.plane.changes.push(catalog, [], by="test")).revision)
     await running.opened("acme")
     await add_markers(running.redis, "acme", {f"old:minute@{n:016x}": f"{ended}|{ended + 60}|0" for n in range(1_200)})
-    await add_markers(running.redis, "acme", {rate.key: f"0|{FOREVER_S}|0"})
+    # A term can be prolonged after its end, and a limit that no plan has can come back.
+    movable = {term.key: f"1000|{ended}|0", f"{term.key}+grant": f"1000|{ended}|0", "gone:month": f"1000|{ended}|0"}
+    await add_markers(
+        running.redis, "acme", {rate.key: f"0|{FOREVER_S}|0", "a:b": "0|1000|0", "c:d": "junk", **movable}
+    )
     await make_quota(running.redis, "acme", f"{rate.key}:0", {"dead": register(500)})
     await running.holds({"old": register(sealed=True), "live": register(3, 1)})
     sweeper = running.plane.sweeper
     sweeper._round_s = None
 
     async def swept() -> bool:
-        return (sweeper.markers_removed, sweeper.registers_removed, sweeper.rates_removed) == (1_200, 2, 1)
+        return (sweeper.markers_removed, sweeper.registers_removed, sweeper.rates_removed) == (1_201, 2, 1)
 
     await until(swept)
+    await running.redis.hdel(NAMES.limits("acme"), "m|c:d")
     mark = await running.mark("acme")
     assert mark is not None
-    assert set(mark.markers) == {MONTHLY}
+    assert set(mark.markers) == {MONTHLY, *movable}
     assert list((await look(running.redis, "acme", running.quota))["registers"]) == ["live"]
 
 

@@ -81,6 +81,14 @@ def test_kinds_are_those_of_the_license_alone(counting: Counting) -> None:
     assert Counting(None, CATALOG, limits_by_key(CATALOG)).kind("calls:second") is None
 
 
+def test_only_the_end_of_a_term_or_a_grant_can_be_moved(counting: Counting) -> None:
+    ends = {
+        key: counting.ends_for_good(key)
+        for key in ("calls:month", "calls:hour", "calls:term", "calls:month+g1", "no:x")
+    }
+    assert list(ends.values()) == [True, True, False, False, False]
+
+
 def test_starts_that_may_be_old(counting: Counting) -> None:
     assert set(counting.starts()) == {START, GRANT.starts_s}
     assert set(Counting(None, CATALOG, {}).starts()) == set()

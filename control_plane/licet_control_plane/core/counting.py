@@ -56,6 +56,11 @@ class Counting:
             return None
         return Kind.RATE if limit.is_rate else Kind.BUDGET if limit.currency else Kind.UNITS
 
+    def ends_for_good(self, key: str) -> bool:
+        """Whether a window of a limit that is over stays over. The end of a term or of a grant can be moved."""
+        limit = self.limit(key)
+        return limit is not None and "+" not in key and limit.per is not Period.TERM
+
     def window(self, key: str, start: int, marker: Marker | None) -> Window | None:
         """The window of a quota that starts at ``start`` (seconds).
 

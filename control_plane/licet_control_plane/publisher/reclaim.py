@@ -132,8 +132,8 @@ class Reclaimer:
         )
         if not self._passing:
             self._passing, self._page_after, self._incomplete = late[:SIDECARS_MAX], "", False
-        # Who was heard of meanwhile is left alone.
-        self._passing = [name for name in self._passing if name in set(late)]
+        still = set(late)
+        self._passing = [name for name in self._passing if name in still]  # who was heard of meanwhile is left alone
         if not self._passing:
             return False
         done = await self.page(self._passing, catalog, after=self._page_after, by="timer", dry_run=False)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
+import structlog
+
 from licet.wire.names import RedisNames
 from licet.wire.registers import (
     MARKER_FIELD,
@@ -28,8 +30,11 @@ from licet_control_plane.redis_link import Redis, redis_errors
 
 _SCRIPTS: Final = ("seal", "sweep_markers", "sweep_quota")
 _PIPELINE_MAX: Final = 500
+_MARKER_PARTS_MIN: Final = 3
 SCAN_COUNT: Final = 500
 """Fields of a mark looked at in one step."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,8 @@ class RedisRegisters:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for quota in quotas:
                     pipe.hgetall(self._names.quota(tenant, quota))
-                return [_state(answer) for answer in await pipe.execute()]
+                answers = await pipe.execute()
+        return [_state((tenant, quota), answer) for quota, answer in zip(quotas, answers, strict=True)]
 
     async def look_at(self, sidecars: Mapping[tuple[str, str], Sequence[str]]) -> dict[tuple[str, str], Found]:
         """For each quota (tenant, quota), whether there is a hash, and the registers of some sidecars in it."""
@@ -124,9 +130,9 @@ class RedisRegisters:
                     answers = await pipe.execute()
             for quota, (total, *values) in zip(part, answers, strict=True):
                 registers = {
-                    sidecar: parse_register(value)
+                    sidecar: register
                     for sidecar, value in zip(sidecars[quota], values, strict=True)
-                    if value is not None
+                    if (register := _register(quota, sidecar, value)) is not None
                 }
                 found[quota] = Found(total is not None, registers)
         return found
@@ -150,7 +156,7 @@ class RedisRegisters:
             (tenant, quota, sidecar, register)
             for (tenant, quota), values in zip(quotas, answers, strict=True)
             for sidecar, value in zip(sidecars, values, strict=True)
-            if value is not None and not is_tombstone(register := parse_register(value))
+            if (register := _register((tenant, quota), sidecar, value)) and not is_tombstone(register)
         ]
 
     async def seal(self, seals: Sequence[Seal]) -> list[Sealed]:
@@ -183,8 +189,9 @@ class RedisRegisters:
             Markers(
                 int(cursor),
                 {
-                    name.decode()[len(MARKER_FIELD) :]: Marker(*map(int, value.split(b"|")[: len(Marker._fields)]))
+                    name.decode()[len(MARKER_FIELD) :]: marker
                     for name, value in fields.items()
+                    if (marker := _marker(value)) is not None
                 },
             )
             for cursor, fields in answers
@@ -242,12 +249,30 @@ def _sealed(answer: Sequence[bytes]) -> Sealed:
     )
 
 
-def _state(fields: Mapping[bytes, bytes]) -> QuotaState | None:
+def _register(quota: tuple[str, str], sidecar: str, value: bytes | None) -> Register | None:
+    """The register of a field; ``None`` when there is none, or when it is damaged: settling, too, refuses that one."""
+    if value is None:
+        return None
+    try:
+        return parse_register(value)
+    except ValueError:
+        log.error("a quota register is damaged", tenant=quota[0], quota=quota[1], sidecar=sidecar, value=value[:200])
+        return None
+
+
+def _marker(value: bytes) -> Marker | None:
+    parts = value.split(b"|")[: len(Marker._fields)]
+    return Marker(*map(int, parts)) if len(parts) >= _MARKER_PARTS_MIN and all(map(bytes.isdigit, parts)) else None
+
+
+def _state(quota: tuple[str, str], fields: Mapping[bytes, bytes]) -> QuotaState | None:
     if not fields:
         return None
-    registers = {
-        name.decode()[len(REGISTER_FIELD) :]: parse_register(value)
-        for name, value in fields.items()
-        if name.startswith(REGISTER_FIELD.encode())
-    }
+    registers: dict[str, Register] = {}
+    for field, value in fields.items():
+        name = field.decode()
+        if name.startswith(REGISTER_FIELD):
+            sidecar = name[len(REGISTER_FIELD) :]
+            if (register := _register(quota, sidecar, value)) is not None:
+                registers[sidecar] = register
     return QuotaState(int(fields.get(b"base", 0)), int(fields.get(b"sum", 0)), int(fields.get(b"used", 0)), registers)

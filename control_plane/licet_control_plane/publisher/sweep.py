@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from licet.domain.catalog import Catalog
-from licet.domain.windows import FOREVER_S
 from licet.wire.registers import QUOTA_KEPT_S, WINDOW_GRACE_S, Marker
 from licet_control_plane.core.counting import Counting, Kind, limit_key_of, limits_by_key
 from licet_control_plane.publisher.registers import RedisRegisters
@@ -22,6 +21,9 @@ PAGE: Final = 100
 """Marks of which a part is looked at in one step."""
 LONG_WINDOW_S: Final = 86_400
 """Quotas of shorter windows go soon, with their tombstones."""
+MOVABLE_KEPT_S: Final = 366 * 86_400
+"""Without its marker, the window of a term or a grant that is prolonged after its end would begin again at zero."""
+_OVER_S_MIN: Final = WINDOW_GRACE_S + QUOTA_KEPT_S
 _CHUNK: Final = 500
 
 
@@ -55,35 +57,28 @@ class Sweeper:
 
     async def _sweep(self, parts: Sequence[tuple[str, int]], catalog: Catalog) -> None:
         now_s = await self._registers.now_s()
+        read = await self._registers.markers(parts)
+        found = await self._database.read(licenses.of_tenants, [tenant for tenant, _ in parts])
+        of_plans = limits_by_key(catalog)
         over: dict[str, dict[str, Marker]] = {}
-        endless: list[tuple[str, str, Marker]] = []
         long: list[tuple[str, str, str]] = []
-        for (tenant, _), read in zip(parts, await self._registers.markers(parts), strict=True):
-            if read.cursor:
-                self._unread.append((tenant, read.cursor))
-            for name, marker in read.markers.items():
-                if marker.end + WINDOW_GRACE_S + QUOTA_KEPT_S <= now_s:
-                    over.setdefault(tenant, {})[name] = marker
-                elif marker.end >= FOREVER_S:
-                    endless.append((tenant, name, marker))
+        for (tenant, _), part in zip(parts, read, strict=True):
+            if part.cursor:
+                self._unread.append((tenant, part.cursor))
+            if not part.markers:
+                continue
+            counting = Counting(found[tenant].license if tenant in found else None, catalog, of_plans)
+            for name, marker in part.markers.items():
+                limit = limit_key_of(name)
+                over_s = now_s - marker.end
+                if over_s >= _OVER_S_MIN:
+                    if counting.ends_for_good(limit) or over_s >= MOVABLE_KEPT_S:
+                        over.setdefault(tenant, {})[name] = marker
                 elif marker.end - marker.start >= LONG_WINDOW_S:
-                    long.append((tenant, f"{name}:{marker.start}", ""))
+                    rate = name if counting.kind(limit) is Kind.RATE else ""
+                    long.append((tenant, f"{name}:{marker.start}", rate))
         self.markers_removed += await self._registers.sweep_markers(over)
-        long += await self._named(endless, catalog)
         for start in range(0, len(long), _CHUNK):
             removed, rates = await self._registers.sweep_quotas(long[start : start + _CHUNK])
             self.registers_removed += removed
             self.rates_removed += rates
-
-    async def _named(self, endless: Sequence[tuple[str, str, Marker]], catalog: Catalog) -> list[tuple[str, str, str]]:
-        """Quotas whose window never ends, and which of them are rates: an open-ended term has no end either."""
-        if not endless:
-            return []
-        found = await self._database.read(licenses.of_tenants, {tenant for tenant, *_ in endless})
-        of_plans = limits_by_key(catalog)
-        named: list[tuple[str, str, str]] = []
-        for tenant, name, marker in endless:
-            counting = Counting(found[tenant].license if tenant in found else None, catalog, of_plans)
-            is_rate = counting.kind(limit_key_of(name)) is Kind.RATE
-            named.append((tenant, f"{name}:{marker.start}", name if is_rate else ""))
-        return named
