@@ -161,20 +161,14 @@ class RedisRegisters:
 
     async def seal(self, seals: Sequence[Seal]) -> list[Sealed]:
         """Seal and fold registers, each unless it is not silent for long enough, or its tenant is learning."""
-        calls = [
-            (
-                [self._names.limits(one.holding.tenant), self._names.quota(one.holding.tenant, one.holding.quota)],
-                [
-                    one.pair.epoch,
-                    one.pair.run,
-                    one.holding.sidecar,
-                    one.holding.ledger_units,
-                    SILENT_S_MIN * 1_000,
-                    TOMBSTONE_KEPT_S * 1_000,
-                ],
-            )
-            for one in seals
-        ]
+        calls: list[tuple[list[Any], list[Any]]] = []
+        cleared: set[str] = set()
+        for pair, held in ((one.pair, one.holding) for one in seals):
+            quota = self._names.quota(held.tenant, held.quota)
+            kept_ms = 0 if quota in cleared else TOMBSTONE_KEPT_S * 1_000  # once is enough for each quota
+            cleared.add(quota)
+            args = [pair.epoch, pair.run, held.sidecar, held.ledger_units, SILENT_S_MIN * 1_000, kept_ms]
+            calls.append(([self._names.limits(held.tenant), quota], args))
         answers = await self._run("seal", calls)
         return [_sealed(answer) for answer in answers]
 

@@ -3,7 +3,7 @@
 -- KEYS  1 the tenant's mark  2 the quota    (layout: licet/wire/registers.py)
 -- ARGV  1 epoch  2 run  3 sidecar  4 u, units the ledger knows it spent
 --       5 milliseconds a register must have been silent (a hold and its margin)
---       6 milliseconds tombstones are kept
+--       6 milliseconds tombstones are kept; 0 to leave them alone: looking at all costs as much as there are registers
 -- Answer: status, g, u, h as they were, units that stay counted (now in the base), milliseconds until it may be sealed.
 -- Status: SEALED | ALREADY (a tombstone) | NONE (no such register, or no such quota) | LEARNING (only an open quota can
 --         be sealed) | STALE (the pair is not the mark's) | LIVE (its last call is too young)
@@ -40,7 +40,7 @@ local base, sum, used = tonumber(state[1]) + counted, tonumber(state[2]) - g + c
 if sum > 9007199254740991 then return redis.error_reply('LICET the sum would reach 2^53') end
 
 local old = {}
-local all = redis.call('HGETALL', KEYS[2])
+local all = kept_ms > 0 and redis.call('HGETALL', KEYS[2]) or {}
 for i = 1, #all, 2 do
   if string.sub(all[i], 1, 2) == 'r|' and all[i] ~= field then
     local r_g, _, _, _, _, _, _, r_at_ms, r_sealed = string.match(all[i + 1], REGISTER)
