@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
@@ -324,6 +325,33 @@ async def test_opening_fills_windows_of_the_licenses_own_terms_from_the_ledger(r
     assert mark.markers[term.key][:2] == (started, FOREVER_S)
     assert (await look(running.redis, "globex", f"{yearly.key}:{year.start}"))["sum"] == 40
     assert (await look(running.redis, "globex", f"{term.key}:{started}"))["sum"] == 60
+
+
+async def test_what_was_folded_is_not_counted_again_when_the_server_restarts(
+    running: Running, valkey_process: ValkeyProcess
+) -> None:
+    await running.heard(DEAD, ago_s=400.0)
+    await running.holds({DEAD: register(20, 8), LIVE: register(30, 10)})
+    spends = [(running.quota, 1)]
+    for name, units in ((DEAD, 9), (LIVE, 12), (OTHER, 5)):  # the last one left in order, and folded itself
+        spent = DecodedBatch.of(batch(1, units, sidecar=name, spends=spends).pack())
+        await running.plane.database.write(ledger.record, 0, [spent], now_us=1)
+    assert (await running.reclaim(tenant="acme")).json()["items"][0]["counted"] == 9
+    await running.redis.hincrby(NAMES.quota("acme", running.quota), "base", 5)
+    await running.redis.hincrby(NAMES.quota("acme", running.quota), "sum", 5)
+    await running.redis.hincrby(NAMES.quota("acme", running.quota), "used", 5)
+    before = await running.mark("acme")
+    assert before is not None
+    await asyncio.to_thread(valkey_process.restart)
+
+    async def opened_again() -> bool:
+        mark = await running.mark("acme")
+        return mark is not None and mark.is_open and mark.pair != before.pair
+
+    await until(opened_again)
+    after = await look(running.redis, "acme", running.quota)
+    assert (after["base"], after["sum"]) == (14, 44)
+    assert after["registers"][LIVE].used == 12
 
 
 async def test_a_quota_lost_while_it_is_learned_makes_its_tenant_learn_again(running: Running) -> None:
