@@ -32,7 +32,7 @@ local g, u, h, incarnation, op, _, _, at_ms, sealed = string.match(state[4], REG
 if not g then return redis.error_reply('LICET the register of ' .. ARGV[3] .. ' is damaged') end
 g, u, h, at_ms = tonumber(g), tonumber(u), tonumber(h), tonumber(at_ms)
 if sealed == '1' and g == 0 then return refused('ALREADY') end
-if at_ms + silent_ms > now_ms then
+if at_ms + silent_ms >= now_ms then
   return {'LIVE', text(g), text(u), text(h), text(g), text(at_ms + silent_ms - now_ms)}
 end
 local counted = math.max(u + h, tonumber(ARGV[4]))
