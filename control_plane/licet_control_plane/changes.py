@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from licet.domain.catalog import Catalog, License, document_to_wire, license_to_wire
+from licet.domain.catalog import Catalog, Grant, License, Limit, Plan, document_to_wire, license_to_wire
+from licet.domain.entitlements import entitlements_of
 from licet.domain.ids import TENANT_PATTERN, UNITS_MAX
 from licet.wire import envelope
 from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest, chunk_catalog, digest_of
 from licet.wire.signing import SigningKey
+from licet_control_plane.core.grants import GrantAsked, amount_of, grant_of, is_same, kept
+from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.core.suggestion import did_you_mean
 from licet_control_plane.store import access, bundles, licenses, meta, revisions
 from licet_control_plane.store.bundles import Bundle
@@ -29,21 +33,20 @@ ADDONS_MAX: Final = 100
 OVERRIDES_MAX: Final = 1_000
 
 
-class ChangeInvalid(Exception):
-    """The change cannot be made as asked. ``field`` says where, ``fix`` what to do."""
-
-    def __init__(self, field: str, message: str, fix: str) -> None:
-        super().__init__(message)
-        self.field = field
-        self.fix = fix
-
-
 class LicenseExists(Exception):
     """The tenant has a license already."""
 
 
 class LicenseUnknown(Exception):
     """The tenant has no license."""
+
+
+class GrantExists(Exception):
+    """The license has another grant with this id; the argument is the id."""
+
+
+class GrantUnknown(Exception):
+    """The license has no grant with this id; the argument is the id."""
 
 
 class RevisionMoved(Exception):
@@ -99,21 +102,23 @@ class Changes:
         self._wake.set()
         return pushed
 
-    async def create_license(self, license_: License, *, by: str) -> StoredLicense:
-        """Give a tenant its license.
+    async def create_license(
+        self, license_: License, *, by: str, overrides: Mapping[str, int | str] | None = None
+    ) -> StoredLicense:
+        """Give a tenant its license. ``overrides`` are as operators write them: ``core.grants.amount_of``.
 
         Raises:
             LicenseExists: it has one.
             ChangeInvalid: the plan, an add-on, an override or the tenant's name cannot be.
         """
-        stored = await self._database.write(self._create_license, license_, by)
+        stored = await self._database.write(self._create_license, license_, overrides, by)
         self._wake.set()
         return stored
 
     async def update_license(
         self, tenant: str, fields: Mapping[str, Any], *, if_revision: int | None, by: str
     ) -> StoredLicense:
-        """Replace some fields of a license.
+        """Replace some fields of a license; overrides are as for ``create_license``.
 
         Raises:
             LicenseUnknown: there is none.
@@ -121,6 +126,31 @@ class Changes:
             ChangeInvalid: as for ``create_license``.
         """
         stored = await self._database.write(self._update_license, tenant, fields, if_revision, by)
+        self._wake.set()
+        return stored
+
+    async def add_grant(self, tenant: str, asked: GrantAsked, *, by: str) -> tuple[StoredLicense, Grant, bool]:
+        """Top up a limit of a license. Repeated with the same id it changes nothing.
+
+        Returns the license, the grant, and whether it is new.
+
+        Raises:
+            LicenseUnknown: there is no license.
+            GrantExists: it has another grant with this id.
+            ChangeInvalid: the grant cannot be.
+        """
+        added = await self._database.write(self._add_grant, tenant, asked, by)
+        self._wake.set()
+        return added
+
+    async def revoke_grant(self, tenant: str, grant_id: str, *, by: str) -> StoredLicense:
+        """Take a grant away; what was used of it stays used.
+
+        Raises:
+            LicenseUnknown: there is no license.
+            GrantUnknown: it has no such grant.
+        """
+        stored = await self._database.write(self._revoke_grant, tenant, grant_id, by)
         self._wake.set()
         return stored
 
@@ -195,7 +225,9 @@ class Changes:
         )
         return replace(pushed, revision=revision)
 
-    def _create_license(self, connection: Connection, license_: License, by: str) -> StoredLicense:
+    def _create_license(
+        self, connection: Connection, license_: License, overrides: Mapping[str, int | str] | None, by: str
+    ) -> StoredLicense:
         meta.lock(connection)
         if not TENANT_PATTERN.fullmatch(license_.tenant):
             raise ChangeInvalid(
@@ -203,28 +235,60 @@ class Changes:
                 f"{license_.tenant!r} cannot name a tenant",
                 "Use up to 128 letters, digits, dots, dashes and underscores, starting with a letter or a digit.",
             )
-        self._check(connection, license_)
+        license_ = self._checked(connection, license_, overrides)
         if licenses.get(connection, license_.tenant) is not None:
             raise LicenseExists(license_.tenant)
-        return self._save(connection, None, license_, by=by)
+        return self._save(connection, None, license_, by=by, action="license.create")
 
     def _update_license(
         self, connection: Connection, tenant: str, fields: Mapping[str, Any], if_revision: int | None, by: str
     ) -> StoredLicense:
+        old = self._locked(connection, tenant)
+        if if_revision is not None and if_revision != old.revision:
+            raise RevisionMoved(old.revision)
+        license_ = replace(old.license, **{name: value for name, value in fields.items() if name != "overrides"})
+        if license_ == old.license and "overrides" not in fields:
+            return old
+        license_ = self._checked(connection, license_, fields.get("overrides"))
+        if license_ == old.license:
+            return old
+        return self._save(connection, old, license_, by=by, action="license.update")
+
+    def _add_grant(
+        self, connection: Connection, tenant: str, asked: GrantAsked, by: str
+    ) -> tuple[StoredLicense, Grant, bool]:
+        old = self._locked(connection, tenant)
+        before = old.license.grants
+        if asked.id and (existing := next((grant for grant in before if grant.id == asked.id), None)):
+            if not is_same(existing, asked):
+                raise GrantExists(asked.id)
+            return old, existing, False
+        in_force = entitlements_of(old.license, self._current_catalog(connection))
+        limits: dict[str, Limit] = {limit.key: limit for one in in_force.values() for limit in one.limits}
+        grant = grant_of(asked, limits, before, id_=secrets.token_hex(8), now_s=int(self._now_s()))
+        license_ = replace(old.license, grants=(*before, grant))
+        return self._save(connection, old, license_, by=by, action="grant.add"), grant, True
+
+    def _revoke_grant(self, connection: Connection, tenant: str, grant_id: str, by: str) -> StoredLicense:
+        old = self._locked(connection, tenant)
+        left = tuple(grant for grant in old.license.grants if grant.id != grant_id)
+        if len(left) == len(old.license.grants):
+            raise GrantUnknown(grant_id)
+        return self._save(connection, old, replace(old.license, grants=left), by=by, action="grant.revoke")
+
+    def _locked(self, connection: Connection, tenant: str) -> StoredLicense:
+        """The license to change, which nobody else changes meanwhile."""
         meta.lock(connection)
         old = licenses.get(connection, tenant)
         if old is None:
             raise LicenseUnknown(tenant)
-        if if_revision is not None and if_revision != old.revision:
-            raise RevisionMoved(old.revision)
-        license_ = replace(old.license, **fields)
-        if license_ == old.license:
-            return old
-        self._check(connection, license_)
-        return self._save(connection, old, license_, by=by)
+        return old
 
-    def _save(self, connection: Connection, old: StoredLicense | None, license_: License, *, by: str) -> StoredLicense:
+    def _save(
+        self, connection: Connection, old: StoredLicense | None, license_: License, *, by: str, action: str
+    ) -> StoredLicense:
         now_us = self._now_us()
+        license_ = replace(license_, grants=kept(license_.grants, now_us // 1_000_000))
         wire = license_to_wire(license_)
         revision = revisions.append(
             connection, kind=LICENSE, key=license_.tenant, payload=wire, sign=self._key.sign, now_us=now_us, by=by
@@ -233,7 +297,7 @@ class Changes:
         access.record(
             connection,
             by=by,
-            action="license.create" if old is None else "license.update",
+            action=action,
             target=license_.tenant,
             before=license_to_wire(old.license) if old else None,
             after=wire,
@@ -241,37 +305,39 @@ class Changes:
         )
         return StoredLicense(license_, revision, now_us)
 
-    def _check(self, connection: Connection, license_: License) -> None:
-        catalog = self._current_catalog(connection)
-        plans = catalog.plans
+    def _checked(self, connection: Connection, license_: License, overrides: Mapping[str, int | str] | None) -> License:
+        """The license, with ``overrides`` if there are new ones.
+
+        Raises:
+            ChangeInvalid: it cannot be.
+        """
+        plans = self._current_catalog(connection).plans
         if license_.plan not in plans:
             raise ChangeInvalid("plan", f"there is no plan {license_.plan!r}", did_you_mean(license_.plan, plans))
         if license_.ends_s and license_.ends_s <= license_.starts_s:
             raise ChangeInvalid("ends_at", "the license ends before it starts", "Let it end after it starts.")
         if len(license_.addons) > ADDONS_MAX:
             raise ChangeInvalid("addons", f"more than {ADDONS_MAX} add-ons", "Put them together in one plan.")
-        if len(license_.overrides) > OVERRIDES_MAX:
+        if overrides is not None and len(overrides) > OVERRIDES_MAX:
             raise ChangeInvalid("overrides", f"more than {OVERRIDES_MAX} overrides", "Make it a plan of its own.")
         for addon, count in license_.addons.items():
             if addon not in plans:
                 raise ChangeInvalid(f"addons.{addon}", f"there is no plan {addon!r}", did_you_mean(addon, plans))
             if not 1 <= count <= UNITS_MAX:
                 raise ChangeInvalid(f"addons.{addon}", f"a count of {count} add-ons", "Give a count of at least 1.")
-        keys = {
-            limit.key
-            for plan in (license_.plan, *license_.addons)
-            for entitlement in plans[plan].features.values()
-            for limit in entitlement.limits
-        }
-        for key, amount in license_.overrides.items():
-            if key not in keys:
+        limits = _limits_of_plans(plans, license_)
+        written = license_.overrides if overrides is None else overrides
+        for key in written:
+            if key not in limits:
                 raise ChangeInvalid(
                     f"overrides.{key}",
                     f"plan {license_.plan!r} and its add-ons have no limit {key!r}",
-                    did_you_mean(key, keys),
+                    did_you_mean(key, limits),
                 )
-            if not 0 <= amount <= UNITS_MAX:
-                raise ChangeInvalid(f"overrides.{key}", f"an amount of {amount}", f"Give 0 to {UNITS_MAX}.")
+        if overrides is None:
+            return license_
+        amounts = {key: amount_of(amount, limits[key], f"overrides.{key}") for key, amount in overrides.items()}
+        return replace(license_, overrides=amounts)
 
     def _current_catalog(self, connection: Connection) -> Catalog:
         # Only the writer's thread comes here.
@@ -289,3 +355,13 @@ def _digests(catalog: Catalog) -> tuple[tuple[str, str, str], ...]:
         (type(document).__name__, document.name, digest_of(envelope.pack("document", document_to_wire(document))))
         for document in catalog.documents()
     )
+
+
+def _limits_of_plans(plans: Mapping[str, Plan], license_: License) -> dict[str, Limit]:
+    """The limits of a license's plan and add-ons, by key; those of the plan win."""
+    return {
+        limit.key: limit
+        for plan in (*license_.addons, license_.plan)
+        for entitlement in plans[plan].features.values()
+        for limit in entitlement.limits
+    }

@@ -7,6 +7,7 @@ an unknown *enum value* raises ``ValueError``, because acting on a rule that is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -326,6 +327,20 @@ _FIELD_OF_KIND: dict[type[Document], str] = {
 }
 
 
+def budget_key(limit: LimitKey, currency: str) -> LimitKey:
+    """``<feature>:<limit name>.<currency, lower case>``: the key of a limit in money.
+
+    The currency is in it, so that a limit that is changed between units and money never mixes their counts.
+    """
+    return LimitKey(f"{limit}.{currency.lower()}")
+
+
+def currency_of(limit: str) -> str:
+    """The currency of a limit in money, from its key; empty for one in units."""
+    match = _BUDGET_KEY.search(limit)
+    return match[1].upper() if match else ""
+
+
 def grant_key(limit: LimitKey, grant_id: str) -> LimitKey:
     """``<limit key>+<grant id>``: the key a grant's quota is counted under."""
     return LimitKey(f"{limit}+{grant_id}")
@@ -389,6 +404,8 @@ def document_to_wire(document: Document) -> Wire:
     return {"kind": type(document).__name__, **body}
 
 
+# A name has no dot, but a scope does: `context.usd` is an attribute, `month@context.usd` a limit in units.
+_BUDGET_KEY: Final = re.compile(r":[^:]+(?<![@+]context)\.([a-z]{3})\Z")
 _NO_TERMS: Final = (ReservationTerms().expires_after_s, ReservationTerms().on_expiry.value)
 
 
@@ -450,10 +467,7 @@ def license_to_wire(license_: License) -> Wire:
         "ends_s": license_.ends_s,
         "addons": dict(license_.addons),
         "overrides": dict(license_.overrides),
-        "grants": [
-            [grant.id, grant.limit, grant.amount, grant.starts_s, grant.ends_s, grant.priority]
-            for grant in license_.grants
-        ],
+        "grants": grants_to_wire(license_.grants),
     }
 
 
@@ -472,10 +486,20 @@ def license_from_wire(wire: Wire) -> License:
         ends_s=wire["ends_s"],
         addons=wire["addons"],
         overrides=wire["overrides"],
-        grants=tuple(
-            Grant(id_, LimitKey(limit), amount, starts_s, ends_s, priority)
-            for id_, limit, amount, starts_s, ends_s, priority in wire.get("grants", ())
-        ),
+        grants=grants_from_wire(wire.get("grants", ())),
+    )
+
+
+def grants_to_wire(grants: Iterable[Grant]) -> list[list[Any]]:
+    """Grants as they are stored and travel."""
+    return [[grant.id, grant.limit, grant.amount, grant.starts_s, grant.ends_s, grant.priority] for grant in grants]
+
+
+def grants_from_wire(wire: Iterable[list[Any]]) -> tuple[Grant, ...]:
+    """The inverse of ``grants_to_wire``; what a newer writer appends to a grant is ignored."""
+    return tuple(
+        Grant(id_, LimitKey(limit), amount, starts_s, ends_s, priority)
+        for id_, limit, amount, starts_s, ends_s, priority, *_ in wire
     )
 
 

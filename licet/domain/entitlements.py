@@ -12,6 +12,9 @@ from licet.domain.ids import UNITS_MAX, LimitKey
 RATE_SCALE: Final = 1_000
 """Shares of a rate are counted in thousandths of a unit a second: four sidecars can share one a second."""
 
+RATE_MAX: Final = UNITS_MAX // RATE_SCALE
+"""Most units a second, so that their thousandths are counted exactly."""
+
 
 def entitlements_of(license_: License, catalog: Catalog) -> dict[str, Entitlement]:
     """Entitlements by feature. A plan the catalog does not have grants nothing.
@@ -44,7 +47,7 @@ def limits_of(entitlements: Mapping[str, Entitlement]) -> dict[LimitKey, int]:
     amounts: dict[LimitKey, int] = {}
     for feature, entitlement in entitlements.items():
         for limit in entitlement.limits:
-            amounts[limit.key] = limit.amount * RATE_SCALE if limit.is_rate else limit.amount
+            amounts[limit.key] = min(UNITS_MAX, limit.amount * RATE_SCALE) if limit.is_rate else limit.amount
         for grant in entitlement.grants:
             amounts[grant.key] = grant.amount
         if entitlement.seats:
@@ -54,7 +57,7 @@ def limits_of(entitlements: Mapping[str, Entitlement]) -> dict[LimitKey, int]:
 
 def _multiplied(entitlement: Entitlement, count: int) -> Entitlement:
     limits = tuple(replace(limit, amount=min(UNITS_MAX, limit.amount * count)) for limit in entitlement.limits)
-    return replace(entitlement, limits=limits, seats=entitlement.seats * count)
+    return replace(entitlement, limits=limits, seats=min(UNITS_MAX, entitlement.seats * count))
 
 
 def _added(own: Entitlement, extra: Entitlement) -> Entitlement:
@@ -65,7 +68,7 @@ def _added(own: Entitlement, extra: Entitlement) -> Entitlement:
     return replace(
         own,
         limits=limits,
-        seats=own.seats + extra.seats,
+        seats=min(UNITS_MAX, own.seats + extra.seats),
         # A plan without seats has no heartbeat, and seats without one would never be reclaimed.
         heartbeat_s=own.heartbeat_s or extra.heartbeat_s,
         price=own.price or extra.price,

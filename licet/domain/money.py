@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from licet.domain.ids import UNITS_MAX
+
 NANOS: Final = 1_000_000_000
 AMOUNT_NANOS_MAX: Final = 2**63 - 1
+BUDGET_NANOS_MAX: Final = UNITS_MAX
+"""Largest budget, 9,007,199.254740991: it is counted as units are, in nanos."""
 
+_MONEY: Final = re.compile(r"(\S+) +([A-Z]{3})")
 _DECIMAL: Final = re.compile(r"[0-9]+(\.[0-9]+)?")
 _NANOS_DIGITS: Final = 9
 _WHOLE_DIGITS_MAX: Final = 10  # AMOUNT_NANOS_MAX is 9_223_372_036 and a fraction
@@ -36,6 +41,13 @@ class Price:
         """
         amount_nanos = self.amounts_nanos.get(by_value, self.amount_nanos)
         return divide_half_even(units * amount_nanos, self.per_units)
+
+    def charge_nanos(self, units: int, by_value: str = "") -> int:
+        """What ``units`` take from a budget: their cost in nanos, rounded up, so that a sum of charges is never less
+        than the exact cost of the units together.
+        """
+        amount_nanos = self.amounts_nanos.get(by_value, self.amount_nanos)
+        return -(-units * amount_nanos // self.per_units)
 
 
 def divide_half_even(numerator: int, denominator: int) -> int:
@@ -65,6 +77,26 @@ def parse_nanos(text: str) -> int:
     if nanos > AMOUNT_NANOS_MAX:
         raise ValueError(f"{text!r} is too large")
     return nanos
+
+
+def parse_budget(text: str) -> tuple[int, str]:
+    """Nanos and currency of a budget such as ``"500.00 USD"``.
+
+    Raises:
+        ValueError: it has another form, or is more than ``BUDGET_NANOS_MAX``.
+    """
+    match = _MONEY.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not an amount of money such as '500.00 USD'")
+    nanos = parse_nanos(match[1])
+    if nanos > BUDGET_NANOS_MAX:
+        raise ValueError(f"{text!r} is more than {format_nanos(BUDGET_NANOS_MAX)}, the largest budget that is counted")
+    return nanos, match[2]
+
+
+def format_budget(amount_nanos: int, currency: str) -> str:
+    """``500.00 USD``: what ``parse_budget`` reads."""
+    return f"{format_nanos(amount_nanos)} {currency}"
 
 
 def format_nanos(amount_nanos: int) -> str:

@@ -88,7 +88,9 @@ class Heartbeat:
     """What a sidecar says of itself each second, unsigned: for operators and the publishing barrier.
 
     ``*_us`` are the sidecar's clock. ``asserted_epoch`` and ``asserted_run`` name the newest (epoch, run) under which
-    it has asserted every lease it holds. ``log_bytes`` counts what the ledger has not committed yet.
+    it has asserted every lease it holds; ``asserted_ms`` is an instant, milliseconds of the Redis clock, after which
+    every lease it holds was answered for. ``log_bytes`` counts what the ledger has not committed yet. ``retired``: it
+    gave up its registers, and its id is never used again.
     """
 
     sidecar: str
@@ -110,6 +112,8 @@ class Heartbeat:
     log_bytes: int
     hostname: str = ""
     pid: int = 0
+    asserted_ms: int = 0
+    retired: bool = False
 
     def pack(self) -> bytes:
         """In an envelope, for the registry."""
@@ -124,8 +128,8 @@ class Heartbeat:
         """
         body = envelope.unpack(_HEARTBEAT_KIND, data)
         try:
-            return cls(**{name: body[name] for name in cls.__slots__})
-        except (KeyError, TypeError) as error:
+            return cls(**{name: body[name] for name in cls.__slots__ if name in body})
+        except TypeError as error:
             raise envelope.EnvelopeError(f"heartbeat: field {error} is missing") from error
 
 

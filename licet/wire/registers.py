@@ -6,13 +6,16 @@
 field                                value
 ===================================  =================================================================================
 ``epoch``                            integer, allocated in the database; grows with every loss of this tenant's state
-``run``                              run id of the Redis server the mark was last used on
+``run``                              the run (``run_of``) of the Redis server the mark was last used on
 ``phase``                            ``learning`` or ``open``
 ``since``                            milliseconds, Redis clock, when the present phase began
 ``revision``                         revision the limits below were published with
-``l|<limit key>``                    amount of a limit, ``<feature>:<name>``
-``m|<limit key>[@<scope digest>]``   marker: ``<start>|<end>|<previous start>``, seconds: the newest window a quota hash
-                                     was made for, and the start of the one before it (0 for none)
+``l|<limit key>``                    amount of a limit, ``<feature>:<name>``; of a grant, ``<limit key>+<grant id>``; of
+                                     seats, ``<feature>#seats``. A rate in thousandths of a unit a second
+``m|<limit key>[@<scope digest>]``   marker: ``<start>|<end>|<previous start>|<said>|<previous said>``: the newest
+                                     window a hash was made for and the start of the one before it (0 for none), in
+                                     seconds; and of each the ``since`` of the learning phase in which something was
+                                     last said into it (0 for none)
 ===================================  =================================================================================
 
 *A quota*, hash ``licet:{tenant}:q:<limit key>[@<scope digest>]:<window start>``:
@@ -27,8 +30,11 @@ field                value
 ``r|<sidecar>``      ``g|u|h|incarnation|op|epoch|run|time|sealed|d``: one register; d is the last call's grant
 ===================  =================================================================================================
 
-Invariants after every script: ``sum = base + Σ g``, ``used = base + Σ (u + h)``, ``u + h ≤ g``; a grant implies
-``sum ≤ amount``. Numbers are decimal integers below 2^53.
+Invariants after every script: ``sum = base + Σ g``, ``used = base + Σ (u + h)``, ``u + h ≤ g``; a grant of a hard limit
+implies ``sum ≤ amount``. Numbers are decimal integers below 2^53.
+
+Of a *rate* the registers hold shares, in thousandths of a unit a second: ``g`` is the share, ``u`` and ``h`` are 0, and
+the window is all of time. A share is over, and counts for nobody, ``HOLD_S`` + ``HOLD_MARGIN_S`` after its last call.
 Source: ``docs/adr/0002-registers-not-tokens.md``.
 """
 
@@ -36,7 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 HOLD_S: Final = 60
 """How long a sidecar may spend a lease after it *sent* its last answered call (boot-time clock)."""
@@ -55,6 +61,32 @@ MARKER_FIELD: Final = "m|"
 REGISTER_FIELD: Final = "r|"
 
 
+RUN_SECTIONS: Final = ("server", "replication")
+"""Sections of ``INFO`` that ``run_of`` reads."""
+
+RUN_ID_CHARS: Final = 20
+
+SERVER_RUN_LUA: Final = f"""
+local function server_run()
+  local info = redis.call('INFO', 'server', 'replication')
+  return string.sub(string.match(info, 'run_id:(%w+)'), 1, {RUN_ID_CHARS})
+    .. string.sub(string.match(info, 'master_replid:(%w+)'), 1, {RUN_ID_CHARS})
+end
+"""
+"""Put before every script that needs to know the run of the server it runs on: ``run_of``, in Lua."""
+
+
+def run_of(info: Mapping[str, Any]) -> str:
+    """The run of a server, from ``RUN_SECTIONS`` of its ``INFO``: no two phases in which one server took writes have
+    the same.
+
+    Its run id is new with every start of the process; its replication id with every promotion, which the run id of a
+    server that was a replica for a while does not tell.
+    """
+    parts = (info.get("run_id", ""), info.get("master_replid", ""))
+    return "".join((part.decode() if isinstance(part, bytes) else str(part))[:RUN_ID_CHARS] for part in parts)
+
+
 class Pair(NamedTuple):
     """What a register was asserted under: an epoch of the database and a run of the Redis server."""
 
@@ -63,11 +95,16 @@ class Pair(NamedTuple):
 
 
 class Marker(NamedTuple):
-    """The newest window a quota hash was made for, and the start of the one before (0 for none), in seconds."""
+    """The newest window a quota hash was made for, and the start of the one before (0 for none), in seconds.
+
+    ``said_ms`` and ``previous_said_ms``: ``since`` of the learning phase in which something was last said into them.
+    """
 
     start: int
     end: int
     previous_start: int
+    said_ms: int = 0
+    previous_said_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +163,7 @@ def parse_mark(fields: Mapping[bytes, bytes]) -> Mark | None:
         if name.startswith(LIMIT_FIELD):
             amounts[name[2:]] = int(raw_value)
         elif name.startswith(MARKER_FIELD):
-            start, end, previous_start = raw_value.split(b"|")
-            markers[name[2:]] = Marker(int(start), int(end), int(previous_start))
+            markers[name[2:]] = Marker(*map(int, raw_value.split(b"|")))
     return Mark(
         pair=Pair(int(fields[b"epoch"]), fields[b"run"].decode()),
         phase=fields[b"phase"].decode(),

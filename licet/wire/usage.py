@@ -57,9 +57,9 @@ class UsageEvent(NamedTuple):
     matched, as ``policy/rule=effect``. ``feature_costs`` divides ``cost_nanos``
     among several features with a price; it is empty when one bears all of it.
 
-    ``kind`` is an ``EventKind``; ``about`` the reservation (the decision id of its RESERVE event) or seat it is
-    about. ``overage`` is the part of ``units`` beyond a soft limit, provisionally; ``unfunded`` what a COMMIT used that
-    no limit had room for, not in ``units``. ``expires_us`` is when a reservation expires.
+    ``kind`` is an ``EventKind``; ``about`` the reservation (the decision id of its RESERVE event) or seat it is about.
+    ``overage`` says of each quota in ``spends`` how much lies beyond its soft limit, provisionally; ``unfunded`` what
+    a COMMIT used that no limit had room for, not in ``units``. ``expires_us`` is when a reservation expires.
     """
 
     seq: int

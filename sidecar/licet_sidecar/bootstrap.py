@@ -143,6 +143,7 @@ class Sidecar:
         self.leasing.on_asserted = self._pulse_soon.set
         self._epoch = 0
         self._exit_reason = ""
+        self._retired = False
 
     async def run(self) -> int:
         """Serves until SIGTERM or SIGINT. The exit status: 0, or 1 when it had to give up.
@@ -240,6 +241,7 @@ class Sidecar:
         self.link.succeeded()
         self.shipping.handed_over()
         self.shipping.take_acks(report)
+        self.engine.leases.heard(report.redis_ms, self.clock.boot_ms())
         self.sync.take_head(report)
         if self._epoch:
             # A restarted server is learning until everybody has asserted: do not wait for the head to say so.
@@ -279,13 +281,15 @@ class Sidecar:
         await self.leasing.stop()
         if self.link.up and not self._exit_reason:
             untold = await self.leasing.give_back_all()
+            if not untold and self.engine.leases.retirable():
+                untold = await self._retire()
             while self.shipping.unacked_events and time.monotonic() < deadline and self.link.up:
                 await self._pulse()
                 if self.shipping.unacked_events:
                     await asyncio.sleep(0.1)
             if not untold and self.link.up:
                 try:
-                    await self._sink.deregister(self.identity.sidecar)
+                    await self._say_goodbye()
                 except (LinkDown, LinkRefused) as error:
                     self.link.failed(error)
         await self.sync.save_snapshot(last=True)
@@ -297,10 +301,24 @@ class Sidecar:
             )
         self._logger.info("stopped", unacknowledged=unacked)
 
+    async def _retire(self) -> int:
+        """Everything is returned and nothing reserved: gives up this id and its registers, so that pods that come and
+        go leave nothing in Redis. The next start in this directory takes a new id.
+        """
+        self._directory.renounce_identity()
+        self._retired = True
+        return await self.leasing.retire()
+
+    async def _say_goodbye(self) -> None:
+        if self._retired:
+            await self._sink.pulse((self.identity.sidecar, self._heartbeat().pack()), [], [])
+        else:
+            await self._sink.deregister(self.identity.sidecar)
+
     # Callbacks
 
     def _head_taken(self, head: Head) -> None:
-        self.leasing.live = head.live
+        self.engine.leases.live = head.live
         self._epoch = head.epoch
         self.leasing.assert_all(head.epoch, head.run_id)
 
@@ -329,6 +347,8 @@ class Sidecar:
             as_of_us=self.engine.as_of_us,
             asserted_epoch=asserted.epoch,
             asserted_run=asserted.run,
+            asserted_ms=self.engine.leases.answered_after_ms(self.clock.boot_ms()),
+            retired=self._retired,
             tenants_held=len(self.engine.leases.tenants),
             log_last_seq=self.log.last_seq,
             log_acked_seq=self.shipping.acked_seq,

@@ -38,11 +38,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class PulseReport:
-    """What one pulse brought back. Bytes are signed documents, not verified yet; ``None`` where there is none."""
+    """What one pulse brought back. Bytes are signed documents, not verified yet; ``None`` where there is none.
+
+    ``redis_ms``: what the Redis clock showed, milliseconds since the Unix epoch.
+    """
 
     head: bytes | None
     acks: Mapping[str, bytes]
     run_id: str
+    redis_ms: int = 0
 
 
 class LeaseStore(Protocol):

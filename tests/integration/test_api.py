@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import Connection, select
 
+from licet.domain.catalog import Grant
+from licet.domain.ids import LimitKey
 from licet.wire.names import usage_shard
 from licet_control_plane.api.app import make_app
 from licet_control_plane.api.limits import BODY_BYTES_MAX
+from licet_control_plane.store import licenses
+from licet_control_plane.store.schema import audit
 from tests.support.control_plane import NAMES, Deployment, deployment, heartbeat, until
 from tests.support.usage import AT_US, batch
 from tests.support.valkey import ValkeyProcess
@@ -151,6 +160,7 @@ async def test_a_license_is_created_read_changed_and_listed(api: Api) -> None:
         "ends_at": "2029-12-31T23:00:00Z",
         "addons": {},
         "overrides": {"reports:month": 7},
+        "grants": [],
         "revision": 2,
         "updated_at": "",
     }
@@ -182,6 +192,149 @@ async def test_what_cannot_be_licensed_is_refused_with_a_suggestion(api: Api) ->
     assert_problem(await api.license(ends_at="soon"), 422, says="2026-11-24T08:00:00Z")
     assert_problem(await api.license(colour="red"), 422, says="colour")
     assert_problem(await api.get("/v1/licenses/acme"), 404)
+
+
+QUOTAS = """\
+kind: Feature
+name: tokens
+---
+kind: Action
+name: llm.complete
+feature: tokens
+attributes: {team: string}
+---
+kind: Plan
+name: pro
+features:
+  tokens:
+    price: {amount: "8.00", per_units: 1_000_000, currency: USD}
+    limits:
+      - {amount: 100, per: month, anchor: license}
+      - {spend: "500.00 USD", per: month, scope: [context.team], on_exceeded: require_approval}
+      - {amount: 5, per: second, burst: 20}
+"""
+BUDGET = "tokens:month@context.team.usd"
+GRANTS = "/v1/licenses/acme/grants"
+
+
+async def test_an_override_of_a_budget_is_money(api: Api) -> None:
+    await api.push(QUOTAS)
+    created = await api.license(overrides={BUDGET: "750.5 USD", "tokens:second": 9})
+    assert created.json()["overrides"] == {BUDGET: "750.50 USD", "tokens:second": 9}
+    changed = await api.client.patch("/v1/licenses/acme", json={"overrides": {BUDGET: "1 USD"}})
+    assert changed.json()["overrides"] == {BUDGET: "1.00 USD"}
+    again = await api.client.patch("/v1/licenses/acme", json={"overrides": {BUDGET: "1.00 USD"}})
+    assert again.json()["revision"] == changed.json()["revision"]
+    for wrong, says in (
+        ({BUDGET: 5}, "5 is not money"),
+        ({BUDGET: "5.00 EUR"}, "not in USD"),
+        ({"tokens:month": "5.00 USD"}, "whole units"),
+        ({"tokens:month": 1.5}, "neither a whole number of units nor money"),
+        ({"tokens:month": True}, "neither a whole number of units nor money"),
+        ({"tokens:month.usd": "5.00 USD"}, "no limit 'tokens:month.usd'"),
+    ):
+        refused = await api.client.patch("/v1/licenses/acme", json={"overrides": wrong})
+        assert_problem(refused, 422, says=says)
+    assert (await api.get("/v1/licenses/acme")).json()["overrides"] == {BUDGET: "1.00 USD"}
+
+
+async def test_a_grant_is_added_listed_and_revoked(api: Api) -> None:
+    await api.push(QUOTAS)
+    await api.license()
+    asked = {"limit": "tokens:month", "amount": 1_000, "id": "order-17", "expires_after_s": 3_600, "priority": 50}
+    added = await api.client.post(GRANTS, json=asked)
+    assert added.status_code == 201, added.text
+    grant = added.json()
+    assert (grant["tenant"], grant["id"], grant["state"], grant["revision"]) == ("acme", "order-17", "live", 3)
+    again = await api.client.post(GRANTS, json=asked)
+    assert (again.status_code, again.json()) == (200, grant)
+    other = {**asked, "amount": 999}
+    assert_problem(await api.client.post(GRANTS, json=other), 409, says="order-17")
+
+    listed = (await api.get(GRANTS)).json()
+    described = {name: value for name, value in grant.items() if name not in ("tenant", "revision")}
+    assert listed == {"items": [described], "revision": 3}
+    assert (await api.get("/v1/licenses/acme")).json()["grants"] == [described]
+
+    revoked = await api.client.delete(f"{GRANTS}/order-17")
+    assert revoked.json() == {"tenant": "acme", "id": "order-17", "revision": 4}
+    assert (await api.get(GRANTS)).json() == {"items": [], "revision": 4}
+    assert_problem(await api.client.delete(f"{GRANTS}/order-17"), 404, says="order-17")
+    assert await api.running.plane.database.read(_audited) == [
+        ("bundle.push", 0, 0),
+        ("license.create", 0, 0),
+        ("grant.add", 0, 1),
+        ("grant.revoke", 1, 0),
+    ]
+
+
+def _audited(connection: Connection) -> list[tuple[str, int, int]]:
+    """Each change, with how many grants its license had before and after it."""
+    rows = connection.execute(select(audit).order_by(audit.c.id))
+    return [
+        (row.action, *(len((json.loads(text) or {}).get("grants", ())) for text in (row.before, row.after)))
+        for row in rows
+    ]
+
+
+async def test_a_grant_of_a_budget_is_money_and_gets_a_name(api: Api) -> None:
+    await api.push(QUOTAS)
+    await api.license()
+    asked = {"limit": BUDGET, "amount": "50 USD", "starts_at": "2090-01-01", "expires_at": "2090-07-01T00:00:00Z"}
+    grant = (await api.client.post(GRANTS, json=asked)).json()
+    assert (grant["amount"], grant["state"], grant["starts_at"]) == ("50.00 USD", "scheduled", "2090-01-01T00:00:00Z")
+    assert grant["id"]
+    assert (await api.client.post(GRANTS, json=asked)).json()["id"] != grant["id"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"limit": "tokens:mont"}, "Did you mean 'tokens:month'?"),
+        ({"limit": "tokens:second"}, "is a rate"),
+        ({"amount": 0}, "more than nothing"),
+        ({"amount": 2**53}, "0 to 9007199254740991"),
+        ({"amount": 1.5}, "neither a whole number of units nor money"),
+        ({"amount": "5.00 USD"}, "counts whole units"),
+        ({"expires_after_s": 0}, "ends before it starts"),
+        ({"expires_at": "2090-01-01"}, "either at an instant or after a time"),
+        ({"expires_after_s": None, "expires_at": "2020-01-01"}, "ends before it starts"),
+        ({"expires_after_s": None, "starts_at": "2019-01-01", "expires_at": "2020-01-01"}, "has ended already"),
+        ({"expires_after_s": None, "expires_at": "soon"}, "is not an instant"),
+        ({"id": "a:b"}, "cannot name a grant"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+async def test_what_cannot_be_granted_is_refused(api: Api, change: dict[str, Any], says: str) -> None:
+    await api.push(QUOTAS)
+    await api.license()
+    asked = {"limit": "tokens:month", "amount": 5, "expires_after_s": 60, **change}
+    assert_problem(await api.client.post(GRANTS, json=asked), 422, says=says)
+    assert (await api.get(GRANTS)).json()["items"] == []
+
+
+async def test_a_tenant_without_a_license_has_no_grants(api: Api) -> None:
+    asked = {"limit": "tokens:month", "amount": 5, "expires_after_s": 60}
+    assert_problem(await api.client.post(GRANTS, json=asked), 404, says="acme")
+    assert_problem(await api.get(GRANTS), 404, says="acme")
+    assert_problem(await api.client.delete(f"{GRANTS}/g"), 404, says="acme")
+
+
+async def test_grants_that_ended_long_ago_go_with_the_next_change(api: Api) -> None:
+    await api.push(QUOTAS)
+    old = Grant("old", LimitKey("tokens:month"), 5, 1, 2)
+    lately = Grant("lately", LimitKey("tokens:month"), 5, 1, int(time.time()) - 60)
+    await api.license()
+    stored = await api.running.plane.database.read(licenses.get, "acme")
+    assert stored
+    with_grants = replace(stored.license, grants=(old, lately))
+    await api.running.plane.database.write(
+        partial(licenses.save, license_=with_grants, revision=stored.revision, now_us=1, new=False)
+    )
+    assert [grant["id"] for grant in (await api.get(GRANTS)).json()["items"]] == ["old", "lately"]
+    await api.client.patch("/v1/licenses/acme", json={"status": "suspended"})
+    left = (await api.get(GRANTS)).json()["items"]
+    assert [(grant["id"], grant["state"]) for grant in left] == [("lately", "expired")]
 
 
 async def test_a_second_license_and_a_stale_change_conflict(api: Api) -> None:

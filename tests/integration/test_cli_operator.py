@@ -154,6 +154,94 @@ def test_creates_a_license_with_all_its_terms(licet_command: CommandLine, server
     }
 
 
+GRANT = {
+    "id": "order-17", "limit": "llm.tokens:month", "amount": 1_000, "starts_at": "2027-01-01T00:00:00Z",
+    "expires_at": "2027-02-01T00:00:00Z", "priority": 100, "state": "live",
+}  # fmt: skip
+ADDED = {"tenant": "acme", **GRANT, "revision": 7}
+
+
+def test_an_override_of_a_budget_is_money(licet_command: CommandLine, server: StubControlPlane) -> None:
+    server.answers["PATCH /v1/licenses/acme"] = LICENSE
+    override = "llm.tokens:month@context.team.usd=500.00 USD"
+    assert licet_command("license", "update", "acme", "--override", override).code == 0
+    assert server.requests[0].body == {"overrides": {"llm.tokens:month@context.team.usd": "500.00 USD"}}
+
+
+def test_shows_the_grants_of_a_license(licet_command: CommandLine, server: StubControlPlane) -> None:
+    overrides = {"llm.tokens:month.usd": "500.00 USD", "reports:day": 5}
+    server.answers["GET /v1/licenses/acme"] = {**LICENSE, "overrides": overrides, "grants": [GRANT]}
+    ended = licet_command("license", "get", "acme")
+    assert "llm.tokens:month.usd=500.00 USD, reports:day=5" in ended.out
+    assert "order-17  llm.tokens:month +1000  live  2027-01-01T00:00:00Z to 2027-02-01T00:00:00Z" in ended.out
+
+
+def test_adds_a_grant_until_an_instant(licet_command: CommandLine, server: StubControlPlane) -> None:
+    server.answers["POST /v1/licenses/acme/grants"] = lambda request: (201, ADDED)
+    ended = licet_command(
+        "grant", "add", "acme", "--limit", "llm.tokens:month", "--amount", "1_000", "--starts", "2027-01-01",
+        "--expires", "2027-02-01", "--priority", "-5", "--id", "order-17", "--json",
+    )  # fmt: skip
+    assert (ended.code, ended.json) == (0, ADDED)
+    assert server.requests[0].body == {
+        "limit": "llm.tokens:month",
+        "amount": 1_000,
+        "id": "order-17",
+        "starts_at": "2027-01-01T00:00:00Z",
+        "expires_at": "2027-02-01T00:00:00Z",
+        "priority": -5,
+    }
+
+
+def test_adds_a_grant_of_money_for_a_time_and_waits(licet_command: CommandLine, server: StubControlPlane) -> None:
+    server.answers["POST /v1/licenses/acme/grants"] = lambda request: (201, {**ADDED, "amount": "50.00 USD"})
+    server.answers["GET /v1/revisions/7/rollout"] = rollout(done=True, confirmed=2)
+    limit = "llm.tokens:month.usd"
+    ended = licet_command("grant", "add", "acme", "--limit", limit, "--amount", "50 USD", "--for", "30d", "--wait")
+    assert ended.code == 0
+    assert "grant order-17  llm.tokens:month +50.00 USD  revision 7" in ended.out
+    body = {"limit": limit, "amount": "50.00 USD", "expires_after_s": 30 * 86_400, "priority": 100}
+    assert server.requests[0].body == body
+
+
+def test_lists_grants(licet_command: CommandLine, server: StubControlPlane) -> None:
+    server.answers["GET /v1/licenses/acme/grants"] = {"items": [GRANT], "revision": 7}
+    assert licet_command("grant", "list", "acme", "--json").json["items"] == [GRANT]
+    shown = licet_command("grant", "list", "acme").out
+    assert all(text in shown for text in ("order-17", "llm.tokens:month", "1,000", "live"))
+    server.answers["GET /v1/licenses/acme/grants"] = {"items": [], "revision": 7}
+    assert licet_command("grant", "list", "acme").out.strip() == "none"
+
+
+def test_revokes_a_grant(licet_command: CommandLine, server: StubControlPlane) -> None:
+    answer = {"tenant": "acme", "id": "order-17", "revision": 8}
+    server.answers["DELETE /v1/licenses/acme/grants/order-17"] = answer
+    assert licet_command("grant", "revoke", "acme", "order-17", "--json").json == answer
+    assert "order-17 revoked  revision 8" in licet_command("grant", "revoke", "acme", "order-17").out
+    assert licet_command("grant", "revoke", "acme", "other").code == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--limit", "a:b", "--amount", "5"),
+        ("--limit", "a:b", "--amount", "5", "--for", "30d", "--expires", "2027-01-01"),
+        ("--limit", "a:b", "--amount", "5", "--for", "soon"),
+        ("--limit", "a:b", "--amount", "5", "--for", "500ms"),
+        ("--limit", "a:b", "--amount", "5", "--expires", "someday"),
+        ("--limit", "a:b", "--amount", "five", "--for", "30d"),
+        ("--limit", "a:b", "--amount", "5", "--for", "30d", "--priority", "2000"),
+        ("--amount", "5", "--for", "30d"),
+    ],
+)
+def test_finds_mistakes_in_a_grant_before_it_asks(
+    licet_command: CommandLine, server: StubControlPlane, arguments: tuple[str, ...]
+) -> None:
+    assert licet_command("grant", "add", "acme", *arguments).code == 2
+    assert server.requests == []
+
+
 def test_updates_only_what_is_given(licet_command: CommandLine, server: StubControlPlane) -> None:
     server.answers["PATCH /v1/licenses/acme"] = LICENSE
     assert licet_command("license", "update", "acme", "--status", "suspended", "--ends", "never").code == 0
@@ -277,7 +365,8 @@ def test_help_is_quick_and_shows_an_example() -> None:
     "command",
     [
         "dev", "server", "check", "replay", "status", "policy push", "policy validate", "license create", "license get",
-        "license list", "license update", "usage summary", "ledger verify", "sidecar list",
+        "license list", "license update", "grant add", "grant list", "grant revoke",
+        "usage summary", "ledger verify", "sidecar list",
     ],
 )  # fmt: skip
 def test_every_command_explains_itself(licet_command: CommandLine, command: str) -> None:

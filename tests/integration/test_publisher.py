@@ -10,10 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from licet.domain.catalog import LicenseStatus
+from licet.domain.catalog import (
+    Catalog,
+    Entitlement,
+    Feature,
+    LicenseStatus,
+    Limit,
+    Plan,
+    license_from_wire,
+    seats_key,
+)
+from licet.domain.ids import LimitKey
 from licet.domain.windows import Period, window_at
 from licet.wire.documents import Manifest, catalog_of_chunks
 from licet_control_plane.core.accounting import DecodedBatch
+from licet_control_plane.core.grants import GrantAsked
 from licet_control_plane.store import ledger
 from tests.support.control_plane import MONTHLY, NAMES, Deployment, catalog, deployment, heartbeat, until
 from tests.support.usage import batch
@@ -51,6 +62,44 @@ async def test_a_new_license_has_an_open_mark_with_its_limits(running: Deploymen
     assert document is not None
     assert document.revision == revision
     assert document.payload["plan"] == "pro"
+
+
+async def test_grants_rates_and_seats_are_published_beside_the_limits(running: Deployment) -> None:
+    rate = Limit(LimitKey("reports:second"), 5, Period.SECOND, burst=20)
+    limits = (Limit(MONTHLY, 100, Period.MONTH), rate)
+    plan = Plan("pro", {"reports": Entitlement(limits=limits), "editor": Entitlement(seats=25, heartbeat_s=60)})
+    changes = running.plane.changes
+    await changes.push(Catalog.of([Feature("reports"), Feature("editor"), plan]), [], by="test")
+    await running.license("acme")
+    limits_alone = {MONTHLY: 100, rate.key: 5_000, seats_key("editor"): 25}
+    assert (await running.opened("acme")).amounts == limits_alone
+
+    asked = GrantAsked(MONTHLY, 1_000, "order-17", lasts_s=3_600)
+    stored, grant, _ = await changes.add_grant("acme", asked, by="test")
+    await running.headed(stored.revision)
+    mark = await running.opened("acme")
+    assert (mark.amounts, mark.revision) == ({**limits_alone, grant.key: 1_000}, stored.revision)
+    document = await running.document("license", "acme")
+    assert document is not None
+    assert license_from_wire(document.payload).grants == (grant,)
+    assert (await running.changes())[-1] == (stored.revision, "license", "acme")
+
+    repeated, _, new = await changes.add_grant("acme", asked, by="test")
+    assert (repeated.revision, new) == (stored.revision, False)
+
+    revoked = await changes.revoke_grant("acme", "order-17", by="test")
+    await running.headed(revoked.revision)
+    assert (await running.opened("acme")).amounts == limits_alone
+
+
+async def test_a_grant_is_there_again_after_a_wipe(running: Deployment) -> None:
+    await running.push(100)
+    await running.license("acme")
+    stored, grant, _ = await running.plane.changes.add_grant("acme", GrantAsked(MONTHLY, 7, lasts_s=3_600), by="test")
+    await running.headed(stored.revision)
+    await running.redis.flushall()
+    await running.headed(stored.revision, epoch=2)
+    assert (await running.opened("acme", epoch=2)).amounts == {MONTHLY: 100, grant.key: 7}
 
 
 async def test_a_bundle_changes_the_limits_of_its_tenants_before_its_change_is_announced(running: Deployment) -> None:
@@ -311,7 +360,7 @@ async def _beat(running: Deployment, *, asserts: bool) -> None:
     while True:
         head = await running.head()
         pair = (head[1].epoch, head[1].run_id) if head and asserts else (0, "")
-        beat = heartbeat("a" * 32, asserted_epoch=pair[0], asserted_run=pair[1])
+        beat = heartbeat("a" * 32, asserted_epoch=pair[0], asserted_run=pair[1], asserted_ms=2**52)
         await running.redis.hset(NAMES.sidecars(), "a" * 32, beat.pack())
         await asyncio.sleep(0.2)
 

@@ -69,7 +69,7 @@ class Running(Deployment):
     async def holds(self, registers: Mapping[str, str], tenant: str = "acme", *, base: int = 0) -> None:
         """Registers in the month's quota of a tenant."""
         await make_quota(self.redis, tenant, self.quota, registers, base=base)
-        await add_markers(self.redis, tenant, {MONTHLY: f"{self.start_s}|{self.end_s}|0"})
+        await add_markers(self.redis, tenant, {MONTHLY: f"{self.start_s}|{self.end_s}|0|0|0"})
 
     async def audited(self) -> list[Any]:
         """The audit trail of reclaims."""
@@ -140,7 +140,7 @@ async def test_scopes_are_readable_when_somebody_used_them_lately_and_pages_hold
     known, unknown = scope_digest(("user/ada", "blue")), scope_digest(("user/bob", ""))
     for digest in (known, unknown):
         await make_quota(running.redis, "acme", f"{MONTHLY}@{digest}:{running.start_s}", base=3)
-        await add_markers(running.redis, "acme", {f"{MONTHLY}@{digest}": f"{running.start_s}|{running.end_s}|0"})
+        await add_markers(running.redis, "acme", {f"{MONTHLY}@{digest}": f"{running.start_s}|{running.end_s}|0|0|0"})
     first = await running.quotas(limit=1, key=MONTHLY)
     second = await running.quotas(limit=1, key=MONTHLY, after=first["next"])
     assert second["next"] is None
@@ -280,9 +280,13 @@ async def test_sweeps_ended_windows_and_idle_rates_of_every_tenant(running: Runn
     await running.opened("acme")
     await add_markers(running.redis, "acme", {f"old:minute@{n:016x}": f"{ended}|{ended + 60}|0" for n in range(1_200)})
     # A term can be prolonged after its end, and a limit that no plan has can come back.
-    movable = {term.key: f"1000|{ended}|0", f"{term.key}+grant": f"1000|{ended}|0", "gone:month": f"1000|{ended}|0"}
+    movable = {
+        term.key: f"1000|{ended}|0|0|0",
+        f"{term.key}+grant": f"1000|{ended}|0|0|0",
+        "gone:month": f"1000|{ended}|0|0|0",
+    }
     await add_markers(
-        running.redis, "acme", {rate.key: f"0|{FOREVER_S}|0", "a:b": "0|1000|0", "c:d": "junk", **movable}
+        running.redis, "acme", {rate.key: f"0|{FOREVER_S}|0|0|0", "a:b": "0|1000|0", "c:d": "junk", **movable}
     )
     await make_quota(running.redis, "acme", f"{rate.key}:0", {"dead": register(500)})
     await running.holds({"old": register(sealed=True), "live": register(3, 1)})

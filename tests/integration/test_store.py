@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, insert, select
 
+from licet.domain.catalog import Grant, License
+from licet.domain.ids import LimitKey
 from licet.wire.signing import Statement
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.store import ledger, licenses, marks, meta, revisions
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.store.schema import events, metadata, ranges
+from licet_control_plane.store.schema import licenses as licenses_table
 from tests.support.usage import batch
 
 
@@ -46,6 +49,19 @@ def test_migrating_again_changes_nothing(database: Database) -> None:
     append_once = database.write_now(append)
     database.migrate()
     assert database.read_now(meta.read).revision == append_once
+
+
+def test_licenses_keep_their_grants_and_older_rows_have_none(database: Database) -> None:
+    def row_before_grants(connection: Connection) -> None:
+        values = {"plan": "pro", "status": "active", "starts_s": 0, "ends_s": 0, "addons": "{}", "overrides": "{}"}
+        connection.execute(insert(licenses_table).values(tenant="old", **values, revision=1, updated_at=1))
+
+    database.write_now(row_before_grants)
+    grant = Grant("g", LimitKey("reports:month"), 5, 1, 2, -3)
+    granted = License("new", "pro", grants=(grant,))
+    database.write_now(licenses.save, granted, revision=2, now_us=1, new=True)
+    found = database.read_now(licenses.of_tenants, ["old", "new"])
+    assert (found["old"].license, found["new"].license) == (License("old", "pro"), granted)
 
 
 def test_revisions_of_concurrent_writers_have_no_gaps_and_commit_in_order(database: Database) -> None:

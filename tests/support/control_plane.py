@@ -17,7 +17,7 @@ from licet.domain.ids import LimitKey
 from licet.domain.windows import Period
 from licet.wire.documents import HEAD, HEAD_KEY, Head, Heartbeat
 from licet.wire.names import RedisNames
-from licet.wire.registers import Mark, parse_mark
+from licet.wire.registers import RUN_SECTIONS, Mark, parse_mark, run_of
 from licet.wire.signing import SigningKey, Statement, Verifier
 from licet_control_plane.config import ServerConfig
 from licet_control_plane.control_plane import ControlPlane
@@ -164,8 +164,7 @@ class Deployment:
 
     async def run_id(self) -> str:
         """Of the server as it runs now."""
-        run_id: str = (await self.redis.info("server"))["run_id"]
-        return run_id
+        return run_of(await self.redis.execute_command("INFO", *RUN_SECTIONS))
 
 
 @asynccontextmanager

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Final
 
-from licet.wire.registers import WINDOW_GRACE_S, Marker, Pair
-from licet_sidecar.core.leases import Ask, Granted, LeaseBook, SettleAnswer, SettleCall, Status
+from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, WINDOW_GRACE_S, Marker, Pair
+from licet_control_plane.publisher.marks import KeptQuota
+from licet_sidecar.core.leases import Ask, Granted, Kind, LeaseBook, SettleAnswer, SettleCall, Status
 from licet_sidecar.ports import CallRefused
 
 UNITS_MAX: Final = 2**53 - 1
@@ -43,6 +44,10 @@ class Rule(Enum):
     """1. A marker without its hash is a loss."""
     CLOSE = auto()
     """2. A window that is over takes no calls."""
+    SAID = auto()
+    """2. While learning, a hash that something was said into is missed."""
+    KNOWN = auto()
+    """2. A register that must be there and is not was folded: its sidecar is ``SEALED``."""
     FENCE = auto()
     """3. A call older than the register's last is refused."""
     REPEAT = auto()
@@ -67,6 +72,18 @@ class Rule(Enum):
     """*open* works only under the pair that was learned."""
     OPEN_NOT_OLDER = auto()
     """*open* does not replace newer limits by older ones."""
+    FILL_SAID = auto()
+    """*fill* does not make a hash again that something was said into."""
+    OPEN_SAID = auto()
+    """*open* does not open when a hash is missing that something was said into."""
+    SHARES_END = auto()
+    """A share of a rate that is over is not raised again by its sidecar, which may still believe in it."""
+    SWEEP_LATE = auto()
+    """A share is taken back only when its holder may not use it any more."""
+    SEAL_LATE = auto()
+    """*seal* touches only what may not be spent any more."""
+    SEAL_FLOOR = auto()
+    """*seal* leaves what was spent and reserved."""
     FILL_UNASSERTED = auto()
     """*fill* leaves registers alone that asserted themselves."""
 
@@ -83,6 +100,7 @@ class FakeRegister:
     pair: Pair = NEVER
     d: int = 0
     sealed: bool = False
+    time_ms: int = 0
 
 
 @dataclass(slots=True)
@@ -133,12 +151,14 @@ class _Entry:
     ask: Ask
     quota: FakeQuota
     register: FakeRegister
-    marker: Marker | None
     others: int
     asserting: bool
     repeated: bool
     grant: int = 0
     short: bool = False
+    lacks: bool = False
+    swept: list[str] = field(default_factory=list)
+    retired: bool = False
 
 
 class _Refused(Exception):
@@ -220,15 +240,26 @@ class FakeRegisters:
         self._notice_new_run(mark)
         if call.pair != mark.pair and self._has(Rule.CHECK_PAIR):
             raise _Refused(Status.STALE)
-        entries = [self._examine(mark, sidecar, incarnation, call, ask, about) for about, ask in enumerate(call.asks)]
+        markers = dict(mark.markers)
+        entries = [
+            self._examine(mark, markers, sidecar, incarnation, call, ask, about) for about, ask in enumerate(call.asks)
+        ]
         if not all(entry.repeated for entry in entries):
             self._move(mark, incarnation, call, entries, live)
+            mark.markers = markers
             for entry in entries:
-                self._write(mark, call.tenant, sidecar, entry)
+                self._write(call.tenant, sidecar, entry)
         return tuple(self._granted(mark, entry) for entry in entries)
 
     def _examine(
-        self, mark: FakeMark, sidecar: str, incarnation: int, call: SettleCall, ask: Ask, about: int
+        self,
+        mark: FakeMark,
+        markers: dict[str, Marker],
+        sidecar: str,
+        incarnation: int,
+        call: SettleCall,
+        ask: Ask,
+        about: int,
     ) -> _Entry:
         for units in (ask.cap, ask.used, ask.reserved, ask.want, ask.min, ask.amount, ask.used + ask.reserved):
             if units != int(units) or not 0 <= units <= UNITS_MAX:
@@ -240,37 +271,47 @@ class FakeRegisters:
         if lease.start > now_s + WINDOW_GRACE_S:
             raise _Refused(Status.EARLY, about)
         quota = self.contents.quotas.get((call.tenant, lease.quota))
-        new_marker = self._marker_for(mark, ask, quota is not None, about)
+        name = LeaseBook.marker(lease)
+        markers[name] = self._marker_for(mark, markers.get(name), ask, quota is not None, about)
         quota = quota or FakeQuota()
         old = quota.registers.get(sidecar)
         if old is None:
             # Who holds nothing has nothing to assert.
-            holds = ask.cap > 0 or ask.used + ask.reserved > 0
-            return _Entry(ask, quota, FakeRegister(), new_marker, quota.sum, asserting=holds, repeated=False)
+            asserting = ask.cap > 0 or ask.used + ask.reserved > 0
+            if ask.known and ask.kind is Kind.RATE:
+                asserting = False
+            elif ask.known and self._has(Rule.KNOWN):
+                if not call.retiring:
+                    raise _Refused(Status.SEALED, about)
+                gone = FakeRegister(ask.used, ask.used, 0, incarnation, call.op, mark.pair)
+                return _Entry(ask, quota, gone, quota.sum, asserting=False, repeated=True, retired=True)
+            return _Entry(ask, quota, FakeRegister(), quota.sum, asserting=asserting, repeated=False)
         if old.sealed:
             raise _Refused(Status.SEALED, about)
         if (old.incarnation, old.op) > (incarnation, call.op) and self._has(Rule.FENCE):
             raise _Refused(Status.FENCED, about)
         repeated = (old.incarnation, old.op) == (incarnation, call.op) and self._has(Rule.REPEAT)
         others = quota.sum - old.g
-        return _Entry(ask, quota, replace(old), new_marker, others, asserting=old.pair != mark.pair, repeated=repeated)
+        return _Entry(ask, quota, replace(old), others, asserting=old.pair != mark.pair, repeated=repeated)
 
-    def _marker_for(self, mark: FakeMark, ask: Ask, exists: bool, about: int) -> Marker | None:
-        """The marker to write, if another one is due."""
+    def _marker_for(self, mark: FakeMark, marker: Marker | None, ask: Ask, exists: bool, about: int) -> Marker:
+        """What becomes of a limit's marker."""
         lease = ask.lease
-        marker = mark.markers.get(LeaseBook.marker(lease))
+        says_ms = mark.since_ms if mark.phase == LEARNING else 0
         if marker is None:
-            return Marker(lease.start, lease.end, 0)
+            return Marker(lease.start, lease.end, 0, says_ms, 0)
         if lease.start > marker.start:
-            return Marker(lease.start, lease.end, marker.start)
+            return Marker(lease.start, lease.end, marker.start, says_ms, marker.said_ms)
         if marker.previous_start < lease.start < marker.start:
-            return Marker(marker.start, marker.end, lease.start)
-        if not exists and self._has(Rule.MARKERS):
-            if lease.start < marker.previous_start:
-                raise _Refused(Status.CLOSED, about)
-            if mark.phase == OPEN:
+            return Marker(marker.start, marker.end, lease.start, marker.said_ms, says_ms)
+        said_ms = _said_ms(marker, lease.start)
+        if not exists:
+            lost = mark.phase == OPEN and self._has(Rule.MARKERS)
+            if lost or (mark.phase == LEARNING and said_ms == mark.since_ms and self._has(Rule.SAID)):
                 raise _Refused(Status.LEARN, about)
-        return None
+        if mark.phase == LEARNING and said_ms != mark.since_ms:
+            marker = _saying(marker, lease.start, mark.since_ms)
+        return marker._replace(end=lease.end) if lease.start == marker.start else marker
 
     def _move(self, mark: FakeMark, incarnation: int, call: SettleCall, entries: Sequence[_Entry], live: int) -> None:
         grants = mark.phase == OPEN or not self._has(Rule.ONLY_OPEN)
@@ -289,13 +330,16 @@ class FakeRegisters:
             elif acquiring and register.g > ask.cap and self._has(Rule.ADOPT):
                 g = max(register.g, floor)
                 grants = False
+            elif ask.kind is Kind.RATE and not entry.asserting and self._has(Rule.SHARES_END):
+                g = min(register.g, ask.cap)
             elif entry.asserting:
                 g = max(register.g, floor)
             else:
                 g = holds
             if entry.others + g > UNITS_MAX:
                 raise CallRefused("LICET: all sidecars together would hold more than 2^53 - 1 units")
-            entry.register = FakeRegister(g, u, ask.reserved, incarnation, call.op, mark.pair)
+            entry.register = FakeRegister(g, u, ask.reserved, incarnation, call.op, mark.pair, time_ms=self.now_ms)
+            entry.retired = call.retiring and not ask.reserved and ask.kind is not Kind.RATE
         if grants:
             self._grant(mark, call, entries, live)
 
@@ -308,8 +352,19 @@ class FakeRegisters:
             if mark.revision < call.revision and amount != ask.amount and self._has(Rule.UNPUBLISHED):
                 raise _Refused(Status.UNPUBLISHED, about)
             remaining = max(0, (amount or 0) - entry.others - entry.register.g)
-            entry.short = remaining < ask.min
+            if ask.kind is Kind.RATE and remaining < max(ask.want, ask.min):
+                entry.swept = self._over(entry.quota, ask)
+                entry.others -= sum(entry.quota.registers[name].g for name in entry.swept)
+                remaining = max(0, (amount or 0) - entry.others - entry.register.g)
+            entry.short = remaining < ask.min and ask.kind is not Kind.SOFT
             if entry.short and self._has(Rule.WITHIN_AMOUNT):
+                continue
+            if ask.kind is Kind.RATE:
+                entry.grant = min(remaining, max(ask.want, ask.min))
+                entry.lacks = entry.grant < ask.want
+                continue
+            if ask.kind is Kind.SOFT and remaining < ask.want:
+                entry.grant = max(ask.min, ask.want)
                 continue
             generous = max(ask.want, remaining // (GENEROUS_SHARE * live))
             share = max(ask.min, min(generous, remaining // (FAIR_SHARE * live)))
@@ -320,16 +375,25 @@ class FakeRegisters:
                 entry.register.d = entry.grant
                 entry.register.g += entry.grant
 
-    def _write(self, mark: FakeMark, tenant: str, sidecar: str, entry: _Entry) -> None:
+    def _over(self, quota: FakeQuota, ask: Ask) -> list[str]:
+        """Sidecars whose share of a rate is over."""
+        after_ms = 1_000 * (HOLD_S + HOLD_MARGIN_S) if self._has(Rule.SWEEP_LATE) else 1_000
+        return [name for name, one in quota.registers.items() if one.g and one.time_ms + after_ms < self.now_ms]
+
+    def _write(self, tenant: str, sidecar: str, entry: _Entry) -> None:
         if entry.repeated:
             return
         lease = entry.ask.lease
-        entry.quota.registers[sidecar] = entry.register
-        if entry.short:
+        for name in entry.swept:
+            entry.quota.registers[name].g = 0
+        if entry.retired:
+            entry.quota.registers.pop(sidecar, None)
+            entry.quota.base += entry.register.g
+        else:
+            entry.quota.registers[sidecar] = entry.register
+        if entry.short or entry.lacks:
             entry.quota.wanted_ms = self.now_ms + WANTED_MS
         self.contents.quotas[(tenant, lease.quota)] = entry.quota
-        if entry.marker is not None:
-            mark.markers[LeaseBook.marker(lease)] = entry.marker
 
     def _granted(self, mark: FakeMark, entry: _Entry) -> Granted:
         register, quota = entry.register, entry.quota
@@ -358,7 +422,8 @@ class FakeRegisters:
         mark = self.contents.marks.get(tenant)
         if mark is None or mark.pair.epoch != old_epoch or epoch <= old_epoch:
             return None
-        mark.pair, mark.phase, mark.since_ms = Pair(epoch, self.run_id), LEARNING, self.now_ms
+        since_ms = max(self.now_ms, mark.since_ms + 1)
+        mark.pair, mark.phase, mark.since_ms = Pair(epoch, self.run_id), LEARNING, since_ms
         return self.run_id
 
     def fill(self, tenant: str, pair: Pair, sidecar: str, units: int, quota: str, marker: str, window: Marker) -> bool:
@@ -371,9 +436,11 @@ class FakeRegisters:
             return False
         if self.now_ms // 1_000 >= window.end + WINDOW_GRACE_S:
             return False
+        if self._lost_in_this_phase(mark, tenant, quota, marker, window.start):
+            return False
         registers = self.contents.quotas[(tenant, quota)].registers if (tenant, quota) in self.contents.quotas else {}
         register = replace(registers.get(sidecar, FakeRegister()))
-        if register.pair == pair and self._has(Rule.FILL_UNASSERTED):
+        if register.sealed or (register.pair == pair and self._has(Rule.FILL_UNASSERTED)):
             return False
         if units <= register.u and self._has(Rule.FILL_UNASSERTED):
             return False
@@ -383,19 +450,32 @@ class FakeRegisters:
         if others + register.g > UNITS_MAX:
             return False
         self.contents.quotas.setdefault((tenant, quota), FakeQuota()).registers[sidecar] = register
-        old = mark.markers.get(marker)
-        if old is None:
-            mark.markers[marker] = Marker(window.start, window.end, 0)
-        elif window.start > old.start:
-            mark.markers[marker] = Marker(window.start, window.end, old.start)
-        elif old.previous_start < window.start < old.start:
-            mark.markers[marker] = Marker(old.start, old.end, window.start)
+        self._say(mark, marker, window)
+        return True
+
+    def fill_base(self, tenant: str, pair: Pair, units: int, quota: str, marker: str, window: Marker) -> bool:
+        """While learning, counts in the base what the ledger knows retired sidecars spent."""
+        mark = self.contents.marks.get(tenant)
+        if mark is None or mark.pair != pair or mark.phase != LEARNING:
+            return False
+        if self.now_ms // 1_000 >= window.end + WINDOW_GRACE_S:
+            return False
+        if self._lost_in_this_phase(mark, tenant, quota, marker, window.start):
+            return False
+        found = self.contents.quotas.get((tenant, quota), FakeQuota())
+        if units <= found.base:
+            return False
+        self.contents.quotas[(tenant, quota)] = found
+        found.base = units
+        self._say(mark, marker, window)
         return True
 
     def open(
-        self, tenant: str, pair: Pair, revision: int, amounts: Mapping[str, int], quotas: Sequence[str] = ()
-    ) -> bool:
-        """Ends learning under ``pair``; of ``quotas``, those that are missing are made, empty."""
+        self, tenant: str, pair: Pair, revision: int, amounts: Mapping[str, int], quotas: Sequence[KeptQuota] = ()
+    ) -> bool | None:
+        """Ends learning under ``pair``; of ``quotas``, those that are missing are made, empty. ``None``: one of them
+        was lost while it was learned, and has to be learned again.
+        """
         mark = self.contents.marks.get(tenant)
         if mark is None or mark.phase != LEARNING:
             return False
@@ -403,9 +483,15 @@ class FakeRegisters:
             return False
         if mark.revision > revision and self._has(Rule.OPEN_NOT_OLDER):
             return False
+        missing = [kept for kept in quotas if (tenant, kept.name) not in self.contents.quotas]
+        for kept in missing:
+            marker = mark.markers.get(kept.marker)
+            said = marker is not None and _said_ms(marker, kept.window_start) == mark.since_ms
+            if said and self._has(Rule.OPEN_SAID):
+                return None
         mark.phase, mark.since_ms, mark.revision, mark.amounts = OPEN, self.now_ms, revision, dict(amounts)
-        for quota in quotas:
-            self.contents.quotas.setdefault((tenant, quota), FakeQuota())
+        for kept in missing:
+            self.contents.quotas[(tenant, kept.name)] = FakeQuota()
         return True
 
     def publish_limits(self, tenant: str, revision: int, amounts: Mapping[str, int]) -> str:
@@ -418,9 +504,30 @@ class FakeRegisters:
         mark.revision, mark.amounts = revision, dict(amounts)
         return "OK"
 
-    def seal(self, tenant: str, quota: str, sidecar: str) -> None:
-        """Takes a register out of its sidecar's hands."""
-        self.contents.quotas[(tenant, quota)].registers[sidecar].sealed = True
+    def seal(self, tenant: str, pair: Pair, quota: str, sidecar: str, units: int) -> bool:
+        """Takes a silent register out of its sidecar's hands: what it spent (``units`` by the ledger) and reserved
+        becomes part of the base, the rest is free. Whether it did.
+        """
+        mark = self.contents.marks.get(tenant)
+        found = self.contents.quotas.get((tenant, quota))
+        if mark is None or mark.pair != pair or mark.phase != OPEN or mark.pair.run != self.run_id or found is None:
+            return False
+        register = found.registers.get(sidecar)
+        silent_ms = 1_000 * (HOLD_S + HOLD_MARGIN_S) if self._has(Rule.SEAL_LATE) else 1_000
+        if register is None or register.sealed or self.now_ms - register.time_ms <= silent_ms:
+            return False
+        floor = register.u + register.h if self._has(Rule.SEAL_FLOOR) else 0
+        found.base += max(floor, units)
+        found.registers[sidecar] = FakeRegister(
+            incarnation=register.incarnation, op=register.op, pair=register.pair, sealed=True, time_ms=self.now_ms
+        )
+        return True
+
+    def forget_sealed(self, tenant: str, quota: str) -> None:
+        """Tombstones go."""
+        registers = self.contents.quotas[(tenant, quota)].registers
+        for name in [name for name, one in registers.items() if one.sealed]:
+            del registers[name]
 
     # Inside
 
@@ -428,8 +535,38 @@ class FakeRegisters:
         if mark.pair.run != self.run_id and self._has(Rule.LEARN_ON_NEW_RUN):
             mark.pair, mark.phase, mark.since_ms = Pair(mark.pair.epoch, self.run_id), LEARNING, self.now_ms
 
+    def _lost_in_this_phase(self, mark: FakeMark, tenant: str, quota: str, marker: str, start: int) -> bool:
+        if (tenant, quota) in self.contents.quotas or not self._has(Rule.FILL_SAID):
+            return False
+        return marker in mark.markers and _said_ms(mark.markers[marker], start) == mark.since_ms
+
+    @staticmethod
+    def _say(mark: FakeMark, marker: str, window: Marker) -> None:
+        """Something was said into a hash in this phase."""
+        old = mark.markers.get(marker)
+        if old is None:
+            mark.markers[marker] = Marker(window.start, window.end, 0, mark.since_ms, 0)
+        elif window.start > old.start:
+            mark.markers[marker] = Marker(window.start, window.end, old.start, mark.since_ms, old.said_ms)
+        elif old.previous_start < window.start < old.start:
+            mark.markers[marker] = Marker(old.start, old.end, window.start, old.said_ms, mark.since_ms)
+        else:
+            mark.markers[marker] = _saying(old, window.start, mark.since_ms)
+
     def _has(self, rule: Rule) -> bool:
         return rule not in self.without
+
+
+def _said_ms(marker: Marker, start: int) -> int:
+    if start == marker.start:
+        return marker.said_ms
+    return marker.previous_said_ms if start == marker.previous_start else 0
+
+
+def _saying(marker: Marker, start: int, since_ms: int) -> Marker:
+    if start == marker.start:
+        return marker._replace(said_ms=since_ms)
+    return marker._replace(previous_said_ms=since_ms) if start == marker.previous_start else marker
 
 
 class FakeLeaseStore:

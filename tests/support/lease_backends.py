@@ -18,8 +18,18 @@ from redis.asyncio import Redis
 
 from licet.domain.ids import LimitKey
 from licet.wire.names import RedisNames
-from licet.wire.registers import QUOTA_KEPT_S, WINDOW_GRACE_S, Mark, Marker, Pair, parse_mark, parse_register
-from licet_control_plane.publisher.marks import Fill, Opening, RedisMarks
+from licet.wire.registers import (
+    QUOTA_KEPT_S,
+    RUN_SECTIONS,
+    WINDOW_GRACE_S,
+    Mark,
+    Marker,
+    Pair,
+    parse_mark,
+    parse_register,
+    run_of,
+)
+from licet_control_plane.publisher.marks import Fill, KeptQuota, Opening, RedisMarks
 from licet_sidecar.adapters.redis_lease_store import RedisLeaseStore
 from licet_sidecar.core.leases import Lease, LeaseBook
 from licet_sidecar.ports import LeaseStore
@@ -74,6 +84,11 @@ class Backend(Protocol):
     async def forget_scripts(self) -> None: ...
 
 
+def _kept(lease: Lease) -> KeptQuota:
+    expires_s = lease.end + WINDOW_GRACE_S + QUOTA_KEPT_S
+    return KeptQuota(lease.quota, expires_s, LeaseBook.marker(lease), lease.start)
+
+
 class FakeBackend:
     """The model."""
 
@@ -98,7 +113,8 @@ class FakeBackend:
         return self.registers.fill(TENANT, pair, sidecar, units, lease.quota, LeaseBook.marker(lease), window)
 
     async def open(self, pair: Pair, revision: int, amounts: Mapping[LimitKey, int], keep: Sequence[Lease]) -> bool:
-        return self.registers.open(TENANT, pair, revision, amounts, [lease.quota for lease in keep])
+        kept = [_kept(lease) for lease in keep]
+        return bool(self.registers.open(TENANT, pair, revision, amounts, kept))
 
     async def publish_limits(self, revision: int, amounts: Mapping[LimitKey, int]) -> bool:
         return self.registers.publish_limits(TENANT, revision, amounts) != "NOMARK"
@@ -127,7 +143,7 @@ class FakeBackend:
         return Quota(quota.base, quota.sum, quota.used, registers)
 
     async def seal(self, lease: Lease, sidecar: str) -> None:
-        self.registers.seal(TENANT, lease.quota, sidecar)
+        self.registers.contents.quotas[(TENANT, lease.quota)].registers[sidecar].sealed = True
 
     async def lose_quota(self, lease: Lease) -> None:
         self.registers.lose_quota(TENANT, lease.quota)
@@ -179,8 +195,8 @@ class RealBackend:
         return await self._marks.fill([one]) == 1
 
     async def open(self, pair: Pair, revision: int, amounts: Mapping[LimitKey, int], keep: Sequence[Lease]) -> bool:
-        kept = [(lease.quota, lease.end + WINDOW_GRACE_S + QUOTA_KEPT_S) for lease in keep]
-        return bool(await self._marks.open([Opening(TENANT, pair, revision, amounts, kept)]))
+        kept = [_kept(lease) for lease in keep]
+        return bool((await self._marks.open([Opening(TENANT, pair, revision, amounts, kept)])).opened)
 
     async def publish_limits(self, revision: int, amounts: Mapping[LimitKey, int]) -> bool:
         return not await self._marks.publish_limits({TENANT: amounts}, {TENANT: revision})
@@ -209,7 +225,7 @@ class RealBackend:
 
     async def run_id(self) -> str:
         """What the server calls its present run."""
-        return str((await self._redis.info("server"))["run_id"])
+        return run_of(await self._redis.execute_command("INFO", *RUN_SECTIONS))
 
     async def expires_s(self, lease: Lease) -> int:
         """When the hash goes away by itself, seconds since the Unix epoch."""

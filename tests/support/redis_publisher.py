@@ -12,6 +12,7 @@ import redis
 from licet.domain.catalog import Catalog, License
 from licet.domain.entitlements import entitlements_of, limits_of
 from licet.wire.names import USAGE_SHARDS, RedisNames
+from licet.wire.registers import RUN_SECTIONS, run_of
 from licet.wire.usage import UsageBatch, UsageEvent, unpack_event
 from tests.support.published import Signer
 
@@ -50,7 +51,7 @@ class RedisPublisher:
 
     def beat(self) -> None:
         """A head of now."""
-        run_id = self.redis.info("server")["run_id"]
+        run_id = run_of(self.redis.execute_command("INFO", *RUN_SECTIONS))
         head = self.signer.head(self.revision, run_id, time.time_ns() // 1_000, epoch=EPOCH)
         self.redis.set(self.names.head(), head)
 

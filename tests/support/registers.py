@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from licet.wire.names import RedisNames
-from licet.wire.registers import Pair, Register, parse_register
+from licet.wire.registers import RUN_SECTIONS, Pair, Register, parse_register, run_of
 
 NAMES = RedisNames()
 LONG_AGO_MS = 1_000
@@ -15,10 +15,11 @@ RUN = "0123456789abcdef0123456789abcdef01234567"
 
 
 async def make_mark(redis: Any, tenant: str, *, phase: str = "open", epoch: int = 1) -> Pair:
-    """A mark under ``Pair(epoch, RUN)``."""
-    fields = {"epoch": epoch, "run": RUN, "phase": phase, "since": LONG_AGO_MS, "revision": 1}
+    """A mark of the server that runs."""
+    run = run_of(await redis.execute_command("INFO", *RUN_SECTIONS))
+    fields = {"epoch": epoch, "run": run, "phase": phase, "since": LONG_AGO_MS, "revision": 1}
     await redis.hset(NAMES.limits(tenant), mapping=fields)
-    return Pair(epoch, RUN)
+    return Pair(epoch, run)
 
 
 async def add_markers(redis: Any, tenant: str, markers: dict[str, str]) -> None:

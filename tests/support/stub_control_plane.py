@@ -58,7 +58,7 @@ class StubControlPlane:
                 self.end_headers()
                 self.wfile.write(payload)
 
-            do_GET = do_POST = do_PATCH = _handle  # noqa: N815
+            do_GET = do_POST = do_PATCH = do_DELETE = _handle  # noqa: N815
 
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
                 pass

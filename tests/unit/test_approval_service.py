@@ -6,7 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -32,7 +32,7 @@ from licet.domain.windows import Period, window_at
 from licet.v1 import approval_pb2 as pb
 from licet.wire.usage import FLAG_DEGRADED, FLAG_OBSERVED, FLAG_STALE
 from licet_sidecar.core.engine import Decision
-from licet_sidecar.core.leases import Lease
+from licet_sidecar.core.leases import Lease, Terms
 from licet_sidecar.services.answers import Answers, varint
 from licet_sidecar.services.approval import Malformed, NotReady
 from licet_sidecar.services.link import LinkState
@@ -371,7 +371,9 @@ async def test_without_a_lease_and_without_redis_the_action_decides(
     assert (response.effect, response.reason, response.degraded) == (effect, reason, True)
     event = sidecar.events()[-1]
     assert event.flags & FLAG_DEGRADED
-    assert (event.units, event.spends) == ({_feature(action): 1}, [])
+    assert event.units == {_feature(action): 1}
+    # What was approved without a lease is counted all the same: Redis is told when it answers.
+    assert sum(units for _, units in event.spends) == (effect == pb.EFFECT_APPROVED)
 
 
 async def test_a_caller_without_time_is_answered_by_what_is_here(sidecar: FakeSidecar) -> None:
@@ -759,10 +761,12 @@ def _decided(**fields: Any) -> Decision:
 
 def _lease(amount: int, cap: int, used: int, remaining: int, idle: int = 0) -> Lease:
     start, end = window_at(Period.MONTH, 1_790_000_000)
-    lease = Lease(limit(amount).key, "", start, end, amount)
+    lease = Lease(limit(amount).key, "", start, end, Terms(amount, window="month"))
     lease.cap, lease.used, lease.remaining, lease.idle_elsewhere = cap, used, remaining, idle
     return lease
 
+
+OVER: Final = _lease(10, 40, 12, 0)
 
 CASES: list[tuple[str, Decision]] = [
     ("plain", _decided()),
@@ -779,6 +783,7 @@ CASES: list[tuple[str, Decision]] = [
     ("overspent quota", _decided(spends=[(_lease(10, 0, 5, 0), 0)])),
     ("idle elsewhere", _decided(spends=[(_lease(10, 2, 2, 3, 4), 0)])),
     ("largest quota", _decided(spends=[(_lease(UNITS_MAX, 300, 0, UNITS_MAX - 300), 0)])),
+    ("overage", _decided(reason=Reason.OVERAGE, spends=[(OVER, 9)], overage={OVER.quota: 4})),
     ("two quotas", _decided(spends=[(_lease(1_000, 128, 0, 0), 1), (_lease(16_384, 0, 0, 16_384), 2)])),
     (
         "everything",
@@ -826,7 +831,7 @@ async def test_a_changed_limit_is_encoded_anew(sidecar: FakeSidecar) -> None:
     answers = Answers(sidecar.engine, sidecar.link)
     lease = _lease(1_000, 100, 0, 900)
     answers.encode(_decided(spends=[(lease, 1)]), "")
-    lease.amount = 500
+    lease.adopt(lease.terms._replace(amount=500))
     assert pb.CheckResponse.FromString(answers.encode(_decided(spends=[(lease, 1)]), "")).quotas[0].limit == 500
 
 
@@ -854,6 +859,7 @@ def _built(sidecar: FakeSidecar, decision: Decision, decision_id: str) -> pb.Che
             window="month",
             limit=lease.amount,
             remaining=lease.remaining + lease.idle_elsewhere + max(0, lease.cap - lease.used),
+            overage=lease.quota in decision.overage,
         )
         quota.resets_at.seconds = lease.end
     if decision.cost_nanos:

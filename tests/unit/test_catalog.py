@@ -22,26 +22,32 @@ from licet.domain.catalog import (
     Entitlement,
     Feature,
     Flag,
+    Grant,
     License,
     LicenseStatus,
     Limit,
     OnExceeded,
+    OnExpiry,
     OnUnavailable,
     Plan,
     Policy,
+    ReservationTerms,
     Role,
     Rule,
     RuleEffect,
     UnavailableMode,
+    budget_key,
+    currency_of,
     document_from_wire,
     document_to_wire,
+    grant_key,
     license_from_wire,
     license_to_wire,
     matches,
 )
 from licet.domain.ids import NAME_PATTERN, UNITS_MAX, LimitKey
 from licet.domain.money import AMOUNT_NANOS_MAX, Price
-from licet.domain.windows import Period
+from licet.domain.windows import Anchor, Period
 from licet.wire.documents import CHUNK_COUNT, catalog_of_chunks, chunk_catalog, digest_of
 
 names = st.from_regex(NAME_PATTERN, fullmatch=True).filter(lambda name: len(name) <= 32)
@@ -65,6 +71,7 @@ actions = st.builds(
     st.dictionaries(names, attributes, max_size=3),
     st.sampled_from(Durability),
     st.builds(OnUnavailable, st.sampled_from(UnavailableMode), units, seconds),
+    st.builds(ReservationTerms, seconds, st.sampled_from(OnExpiry)),
 )
 prices = st.builds(
     Price, nanos, st.integers(1, UNITS_MAX), st.just("USD"), texts, st.dictionaries(texts, nanos, max_size=2)
@@ -76,7 +83,12 @@ limits = st.builds(
     st.sampled_from(Period),
     st.lists(texts, max_size=2).map(tuple),
     st.sampled_from(OnExceeded),
+    st.sampled_from(Anchor),
+    st.sampled_from(["", "USD", "EUR"]),
+    units,
+    st.booleans(),
 )
+grants = st.builds(Grant, names, texts.map(LimitKey), units, units, units, st.integers(-1_000, 1_000))
 entitlements = st.builds(
     Entitlement, st.none() | prices, st.lists(limits, max_size=2).map(tuple), st.integers(0, 100), seconds
 )
@@ -101,6 +113,7 @@ licenses = st.builds(
     units,
     st.dictionaries(names, st.integers(1, 9), max_size=2),
     st.dictionaries(texts, units, max_size=2),
+    st.lists(grants, max_size=3).map(tuple),
 )
 
 
@@ -121,6 +134,50 @@ def test_a_license_survives_the_wire(license_: License) -> None:
 @given(documents)
 def test_what_a_newer_writer_adds_is_ignored(document: Document) -> None:
     assert document_from_wire({**document_to_wire(document), "from_the_future": [1]}) == document
+
+
+def test_documents_of_an_older_writer_have_the_defaults() -> None:
+    action = Action("a", {"": "f"})
+    older = document_to_wire(action)
+    del older["reservation"]
+    assert document_from_wire(older) == action
+    assert action.reservation == ReservationTerms(15 * 60, OnExpiry.CANCEL)
+
+    plan = Plan("p", {"f": Entitlement(limits=(Limit(LimitKey("f:month"), 5, Period.MONTH),))})
+    older = document_to_wire(plan)
+    older["features"]["f"][1] = [written[:5] for written in older["features"]["f"][1]]
+    assert document_from_wire(over_the_wire(older)) == plan
+
+
+def test_what_a_newer_writer_appends_to_a_limit_is_ignored() -> None:
+    limit = Limit(LimitKey("f:second"), 5, Period.SECOND, burst=9, durable=True)
+    newer = document_to_wire(Plan("p", {"f": Entitlement(limits=(limit,))}))
+    newer["features"]["f"][1][0].append("from the future")
+    assert document_from_wire(over_the_wire(newer)) == Plan("p", {"f": Entitlement(limits=(limit,))})
+
+
+def test_a_license_of_an_older_writer_has_no_grants() -> None:
+    older = license_to_wire(License("acme", "pro"))
+    del older["grants"]
+    assert license_from_wire(over_the_wire(older)) == License("acme", "pro")
+
+
+def test_the_key_of_a_grant_names_its_limit_and_itself() -> None:
+    assert (
+        Grant("spring", LimitKey("f:month"), 1, 2, 3).key
+        == grant_key(LimitKey("f:month"), "spring")
+        == "f:month+spring"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["month", "usd", "minute@subject", "day@context.usd", "day@context.usd+subject", "day@context.team"]
+)
+def test_the_key_of_a_budget_tells_its_currency(name: str) -> None:
+    units = LimitKey(f"api.usd:{name}")
+    assert currency_of(units) == ""
+    assert budget_key(units, "USD") == f"{units}.usd"
+    assert currency_of(budget_key(units, "EUR")) == "EUR"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from licet_control_plane.cli.arguments import context_values, counts, instant, seconds
+from licet_control_plane.cli.arguments import amount, amounts, context_values, counts, instant, seconds
 from licet_control_plane.cli.context import (
     DevContext,
     context_path,
@@ -24,7 +24,8 @@ from licet_control_plane.cli.failure import EXIT_USAGE, CliError
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("500ms", 0.5), ("60s", 60), ("5m", 300), ("1h", 3600), ("2", 2), ("1.5s", 1.5)]
+    ("text", "expected"),
+    [("500ms", 0.5), ("60s", 60), ("5m", 300), ("1h", 3600), ("30d", 2_592_000), ("2", 2), ("1.5s", 1.5)],
 )
 def test_reads_durations(text: str, expected: float) -> None:
     assert seconds(text, "--timeout") == pytest.approx(expected)
@@ -47,6 +48,27 @@ def test_reads_counts_whose_names_hold_colons() -> None:
 def test_refuses_what_is_no_count(pair: str) -> None:
     with pytest.raises(CliError, match="--meter"):
         counts([pair], "--meter")
+
+
+def test_reads_amounts_of_units_and_of_money() -> None:
+    assert amount("1_000", "--amount") == 1_000
+    assert amount("50 USD", "--amount") == "50.00 USD"
+    pairs = ["reports:month=5", "tokens:month@context.team.usd=0.5 USD"]
+    assert amounts(pairs, "--override") == {"reports:month": 5, "tokens:month@context.team.usd": "0.50 USD"}
+    assert amounts(None, "--override") == {}
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1.5", "50.00USD", "-5 USD", str(2**53), "9007200 USD"])
+def test_refuses_what_is_no_amount(text: str) -> None:
+    with pytest.raises(CliError, match="--amount") as caught:
+        amount(text, "--amount")
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("pair", ["a", "=5", "a=", "a=x"])
+def test_refuses_what_is_no_pair_of_limit_and_amount(pair: str) -> None:
+    with pytest.raises(CliError, match="--override"):
+        amounts([pair], "--override")
 
 
 def test_guesses_the_type_of_context_unless_told() -> None:

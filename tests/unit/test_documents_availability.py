@@ -9,20 +9,11 @@ from tests.support.documents import only_error, validated
 
 WORLD = "{kind: Feature, name: f}\n---\n{kind: Action, name: a, feature: f}\n---\n"
 ACTION = WORLD + "kind: Action\nname: b\nfeature: f\n"
-PLAN = WORLD + "kind: Plan\nname: p\nfeatures:\n  f:\n    limits:\n      - "
 FLAG = WORLD + "kind: Flag\nname: g\nfeature: f\n"
 
 REFUSED = [
     (ACTION + "durability: ▶synced\n", "'durability: synced'", "Use 'logged'"),
     (ACTION + "durability: ▶shipped\n", "'durability: shipped'", "Use 'logged'"),
-    (ACTION + "on_unavailable: {mode: ▶capped, units_max: 5}\n", "'mode: capped'", "Use 'deny' or 'allow'"),
-    (ACTION + "on_unavailable: {mode: ▶last_known, for_max: 5m}\n", "'mode: last_known'", "Use 'deny' or 'allow'"),
-    (PLAN + "{amount: 1, per: ▶second}\n", "'per: second'", "Use 'minute'"),
-    (PLAN + "{amount: 1, per: ▶term}\n", "'per: term'", "Use 'month' or 'year'"),
-    (PLAN + "{amount: 1, per: day, anchor: ▶license}\n", "'anchor: license'", "Use 'calendar'"),
-    (PLAN + '{▶spend: "5.00 USD", per: month}\n', "'spend'", "Limit units"),
-    (PLAN + "{amount: 1, per: day, on_exceeded: ▶overage}\n", "'on_exceeded: overage'", "Use 'deny'"),
-    (PLAN + "{amount: 1, per: day, on_exceeded: ▶require_approval}\n", "'on_exceeded: require_approval'", "Use 'deny'"),
     (FLAG + "▶variants: {a: 50, b: 50}\n", "'variants'", "one flag for each"),
     (FLAG + "▶schedule: []\n", "'schedule'", "Push the change"),
     (FLAG + "rollout: {percent: 5, ▶schedule: []}\n", "'schedule'", "Push the change"),
@@ -41,15 +32,13 @@ def test_every_row_of_the_table_is_tested() -> None:
     assert len(rows) + sum(row.path == ("rollout", "schedule") for row in NOT_AVAILABLE) == len(REFUSED)
 
 
+def test_what_is_not_even_a_word_is_left_to_the_schema() -> None:
+    assert "is not possible here" in only_error(ACTION + "durability: ▶[synced]\n").message
+
+
 def test_a_refusal_does_not_hide_the_other_errors_of_its_document() -> None:
-    result = validated(PLAN + "{amount: x, per: second, scoop: 1}\n")
-    assert [error.path.rpartition(".")[2] for error in result.errors] == ["amount", "per", "scoop"]
-
-
-def test_warns_of_seats_because_they_are_not_counted_yet() -> None:
-    (warning,) = validated(WORLD + "kind: Plan\nname: p\nfeatures:\n  f: {seats: 5, heartbeat: 60s}\n").warnings
-    assert (warning.line, warning.path.rpartition(".")[2]) == (8, "seats")
-    assert "does not count seats" in warning.message
+    result = validated(ACTION + "durability: synced\nattributes: {x: strin}\nscoop: 1\n")
+    assert [error.path.rpartition(" ")[2] for error in result.errors] == ["durability", "attributes.x.type", "scoop"]
 
 
 def test_warns_of_an_action_that_is_priced_in_two_currencies() -> None:

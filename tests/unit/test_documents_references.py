@@ -70,6 +70,16 @@ POLICY = WORLD + "kind: Policy\nname: guard\nactions: ['*']\nrules: "
             "Give one a name",
         ),
         (
+            PLAN + '{llm.tokens: {limits: [{amount: 1, per: day}, {spend: ▶"5.00 USD", per: day}]}}',
+            "this budget is in USD, and 'llm.tokens' has no price in this plan",
+            "Add a price in USD",
+        ),
+        (
+            PLAN + '{llm.tokens: {price: {amount: "1", currency: EUR}, limits: [{spend: ▶"5.00 USD", per: day}]}}',
+            "this budget is in USD, and 'llm.tokens' is priced in EUR",
+            "Write the budget in EUR.",
+        ),
+        (
             POLICY + "[{name: r, effect: require_approval, approval: ▶finanse}]",
             "there is no approval chain 'finanse'",
             "Did you mean 'finance'?",

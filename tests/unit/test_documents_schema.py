@@ -15,17 +15,21 @@ from licet.domain.catalog import (
     Feature,
     Flag,
     Limit,
+    OnExceeded,
+    OnExpiry,
     OnUnavailable,
     Plan,
     Policy,
+    ReservationTerms,
     Role,
     Rule,
     RuleEffect,
     UnavailableMode,
 )
+from licet.domain.entitlements import RATE_MAX
 from licet.domain.ids import UNITS_MAX, LimitKey
 from licet.domain.money import NANOS, Price
-from licet.domain.windows import Period
+from licet.domain.windows import Anchor, Period
 from licet_control_plane.core.documents.scalars import duration_s
 from tests.support.documents import catalog_of, only_error, validated
 
@@ -125,6 +129,83 @@ def test_a_plan_grants_features_with_prices_limits_and_seats() -> None:
     )
 
 
+def limits(*written: str, price: str = '{amount: "8.00", currency: USD}') -> tuple[Limit, ...]:
+    text = f"kind: Plan\nname: p\nfeatures: {{llm.tokens: {{price: {price}, limits: [{', '.join(written)}]}}}}"
+    return catalog_of(WORLD, text).plans["p"].features["llm.tokens"].limits
+
+
+def test_a_rate_is_units_a_second_with_a_burst() -> None:
+    assert limits("{amount: 50, per: second, burst: 200, scope: [subject]}", "{amount: 9, per: second}") == (
+        Limit(LimitKey("llm.tokens:second@subject"), 50, Period.SECOND, ("subject",), burst=200),
+        Limit(LimitKey("llm.tokens:second"), 9, Period.SECOND),
+    )
+
+
+def test_a_window_is_the_term_or_follows_the_license() -> None:
+    assert limits("{amount: 5, per: term}", "{amount: 5, per: month, anchor: license, durable: true}") == (
+        Limit(LimitKey("llm.tokens:term"), 5, Period.TERM),
+        Limit(LimitKey("llm.tokens:month"), 5, Period.MONTH, anchor=Anchor.LICENSE, durable=True),
+    )
+
+
+def test_a_budget_is_in_nanos_and_its_key_ends_in_the_currency() -> None:
+    written = ['{spend: "500.00 USD", per: month, scope: [context.region]}', "{spend: 0.25 USD, per: day, name: tiny}"]
+    assert limits(*written) == (
+        Limit(
+            LimitKey("llm.tokens:month@context.region.usd"),
+            500 * NANOS,
+            Period.MONTH,
+            ("context.region",),
+            currency="USD",
+        ),
+        Limit(LimitKey("llm.tokens:tiny.usd"), NANOS // 4, Period.DAY, currency="USD"),
+    )
+
+
+def test_a_limit_in_units_and_one_in_money_of_the_same_period_have_keys_of_their_own() -> None:
+    assert [limit.key for limit in limits("{amount: 5, per: month}", '{spend: "5.00 USD", per: month}')] == [
+        "llm.tokens:month",
+        "llm.tokens:month.usd",
+    ]
+
+
+def test_the_largest_budget_is_the_largest_number_of_nanos_that_is_counted_exactly() -> None:
+    (largest,) = limits('{spend: "9007199.254740991 USD", per: year}')
+    assert largest.amount == UNITS_MAX
+
+
+@pytest.mark.parametrize("on_exceeded", OnExceeded)
+def test_a_limit_says_what_happens_past_it(on_exceeded: OnExceeded) -> None:
+    (limit,) = limits(f"{{amount: 5, per: month, on_exceeded: {on_exceeded.value}}}")
+    assert limit.on_exceeded is on_exceeded
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("{mode: deny}", OnUnavailable()),
+        ("{mode: capped, units_max: 1_000}", OnUnavailable(UnavailableMode.CAPPED, units_max=1_000)),
+        ("{mode: last_known, for_max: 10m}", OnUnavailable(UnavailableMode.LAST_KNOWN, for_s_max=600)),
+    ],
+)
+def test_an_action_says_what_happens_without_redis(written: str, meant: OnUnavailable) -> None:
+    text = f"{{kind: Action, name: a, feature: editor, on_unavailable: {written}}}"
+    assert catalog_of(WORLD, text).actions["a"].on_unavailable == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("{}", ReservationTerms(900, OnExpiry.CANCEL)),
+        ("{expires_after: 1s}", ReservationTerms(1, OnExpiry.CANCEL)),
+        ("{expires_after: 7d, on_expiry: commit}", ReservationTerms(7 * 86_400, OnExpiry.COMMIT)),
+    ],
+)
+def test_an_action_says_how_long_its_reservations_are_held(written: str, meant: ReservationTerms) -> None:
+    text = f"{{kind: Action, name: a, feature: editor, reservation: {written}}}"
+    assert catalog_of(WORLD, text).actions["a"].reservation == meant
+
+
 def test_an_empty_entitlement_grants_the_feature_unmetered() -> None:
     plan = catalog_of(WORLD, "kind: Plan\nname: p\nfeatures:\n  llm.tokens: {}\n  editor:\n").plans["p"]
     assert plan.features == {"llm.tokens": Entitlement(), "editor": Entitlement()}
@@ -193,6 +274,7 @@ def test_other_durations_are_refused(text: str) -> None:
         duration_s(text)
 
 
+ACTION = "kind: Action\nname: a\nfeature: editor\n"
 PLAN = "kind: Plan\nname: p\nfeatures: {llm.tokens: "
 
 
@@ -226,7 +308,18 @@ PLAN = "kind: Plan\nname: p\nfeatures: {llm.tokens: "
             "is not of type timestamp",
             "an instant with its offset",
         ),
-        ("kind: Action\nname: a\nfeature: editor\non_unavailable: {mode: ▶denny}\n", "'denny' is not", "'deny'"),
+        (ACTION + "on_unavailable: {mode: ▶denny}\n", "'denny' is not", "'deny'"),
+        (ACTION + "on_unavailable: ▶{mode: capped}\n", "'mode: capped' needs 'units_max'", "Add 'units_max: …'"),
+        (ACTION + "on_unavailable: {mode: capped, units_max: ▶0}\n", "0 is less than 1", "1 or more"),
+        (ACTION + "on_unavailable: {mode: deny, units_max: ▶5}\n", "only for 'mode: capped'", "remove 'units_max'"),
+        (ACTION + "on_unavailable: {units_max: ▶5}\n", "only for 'mode: capped'", "remove 'units_max'"),
+        (ACTION + "on_unavailable: ▶{mode: last_known}\n", "'mode: last_known' needs 'for_max'", "such as 10m"),
+        (ACTION + "on_unavailable: {mode: last_known, for_max: ▶10}\n", "10 is not a duration", "90s"),
+        (ACTION + "on_unavailable: {mode: allow, for_max: ▶5m}\n", "only for 'mode: last_known'", "remove 'for_max'"),
+        (ACTION + "reservation: {expires_after: ▶0s}\n", "is not between 1s", "90s"),
+        (ACTION + "reservation: {expires_after: ▶8d}\n", "cannot be held for 8d", "7d or less"),
+        (ACTION + "reservation: {on_expiry: ▶comit}\n", "'comit' is not", "'commit'"),
+        (ACTION + "reservation: {▶expires: 5m}\n", "no field 'expires'", "'expires_after'"),
         (PLAN + "{limits: [{amount: ▶1.5, per: day}]}}", "1.5 is not a whole number", "fractions"),
         (PLAN + '{limits: [{amount: ▶"5", per: day}]}}', "'5' is not a whole number", "digits"),
         (PLAN + "{limits: [{amount: ▶true, per: day}]}}", "true is not a whole number", "digits"),
@@ -236,7 +329,38 @@ PLAN = "kind: Plan\nname: p\nfeatures: {llm.tokens: "
         (PLAN + "{limits: [{amount: 1, per: day, scope: [▶team]}]}}", "'team' is not a scope", "context.<attribute>"),
         (PLAN + "{limits: [{amount: 1, per: day, scope: ▶[subject, subject]}]}}", "names a path twice", "Remove"),
         (PLAN + "{limits: [{amount: 1, per: day, name: ▶A b}]}}", "not a name for a limit", "lower-case"),
-        (PLAN + "{limits: [▶{per: day}]}}", "'amount' is missing", "Add"),
+        (PLAN + "{limits: [▶{per: day}]}}", "either 'amount' or 'spend'", "'amount: 1_000'"),
+        (PLAN + '{limits: [{amount: 1, spend: ▶"5.00 USD", per: day}]}}', "either 'amount' or 'spend'", "500.00 USD"),
+        (PLAN + "{limits: [▶{amount: 1}]}}", "'per' is missing", "Add"),
+        (PLAN + "{limits: [{spend: ▶5.00, per: day}]}}", "5.0 is not an amount of money", "500.00 USD"),
+        (PLAN + '{limits: [{spend: ▶"5.00", per: day}]}}', "'5.00' is not an amount of money", "and a currency"),
+        (PLAN + '{limits: [{spend: ▶"5,00 USD", per: day}]}}', "'5,00' is not a plain", "a plain decimal"),
+        (PLAN + '{limits: [{spend: ▶"-5 USD", per: day}]}}', "'-5' is not a plain", "a plain decimal"),
+        (
+            PLAN + '{limits: [{spend: ▶"9007199.254740992 USD", per: day}]}}',
+            "is more than 9007199.254740991, the largest budget",
+            "a plain decimal",
+        ),
+        (PLAN + '{limits: [{spend: ▶"5.00 USD", per: second}]}}', "units and not money", "'per: minute' or longer"),
+        (PLAN + "{limits: [{amount: 1, per: day, anchor: ▶lisence}]}}", "'lisence' is not", "license"),
+        (PLAN + "{limits: [{amount: 1, per: second, anchor: ▶license}]}}", "a rate has no windows", "Remove 'anchor'"),
+        (PLAN + "{limits: [{amount: 1, per: term, anchor: ▶license}]}}", "is the license's already", "Remove 'anchor'"),
+        (
+            PLAN + "{limits: [{amount: 1, per: second, on_exceeded: ▶overage}]}}",
+            "cannot have 'on_exceeded: overage'",
+            "RATE_LIMITED",
+        ),
+        (
+            PLAN + "{limits: [{amount: 1, per: second, on_exceeded: ▶require_approval}]}}",
+            "cannot have 'on_exceeded: require_approval'",
+            "Write 'deny'",
+        ),
+        (PLAN + "{limits: [{amount: 1, per: day, burst: ▶5}]}}", "'burst' is only for 'per: second'", "remove 'burst'"),
+        (PLAN + "{limits: [{amount: 1, per: second, burst: ▶0}]}}", "0 is less than 1", "1 or more"),
+        (PLAN + f"{{limits: [{{amount: 1, per: second, burst: ▶{RATE_MAX + 1}}}]}}}}", "is more than", str(RATE_MAX)),
+        (PLAN + f"{{limits: [{{per: second, amount: ▶{RATE_MAX + 1}}}]}}}}", "a second are more", str(RATE_MAX)),
+        (PLAN + "{limits: [{amount: 1, per: second, durable: ▶true}]}}", "cannot be durable", "Remove 'durable'"),
+        (PLAN + '{limits: [{amount: 1, per: day, durable: ▶"yes"}]}}', "'yes' is not true or false", "quotes"),
         (PLAN + "{limits: ▶5}}", "5 is not a list", "- "),
         (PLAN + "{limits: [{amount: 1, per: day, ▶amonut: 2}]}}", "no field 'amonut'", "Did you mean 'amount'?"),
         (PLAN + "{▶limit: []}}", "no field 'limit'", "Did you mean 'limits'?"),

@@ -30,7 +30,7 @@ from licet.domain.catalog import (
 from licet.domain.windows import Period, window_at
 from licet_sidecar.core.engine import Decision, Engine, LeaseWait
 from licet_sidecar.core.inquiry import Inquiry
-from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.core.leases import LeaseBook, Terms
 from licet_sidecar.core.rulebook import rollout_includes
 from tests.support.engine import BOOT_MS, NOW_S, NOW_US, STALENESS_US_MAX, engine_with, grant
 from tests.support.published import limit
@@ -249,7 +249,7 @@ def put_leases(rng: random.Random, engine: Engine, content: Catalog, now_us: int
     for entitlement in content.plans["pro"].features.values():
         for one in entitlement.limits:
             window = window_at(one.per, now_us // 1_000_000)
-            lease = grant(engine.leases.lease(held, one.key, "", *window, one.amount), rng.randint(0, 8))
+            lease = grant(engine.leases.lease(held, one.key, "", *window, Terms(one.amount)), rng.randint(0, 8))
             lease.used = rng.randint(0, lease.cap)
             free[one.key] = (LeaseBook.can_spend(lease, 1, BOOT_MS) and lease.free) or 0
     return free

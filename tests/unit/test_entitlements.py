@@ -5,13 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from licet.domain.catalog import Catalog, Entitlement, License, Limit, Plan
-from licet.domain.entitlements import entitlements_of, limits_of
+from licet.domain.catalog import Catalog, Entitlement, Grant, License, Limit, Plan, seats_key
+from licet.domain.entitlements import RATE_SCALE, entitlements_of, limits_of
 from licet.domain.ids import UNITS_MAX, LimitKey
 from licet.domain.money import Price
 from licet.domain.windows import Period
 
 MONTHLY = LimitKey("tokens:month")
+DAILY = LimitKey("tokens:day")
+SEATS = seats_key("editor")
 PRICE = Price(1, 1, "USD")
 OTHER_PRICE = Price(2, 1, "USD")
 
@@ -25,7 +27,7 @@ CATALOG = Catalog.of(
         Plan(
             "pro",
             {
-                "tokens": Entitlement(PRICE, (monthly(1_000), Limit(LimitKey("tokens:day"), 100, Period.DAY))),
+                "tokens": Entitlement(PRICE, (monthly(1_000), Limit(DAILY, 100, Period.DAY))),
                 "reports": Entitlement(),
             },
         ),
@@ -49,7 +51,7 @@ def test_a_plan_that_is_not_there_grants_nothing() -> None:
 
 def test_an_addon_adds_its_amount_to_the_limit_of_the_same_key_only() -> None:
     granted = entitlements_of(License("acme", "pro", addons={"pack": 2}), CATALOG)
-    assert limits_of(granted) == {MONTHLY: 2_000, LimitKey("tokens:day"): 100}
+    assert limits_of(granted) == {MONTHLY: 2_000, DAILY: 100, SEATS: 6}
 
 
 def test_an_addon_brings_features_the_plan_lacks_as_many_times_as_bought() -> None:
@@ -76,7 +78,55 @@ def test_an_addon_bought_no_times_adds_nothing() -> None:
 
 def test_an_override_replaces_the_amount_that_plan_and_addons_came_to() -> None:
     license_ = License("acme", "pro", addons={"pack": 2}, overrides={MONTHLY: 7, "elsewhere:month": 9})
-    assert limits_of(entitlements_of(license_, CATALOG)) == {MONTHLY: 7, LimitKey("tokens:day"): 100}
+    assert limits_of(entitlements_of(license_, CATALOG)) == {MONTHLY: 7, DAILY: 100, SEATS: 6}
+
+
+def grant(name: str, limit: LimitKey = MONTHLY, *, priority: int = 100, ends_s: int = 200) -> Grant:
+    return Grant(name, limit, 50, 100, ends_s, priority)
+
+
+def test_grants_are_used_by_priority_then_by_their_end() -> None:
+    grants = (
+        grant("late", ends_s=300),
+        grant("b"),
+        grant("a"),
+        grant("first", priority=-1),
+        grant("last", priority=101),
+    )
+    granted = entitlements_of(License("acme", "pro", grants=grants), CATALOG)
+    assert [one.id for one in granted["tokens"].grants] == ["first", "a", "b", "late", "last"]
+    assert granted["reports"].grants == ()
+
+
+def test_a_grant_is_published_beside_its_limit_and_never_added_to_it() -> None:
+    license_ = License("acme", "pro", overrides={DAILY: 7}, grants=(grant("g"), grant("h", DAILY)))
+    assert limits_of(entitlements_of(license_, CATALOG)) == {
+        MONTHLY: 1_000,
+        DAILY: 7,
+        LimitKey("tokens:month+g"): 50,
+        LimitKey("tokens:day+h"): 50,
+    }
+
+
+def test_a_grant_of_a_limit_that_is_not_there_waits_until_it_is() -> None:
+    waiting = (grant("w", LimitKey("reports:month")),)
+    assert entitlements_of(License("acme", "pro", grants=waiting), CATALOG) == CATALOG.plans["pro"].features
+    with_limit = License("acme", "metered-reports", grants=waiting)
+    assert entitlements_of(with_limit, CATALOG)["reports"].grants == waiting
+
+
+def test_a_rate_is_published_in_thousandths_with_addons_and_overrides_in_units() -> None:
+    rate = Limit(LimitKey("calls:second"), 3, Period.SECOND, burst=10)
+    catalog = Catalog.of([Plan("fast", {"calls": Entitlement(limits=(rate,))})])
+    assert limits_of(entitlements_of(License("acme", "fast"), catalog)) == {rate.key: 3 * RATE_SCALE}
+    more = License("acme", "fast", addons={"fast": 2})
+    assert limits_of(entitlements_of(more, catalog)) == {rate.key: 9 * RATE_SCALE}
+    other = License("acme", "fast", overrides={rate.key: 5})
+    assert limits_of(entitlements_of(other, catalog)) == {rate.key: 5 * RATE_SCALE}
+
+
+def test_a_feature_without_seats_publishes_no_number_of_them() -> None:
+    assert limits_of(entitlements_of(License("acme", "metered-reports"), CATALOG)) == {LimitKey("reports:month"): 5}
 
 
 @given(

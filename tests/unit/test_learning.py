@@ -11,15 +11,16 @@ from licet_control_plane.core.learning import WAIT_S_MIN, Holder, Verdict, may_o
 
 MARK = Pair(7, "run-b")
 NOW_S = 1_000.0
+SINCE_MS = 1_000_000
 LONG = HOLD_S + HOLD_MARGIN_S
 
 
 def decide(*holders: Holder, learning_s: float = 10.0, registry_s: float = math.inf) -> tuple[Verdict, list[str]]:
-    return may_open(MARK, learning_s=learning_s, registry_s=registry_s, holders=holders, now_s=NOW_S)
+    return may_open(MARK, since_ms=SINCE_MS, learning_s=learning_s, registry_s=registry_s, holders=holders, now_s=NOW_S)
 
 
 def holder(name: str = "a", *, epoch: int = 7, run: str = "run-b", silent_s: float = 0.0) -> Holder:
-    return Holder(name, NOW_S - silent_s, Pair(epoch, run))
+    return Holder(name, NOW_S - silent_s, Pair(epoch, run), SINCE_MS)
 
 
 def test_opens_when_every_sidecar_has_asserted() -> None:

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from licet.domain.money import AMOUNT_NANOS_MAX, NANOS, Price, divide_half_even, format_nanos, parse_nanos
+from licet.domain.money import (
+    AMOUNT_NANOS_MAX,
+    BUDGET_NANOS_MAX,
+    NANOS,
+    Price,
+    divide_half_even,
+    format_budget,
+    format_nanos,
+    parse_budget,
+    parse_nanos,
+)
 
 
 @given(st.integers(min_value=0, max_value=AMOUNT_NANOS_MAX))
@@ -57,3 +67,22 @@ def test_a_listed_value_has_its_own_price_and_every_other_the_default() -> None:
     assert price.cost_nanos(1_000_000, "small") == 600_000_000
     assert price.cost_nanos(1_000_000, "unheard-of") == 8 * NANOS
     assert price.cost_nanos(500_000) == 4 * NANOS
+
+
+@given(st.integers(min_value=0, max_value=BUDGET_NANOS_MAX), st.sampled_from(["USD", "EUR"]))
+def test_a_budget_survives_being_written(amount_nanos: int, currency: str) -> None:
+    assert parse_budget(format_budget(amount_nanos, currency)) == (amount_nanos, currency)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("9007199.254740992 USD", "more than 9007199.254740991"),
+        ("-1 USD", "not a plain"),
+        ("1e3 USD", "not a plain"),
+        *((text, "not an amount of money") for text in ("", "5", "USD", "5 usd", "5USD", "5 USDT", "USD 5", "5 USD 5")),
+    ],
+)
+def test_refuses_what_is_no_budget(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        parse_budget(text)

@@ -31,7 +31,7 @@ from licet_sidecar.adapters.usage_log import (
     frame,
     lease_record,
 )
-from licet_sidecar.core.leases import Lease
+from licet_sidecar.core.leases import Lease, Terms
 from tests.support.usage import event, packed
 
 ME = "a" * 32
@@ -45,7 +45,7 @@ def header(incarnation: int = 1, *, sidecar: str = ME, first_seq: int = 1) -> Lo
 
 
 def lease(cap: int, used: int, *, end: int = 1_790_812_800) -> Lease:
-    made = Lease(LimitKey("reports:month"), "", 1_788_220_800, end, 1_000)
+    made = Lease(LimitKey("reports:month"), "", 1_788_220_800, end, Terms(1_000))
     made.cap, made.used = cap, used
     return made
 

@@ -8,10 +8,13 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, StrictInt
 
 from licet.domain.catalog import License, LicenseStatus
+from licet_control_plane.api import grants
+from licet_control_plane.api.amounts import Amount
 from licet_control_plane.api.auth import Caller, authenticate, plane_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, format_us, parse_s
 from licet_control_plane.changes import LicenseUnknown
+from licet_control_plane.core.grants import shown_amount
 from licet_control_plane.store import licenses
 from licet_control_plane.store.licenses import StoredLicense
 
@@ -19,7 +22,7 @@ router = APIRouter(prefix="/licenses")
 
 
 class LicenseChange(BaseModel):
-    """Fields to replace; one that is left out stays as it is."""
+    """Fields to replace; one that is left out stays as it is. An override is units, or money for a budget."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -28,7 +31,7 @@ class LicenseChange(BaseModel):
     starts_at: str | None = None
     ends_at: str | None = None
     addons: dict[str, StrictInt] | None = None
-    overrides: dict[str, StrictInt] | None = None
+    overrides: dict[str, Amount] | None = None
 
     def fields(self) -> dict[str, Any]:
         """The fields that were sent, as a license has them. ``null`` for a time means none."""
@@ -55,11 +58,8 @@ class NewLicense(LicenseChange):
 
     def license(self) -> License:
         """As the domain has it."""
-        return License(**{"tenant": self.tenant, **self.fields()})
-
-    def fields(self) -> dict[str, Any]:
-        """As for a change; the tenant is not a field that changes."""
-        return {name: value for name, value in super().fields().items() if name != "tenant"}
+        terms = {name: value for name, value in self.fields().items() if name != "overrides"}
+        return License(**{"tenant": self.tenant, **terms})
 
 
 @router.post("", status_code=201)
@@ -67,10 +67,11 @@ async def create_license(
     request: Request, response: Response, body: NewLicense, caller: Annotated[Caller, Depends(authenticate)]
 ) -> dict[str, Any]:
     """Give a tenant its license."""
-    stored = await plane_of(request).changes.create_license(body.license(), by=caller.name)
+    plane = plane_of(request)
+    stored = await plane.changes.create_license(body.license(), by=caller.name, overrides=body.overrides)
     response.headers["Location"] = f"/v1/licenses/{stored.license.tenant}"
     response.headers["ETag"] = _etag(stored)
-    return described(stored)
+    return described(stored, plane.now_s())
 
 
 @router.get("")
@@ -82,19 +83,21 @@ async def list_licenses(
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
 ) -> dict[str, Any]:
     """Licenses by tenant; ``next`` is the ``after`` of the next page, ``null`` on the last."""
-    page = await plane_of(request).database.read(licenses.page, plan=plan, status=status, after=after, limit=limit + 1)
+    plane = plane_of(request)
+    page = await plane.database.read(licenses.page, plan=plan, status=status, after=after, limit=limit + 1)
     following = page[limit - 1].license.tenant if len(page) > limit else None
-    return {"items": [described(stored) for stored in page[:limit]], "next": following}
+    return {"items": [described(stored, plane.now_s()) for stored in page[:limit]], "next": following}
 
 
 @router.get("/{tenant}")
 async def get_license(request: Request, response: Response, tenant: str) -> dict[str, Any]:
     """One tenant's license; its ETag goes into ``If-Match`` of a change."""
-    stored = await plane_of(request).database.read(licenses.get, tenant)
+    plane = plane_of(request)
+    stored = await plane.database.read(licenses.get, tenant)
     if stored is None:
         raise LicenseUnknown(tenant)
     response.headers["ETag"] = _etag(stored)
-    return described(stored)
+    return described(stored, plane.now_s())
 
 
 @router.patch("/{tenant}")
@@ -107,14 +110,15 @@ async def update_license(
     if_match: Annotated[str | None, Header()] = None,
 ) -> dict[str, Any]:
     """Replace some fields."""
-    stored = await plane_of(request).changes.update_license(
+    plane = plane_of(request)
+    stored = await plane.changes.update_license(
         tenant, body.fields(), if_revision=_revision_of(if_match), by=caller.name
     )
     response.headers["ETag"] = _etag(stored)
-    return described(stored)
+    return described(stored, plane.now_s())
 
 
-def described(stored: StoredLicense) -> dict[str, Any]:
+def described(stored: StoredLicense, now_s: float) -> dict[str, Any]:
     """A license as the API shows it."""
     license_ = stored.license
     return {
@@ -124,7 +128,8 @@ def described(stored: StoredLicense) -> dict[str, Any]:
         "starts_at": format_s(license_.starts_s or None),
         "ends_at": format_s(license_.ends_s or None),
         "addons": dict(license_.addons),
-        "overrides": dict(license_.overrides),
+        "overrides": {key: shown_amount(amount, key) for key, amount in license_.overrides.items()},
+        "grants": [grants.described(grant, now_s) for grant in license_.grants],
         "revision": stored.revision,
         "updated_at": format_us(stored.updated_at_us),
     }

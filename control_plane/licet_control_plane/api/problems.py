@@ -12,7 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from licet_control_plane.changes import ChangeInvalid, LicenseExists, LicenseUnknown, RevisionMoved
+from licet_control_plane.changes import GrantExists, GrantUnknown, LicenseExists, LicenseUnknown, RevisionMoved
+from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.redis_link import RedisRefused, RedisUnavailable
 from licet_control_plane.store.database import DatabaseUnavailable
 
@@ -69,6 +70,16 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(LicenseUnknown)
     async def _unknown(_request: Request, error: LicenseUnknown) -> JSONResponse:
         return response(404, f"{error} has no license.", "Create one with POST /v1/licenses, or look at the spelling.")
+
+    @app.exception_handler(GrantExists)
+    async def _grant_exists(_request: Request, error: GrantExists) -> JSONResponse:
+        detail = f"The license has another grant with the id {str(error)!r}."
+        return response(409, detail, "Give the new one another id, or revoke the old one first.")
+
+    @app.exception_handler(GrantUnknown)
+    async def _grant_unknown(_request: Request, error: GrantUnknown) -> JSONResponse:
+        detail = f"The license has no grant {str(error)!r}."
+        return response(404, detail, "GET /v1/licenses/{tenant}/grants lists those it has.")
 
     @app.exception_handler(RevisionMoved)
     async def _moved(_request: Request, error: RevisionMoved) -> JSONResponse:

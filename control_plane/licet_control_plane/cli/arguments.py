@@ -10,6 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from licet.domain.ids import UNITS_MAX
+from licet.domain.money import format_budget, parse_budget
 from licet_control_plane.cli.failure import EXIT_USAGE, CliError
 
 ServerOption = Annotated[
@@ -26,8 +27,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 WaitOption = Annotated[bool, typer.Option("--wait", help="Return when all live sidecars confirm the change.")]
 TimeoutOption = Annotated[str, typer.Option("--timeout", help="How long --wait waits: 500ms, 60s, 5m.")]
 
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?")
-_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0, None: 1.0}
 
 ContextScalar = str | int | float | bool | datetime
 ContextItem = ContextScalar | list[str]
@@ -39,14 +40,14 @@ def bad(message: str, fix: str) -> CliError:
 
 
 def seconds(text: str, option: str) -> float:
-    """Seconds of ``500ms``, ``60s``, ``5m``, ``1h`` or a plain number of seconds.
+    """Seconds of ``500ms``, ``60s``, ``5m``, ``1h``, ``30d`` or a plain number of seconds.
 
     Raises:
         CliError: it is none of them.
     """
     match = _DURATION.fullmatch(text.strip())
     if match is None:
-        raise bad(f"{option} {text!r} is not a duration.", "write it as 500ms, 60s, 5m or 1h")
+        raise bad(f"{option} {text!r} is not a duration.", "write it as 500ms, 60s, 5m, 1h or 30d")
     return float(match[1]) * _SECONDS[match[2]]
 
 
@@ -67,6 +68,41 @@ def counts(pairs: Iterable[str] | None, option: str) -> dict[str, int]:
         if int(digits) > UNITS_MAX:
             raise bad(f"{option} {pair!r}: the largest number is {UNITS_MAX}.", "give a smaller one")
         parsed[name] = int(digits)
+    return parsed
+
+
+def amount(text: str, option: str) -> int | str:
+    """An amount as the API takes it: a whole number of units, or money such as ``50.00 USD``.
+
+    Raises:
+        CliError: it is neither, or too large.
+    """
+    digits = text.replace("_", "")
+    if digits.isascii() and digits.isdecimal():
+        if int(digits) > UNITS_MAX:
+            raise bad(f"{option} {text!r}: the largest number is {UNITS_MAX}.", "give a smaller one")
+        return int(digits)
+    try:
+        return format_budget(*parse_budget(text))
+    except ValueError as error:
+        raise bad(
+            f"{option} {text!r} is neither a whole number of units nor money: {error}.",
+            f"{option} 1000, or for a budget {option} '50.00 USD'",
+        ) from error
+
+
+def amounts(pairs: Iterable[str] | None, option: str) -> dict[str, int | str]:
+    """``KEY=AMOUNT`` pairs as a map, the amounts as ``amount`` reads them.
+
+    Raises:
+        CliError: a pair has another form.
+    """
+    parsed: dict[str, int | str] = {}
+    for pair in pairs or ():
+        key, equals, text = pair.rpartition("=")
+        if not equals or not key:
+            raise bad(f"{option} {pair!r} must be FEATURE:LIMIT=AMOUNT.", f"{option} reports:month=1000")
+        parsed[key] = amount(text, option)
     return parsed
 
 

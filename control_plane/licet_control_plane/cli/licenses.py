@@ -12,6 +12,7 @@ from licet_control_plane.cli.arguments import (
     ServerOption,
     TimeoutOption,
     WaitOption,
+    amounts,
     bad,
     counts,
     instant,
@@ -29,7 +30,9 @@ AddonOption = Annotated[
 ]
 OverrideOption = Annotated[
     list[str] | None,
-    typer.Option("--override", help="Other amount for a limit, FEATURE:LIMIT=UNITS; may be repeated."),
+    typer.Option(
+        "--override", help="Other amount for a limit, FEATURE:LIMIT=UNITS, or ='500.00 USD'; may be repeated."
+    ),
 ]
 StatusOption = Annotated[str | None, typer.Option("--status", help="active, suspended or canceled.")]
 
@@ -157,7 +160,7 @@ def _terms(starts: str | None, ends: str | None, addon: list[str] | None, overri
     if addon:
         body["addons"] = counts(addon, "--addon")
     if override:
-        body["overrides"] = counts(override, "--override")
+        body["overrides"] = amounts(override, "--override")
     return body
 
 
@@ -205,4 +208,9 @@ def _print_license(license_: dict[str, Any]) -> None:
     say(f"  term       {term}")
     for word in ("addons", "overrides"):
         if license_.get(word):
-            say(f"  {word:<10} {' '.join(f'{name}={count}' for name, count in license_[word].items())}")
+            say(f"  {word:<10} {', '.join(f'{name}={amount}' for name, amount in license_[word].items())}")
+    for grant in license_.get("grants", ()):
+        say(
+            f"  grant      {grant['id']}  {grant['limit']} +{grant['amount']}  {grant['state']}"
+            f"  {grant['starts_at']} to {grant['expires_at']}  priority {grant['priority']}"
+        )

@@ -66,6 +66,10 @@ class ControlPlane:
         """PATCH with a JSON object. Raises as ``get``."""
         return self._send("PATCH", path, json=body)
 
+    def delete(self, path: str) -> Any:
+        """DELETE. Raises as ``get``."""
+        return self._send("DELETE", path)
+
     def wait_for_rollout(self, revision: int, *, timeout_s: float) -> dict[str, Any]:
         """Wait until every sidecar that was heard of lately confirms ``revision``; returns the last rollout state.
 

@@ -24,11 +24,14 @@ WAIT_S_MIN: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A sidecar that may hold leases. ``last_heard_s`` is on the clock of ``now_s``."""
+    """A sidecar that may hold leases. ``last_heard_s`` is on the clock of ``now_s``; everything it held then was
+    answered for under ``asserted`` or a later pair, and after ``asserted_ms``, on the Redis clock.
+    """
 
     sidecar: str
     last_heard_s: float
     asserted: Pair
+    asserted_ms: int
 
 
 class Verdict(Enum):
@@ -40,14 +43,15 @@ class Verdict(Enum):
 
 
 def may_open(
-    mark: Pair, *, learning_s: float, registry_s: float, holders: Iterable[Holder], now_s: float
+    mark: Pair, *, since_ms: int, learning_s: float, registry_s: float, holders: Iterable[Holder], now_s: float
 ) -> tuple[Verdict, list[str]]:
     """Whether the quotas of a mark may open, and the sidecars waited for.
 
-    ``learning_s``: how long the mark has been learning, by the Redis clock. ``registry_s``: for how long the registry
-    of sidecars is known to be complete (infinite when it was never lost); a younger registry may lack a sidecar, so
-    only time helps. ``holders``: sidecars that have not deregistered; those silent for longer than a lease lives are
-    not waited for.
+    ``since_ms``, ``learning_s``: since when and how long the mark has been learning, by the Redis clock. The pair alone
+    would not do: a control plane that was paused may begin this phase after a sidecar heard of its epoch.
+    ``registry_s``: for how long the registry of sidecars is known to be complete (infinite when it was never lost); a
+    younger registry may lack a sidecar, so only time helps. ``holders``: sidecars that have not deregistered; those
+    silent for longer than a lease lives are not waited for.
     """
     if learning_s >= WAIT_S_MAX:
         return Verdict.HOLD_EXPIRED, []
@@ -55,7 +59,9 @@ def may_open(
         holder.sidecar
         for holder in holders
         if now_s - holder.last_heard_s < WAIT_S_MAX
-        and not (holder.asserted.epoch >= mark.epoch and holder.asserted.run == mark.run)
+        and not (
+            holder.asserted.epoch >= mark.epoch and holder.asserted.run == mark.run and holder.asserted_ms >= since_ms
+        )
     )
     if missing or learning_s < WAIT_S_MIN or registry_s < WAIT_S_MAX:
         return Verdict.WAIT, missing

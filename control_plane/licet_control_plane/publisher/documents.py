@@ -12,6 +12,7 @@ from redis.exceptions import ResponseError
 from licet.wire.documents import Heartbeat
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import RedisNames
+from licet.wire.registers import RUN_SECTIONS, SERVER_RUN_LUA, run_of
 from licet_control_plane.core.contents import Found
 from licet_control_plane.redis_link import Redis, redis_errors
 from licet_control_plane.store.revisions import Revision
@@ -44,14 +45,14 @@ class RedisDocuments:
         self._redis = redis
         self._names = names
         self._set_if_newer = redis.register_script((LUA / "set_if_newer.lua").read_text())
-        self._head = redis.register_script((LUA / "head.lua").read_text())
+        self._head = redis.register_script(SERVER_RUN_LUA + (LUA / "head.lua").read_text())
 
     async def look(self) -> Look:
         """What the server holds now."""
         names = self._names
         with redis_errors():
             async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.info("server")
+                pipe.execute_command("INFO", *RUN_SECTIONS)
                 pipe.get(names.epoch())
                 pipe.xrevrange(names.changes(), count=1)
                 pipe.exists(names.bundle())
@@ -67,7 +68,7 @@ class RedisDocuments:
             except EnvelopeError:
                 unreadable += 1
         found = Found(
-            run_id=server["run_id"],
+            run_id=run_of(server),
             deployment=deployment,
             epoch=int(epoch) if epoch.isdigit() else 0,
             last_revision=int(last[0][0].partition(b"-")[0]) if last else 0,

@@ -55,6 +55,7 @@ class Fleet:
                 one.heartbeat.sidecar,
                 one.last_heard_s,
                 Pair(one.heartbeat.asserted_epoch, one.heartbeat.asserted_run),
+                one.heartbeat.asserted_ms,
             )
             for one in self.sidecars.values()
             if not one.gone

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from licet.wire.names import RedisNames
-from licet.wire.registers import QUOTA_KEPT_S, WINDOW_GRACE_S, Mark, Pair, parse_mark
+from licet.wire.registers import QUOTA_KEPT_S, SERVER_RUN_LUA, WINDOW_GRACE_S, Mark, Pair, parse_mark
 from licet_control_plane.publisher.documents import LUA
 from licet_control_plane.redis_link import Redis, redis_errors
 
@@ -81,7 +81,9 @@ class RedisMarks:
     def __init__(self, redis: Redis, names: RedisNames) -> None:
         self._redis = redis
         self._names = names
-        self._scripts = {name: redis.register_script((LUA / f"{name}.lua").read_text()) for name in _SCRIPTS}
+        self._scripts = {
+            name: redis.register_script(SERVER_RUN_LUA + (LUA / f"{name}.lua").read_text()) for name in _SCRIPTS
+        }
 
     async def touch(self, tenants: Sequence[str]) -> dict[str, MarkState | None]:
         """What each mark says; one last used on another run of the server goes to learning. ``None``: no mark."""
@@ -148,7 +150,7 @@ class RedisMarks:
                     one.pair.run,
                     one.revision,
                     *_counted(one.limits),
-                    *(quota.expires_s for quota in one.quotas),
+                    *(part for quota in one.quotas for part in quota[1:]),
                 ],
             )
             for one in openings

@@ -156,7 +156,12 @@ class Quotas:
                 done.append(tenant)
                 continue
             verdict, missing = may_open(
-                state.pair, learning_s=state.learning_s, registry_s=registry_s, holders=holders, now_s=now_s
+                state.pair,
+                since_ms=state.since_ms,
+                learning_s=state.learning_s,
+                registry_s=registry_s,
+                holders=holders,
+                now_s=now_s,
             )
             waited_for.update(missing)
             if verdict is not Verdict.WAIT:

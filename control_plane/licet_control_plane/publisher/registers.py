@@ -18,6 +18,7 @@ from licet.wire.registers import (
     MARKER_FIELD,
     QUOTA_KEPT_S,
     REGISTER_FIELD,
+    SERVER_RUN_LUA,
     WINDOW_GRACE_S,
     Marker,
     Pair,
@@ -100,7 +101,9 @@ class RedisRegisters:
     def __init__(self, redis: Redis, names: RedisNames) -> None:
         self._redis = redis
         self._names = names
-        self._scripts = {name: redis.register_script((LUA / f"{name}.lua").read_text()) for name in _SCRIPTS}
+        self._scripts = {
+            name: redis.register_script(SERVER_RUN_LUA + (LUA / f"{name}.lua").read_text()) for name in _SCRIPTS
+        }
 
     async def now_s(self) -> int:
         """The clock of Redis."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, or_, select, update
 
-from licet.domain.catalog import License, LicenseStatus
+from licet.domain.catalog import License, LicenseStatus, grants_from_wire, grants_to_wire
 from licet_control_plane.store.schema import licenses
 
 
@@ -37,6 +37,7 @@ def save(connection: Connection, license_: License, *, revision: int, now_us: in
         "ends_s": license_.ends_s,
         "addons": json.dumps(dict(license_.addons)),
         "overrides": json.dumps(dict(license_.overrides)),
+        "grants": json.dumps(grants_to_wire(license_.grants)),
         "revision": revision,
         "updated_at": now_us,
     }
@@ -94,5 +95,6 @@ def _stored(row: Row[Any]) -> StoredLicense:
         ends_s=row.ends_s,
         addons=json.loads(row.addons),
         overrides=json.loads(row.overrides),
+        grants=grants_from_wire(json.loads(row.grants)),
     )
     return StoredLicense(license_, row.revision, row.updated_at)

@@ -105,6 +105,7 @@ licenses: Final = Table(
     Column("ends_s", BigInteger, nullable=False),
     Column("addons", Text, nullable=False),  # JSON
     Column("overrides", Text, nullable=False),  # JSON
+    Column("grants", Text, nullable=False, server_default="[]"),  # JSON, as on the wire
     Column("revision", BigInteger, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
 )

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from licet.wire.names import RedisNames
-from licet.wire.registers import QUOTA_KEPT_S, WINDOW_GRACE_S, Pair
+from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, QUOTA_KEPT_S, SERVER_RUN_LUA, WINDOW_GRACE_S, Pair
 from licet_sidecar.adapters.redis_link import decoded, failure_of, is_refusal_of_script, translated
 from licet_sidecar.core.leases import Granted, LeaseBook, SettleAnswer, SettleCall, Status
 
@@ -21,7 +21,7 @@ ASKS_MAX: Final = 10_000
 LISTEN_S: Final = 5.0
 _FIELDS_BEFORE: Final = 8
 _FIELDS_EACH: Final = 7
-_SCRIPT: Final = Path(__file__).with_name("settle.lua").read_text()
+_SCRIPT: Final = SERVER_RUN_LUA + Path(__file__).with_name("settle.lua").read_text()
 _SCRIPT_SHA: Final = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -112,6 +112,9 @@ class RedisLeaseStore:
             live,
             WINDOW_GRACE_S,
             QUOTA_KEPT_S,
+            1_000 * (HOLD_S + HOLD_MARGIN_S),
+            int(call.retiring),
+            int(call.durable),
         ]
         for ask in call.asks:
             lease = ask.lease
@@ -126,6 +129,8 @@ class RedisLeaseStore:
                 ask.want,
                 ask.min,
                 ask.amount,
+                ask.kind.value,
+                int(ask.known),
             ]
         return [len(keys), *keys, *arguments]
 

@@ -18,6 +18,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from licet.wire.registers import RUN_SECTIONS, run_of
 from licet_sidecar.ports import CallRefused, LinkDown, LinkRefused
 
 COMMAND_TIMEOUT_S: Final = 1.0
@@ -121,13 +122,12 @@ def decoded(value: Any) -> str:
 
 
 async def run_id_of(execute: Callable[..., Awaitable[Any]]) -> str:
-    """The run id of the server that ``execute`` talks to."""
-    return run_id_in(await execute("INFO", "server"))
+    """The run of the server that ``execute`` talks to."""
+    return run_id_in(await execute("INFO", *RUN_SECTIONS))
 
 
 def run_id_in(info: Any) -> str:
-    """The run id in a reply to ``INFO server``, as text or as redis-py parsed it."""
-    if isinstance(info, dict):
-        return decoded(info.get("run_id", ""))
-    match = re.search(r"run_id:(\w+)", decoded(info))
-    return match.group(1) if match else ""
+    """The run (``run_of``) in a reply to ``INFO``, as text or as redis-py parsed it."""
+    if not isinstance(info, dict):
+        info = dict(re.findall(r"^(run_id|master_replid):(\w+)", decoded(info), re.MULTILINE))
+    return run_of(info)

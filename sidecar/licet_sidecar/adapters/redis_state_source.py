@@ -8,7 +8,7 @@ from typing import Any, Final, cast
 from redis.asyncio import Redis
 
 from licet.wire.names import RedisNames
-from licet.wire.registers import Pair
+from licet.wire.registers import RUN_SECTIONS, Pair
 from licet_sidecar.adapters.redis_link import decoded, run_id_in, translated
 from licet_sidecar.ports import Change, LinkDown
 
@@ -30,7 +30,7 @@ class RedisStateSource:
         async with translated(self._url):
             pipeline = self._redis.pipeline(transaction=False)
             pipeline.get(self._names.head())
-            pipeline.execute_command("INFO", "server")
+            pipeline.execute_command("INFO", *RUN_SECTIONS)
             head, info = await pipeline.execute()
         return head, run_id_in(info)
 
@@ -50,7 +50,7 @@ class RedisStateSource:
             pipeline.get(self._names.license(tenant))
             pipeline.hmget(self._names.limits(tenant), ["epoch", "run"])
             pipeline.get(self._names.head())
-            pipeline.execute_command("INFO", "server")
+            pipeline.execute_command("INFO", *RUN_SECTIONS)
             license_, (epoch, run), head, info = await pipeline.execute()
         pair = Pair(int(epoch), decoded(run)) if epoch and run else Pair(0, "")
         return license_, pair, head, run_id_in(info)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from redis.asyncio import Redis
 
 from licet.wire.names import RedisNames, usage_shard
+from licet.wire.registers import RUN_SECTIONS
 from licet_sidecar.adapters.redis_link import run_id_in, translated
 from licet_sidecar.ports import PulseReport
 
@@ -29,10 +30,10 @@ class RedisUsageSink:
             pipeline.hset(self._names.sidecars(), heartbeat[0], heartbeat[1])
             pipeline.get(self._names.head())
             pipeline.hmget(self._names.acked(), list(logs))
-            pipeline.execute_command("INFO", "server")
+            pipeline.execute_command("INFO", *RUN_SECTIONS)
             _, head, acks, info = (await pipeline.execute())[len(batches) :]
         found = {log: ack for log, ack in zip(logs, acks, strict=True) if ack is not None}
-        return PulseReport(head, found, run_id_in(info))
+        return PulseReport(head, found, run_id_in(info), int(info["server_time_usec"]) // 1_000)
 
     async def deregister(self, sidecar: str) -> None:
         """See ``UsageSink``."""

@@ -28,7 +28,8 @@ import msgpack
 
 from licet.domain.ids import LimitKey
 from licet.wire import envelope, usage
-from licet_sidecar.core.leases import Lease
+from licet.wire.registers import Pair
+from licet_sidecar.core.leases import Lease, Terms
 
 SEGMENT_BYTES: Final = 16 * 1024 * 1024
 """When a segment is closed. About 80,000 events: small enough that acknowledged space comes back soon."""
@@ -111,7 +112,19 @@ def lease_record(tenant: str, lease: Lease) -> bytes:
     return frame(
         LEASE,
         msgpack.packb(
-            [tenant, lease.limit_key, lease.scope, lease.start, lease.end, lease.amount, lease.cap, lease.used]
+            [
+                tenant,
+                lease.limit_key,
+                lease.scope,
+                lease.start,
+                lease.end,
+                lease.amount,
+                lease.cap,
+                lease.used,
+                lease.over,
+                lease.degraded,
+                *lease.pair,
+            ]
         ),
     )
 
@@ -423,9 +436,12 @@ class UsageLog:
         data = segment.path.read_bytes()[: segment.size]
         for kind, payload, _ in _records(data):
             if kind == LEASE:
-                tenant, limit_key, scope, start, end, amount, cap, used = msgpack.unpackb(payload)
-                lease = Lease(LimitKey(limit_key), scope, start, end, amount)
+                tenant, limit_key, scope, start, end, amount, cap, used, *later = msgpack.unpackb(payload)
+                lease = Lease(LimitKey(limit_key), scope, start, end, Terms(amount))
                 lease.cap, lease.used = cap, used
+                if later:
+                    lease.over, lease.degraded, epoch, run = later[:4]
+                    lease.pair = Pair(epoch, run)
                 recovered.leases[(tenant, lease.quota)] = lease
             elif kind == FLOOR:
                 generation, revision = msgpack.unpackb(payload)
@@ -435,6 +451,8 @@ class UsageLog:
                 for quota, units in event.spends:
                     lease_ = recovered.leases.get((event.tenant, quota))
                     if lease_ is not None:
+                        if event.flags & usage.FLAG_DEGRADED:  # approved beyond what was leased
+                            lease_.degraded += max(0, units - max(0, lease_.free))
                         lease_.used += units
 
 

@@ -9,31 +9,40 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from enum import Enum, auto
 from typing import Any, Final
 
 from licet.domain.catalog import (
     AttributeValue,
     Entitlement,
+    Grant,
     License,
     LicenseStatus,
     Limit,
+    OnExceeded,
     UnavailableMode,
 )
-from licet.domain.entitlements import entitlements_of
-from licet.domain.money import AMOUNT_NANOS_MAX, Price
+from licet.domain.entitlements import RATE_SCALE, entitlements_of
+from licet.domain.ids import UNITS_MAX
+from licet.domain.money import AMOUNT_NANOS_MAX, Price, format_nanos
 from licet.domain.outcomes import Effect, Reason
-from licet.domain.windows import Period, Window, window_at
+from licet.domain.windows import FOREVER_S, Period, Window, window_of
 from licet.wire.names import scope_digest
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, check_units, declared_context, meter_units
-from licet_sidecar.core.leases import Lease, LeaseBook, TenantLeases
+from licet_sidecar.core.leases import TOKENS_EACH, Kind, Lease, LeaseBook, RateShare, TenantLeases, Terms
 from licet_sidecar.core.rulebook import BoundAction, Rulebook, rollout_includes
 from licet_sidecar.core.rules import rule_on
 
 ABSENT_MS: Final = 30_000
 """How long "this tenant has no license" is believed without asking again; the change stream ends it sooner."""
 ABSENT_TENANTS_MAX: Final = 10_000
+BUCKET_WAIT_MS_MAX: Final = 250
+BUCKET_YOUNG_MS: Final = 1_000
+"""A check waits for the bucket of a share this young; later, an empty bucket means that too much is asked."""
+EXHAUSTED_KEPT_MS: Final = 10_000
+"""How long a pool of which nothing was left is taken for empty when there is another to take from."""
 BOUND_ACTIONS_MAX: Final = 1_000
 """Actions remembered for each tenant; more than any catalog has, against callers that invent names."""
 
@@ -59,6 +68,8 @@ class Decision:
         "feature_costs",
         "message",
         "observed",
+        "overage",
+        "rates",
         "reason",
         "retry_after_s",
         "rule",
@@ -80,8 +91,12 @@ class Decision:
         """What each feature costs, when several do."""
         self.context: Mapping[str, AttributeValue] = _NOTHING
         self.spends: list[tuple[Lease, int]] = []
+        self.rates: list[tuple[RateShare, int]] = []
+        """What is to be taken from buckets; never given back, never recorded."""
+        self.overage: Mapping[str, int] = _NOTHING
+        """By quota, how much of a spend lies beyond a soft limit, as far as is known here."""
         self.shadow: Sequence[str] = ()
-        self.retry_after_s = 0
+        self.retry_after_s: float = 0
         self.observed = False
         self.stale = False
         self.degraded = False
@@ -102,20 +117,113 @@ class LeaseWait:
     needs: tuple[tuple[Lease, int], ...]
 
 
-Wait = LoadWait | LeaseWait
+@dataclass(frozen=True, slots=True)
+class BucketWait:
+    """The share of a rate is new and its bucket still filling: decide again then."""
+
+    wait_ms: int
+
+
+class Obstacle(Enum):
+    """What else keeps units from being taken at a rate."""
+
+    NO_SHARE = auto()
+    TOO_FAST = auto()
+
+
+Wait = LoadWait | LeaseWait | BucketWait
 
 
 class BoundLimit:
-    """A limit of one of the action's features."""
+    """A limit of one of the action's features, or a grant of it, under a tenant's license."""
 
-    __slots__ = ("amount", "feature", "key", "per", "scope")
+    __slots__ = (
+        "_anchor",
+        "_by",
+        "_ends_s",
+        "_per",
+        "_price",
+        "_starts_s",
+        "feature",
+        "is_rate",
+        "key",
+        "on_exceeded",
+        "pools",
+        "scope",
+        "terms",
+        "window",
+    )
 
-    def __init__(self, feature: str, limit: Limit) -> None:
+    def __init__(self, feature: str, limit: Limit, entitlement: Entitlement, license_: License) -> None:
         self.feature = feature
         self.key = limit.key
-        self.amount = limit.amount
-        self.per = limit.per
         self.scope = limit.scope
+        self.on_exceeded = limit.on_exceeded
+        self.is_rate = limit.is_rate
+        soft = Kind.SOFT if limit.on_exceeded is OnExceeded.OVERAGE else Kind.HARD
+        self.terms = Terms(
+            amount=limit.amount * RATE_SCALE if limit.is_rate else limit.amount,
+            kind=Kind.RATE if limit.is_rate else soft,
+            durable=limit.durable,
+            burst=limit.burst or limit.amount,
+            window=limit.per.value,
+            currency=limit.currency,
+        )
+        self._per = limit.per
+        self._anchor = limit.anchor
+        self._starts_s = license_.starts_s
+        self._ends_s = license_.ends_s
+        self._price = entitlement.price if limit.currency else None
+        self._by = self._price.by.removeprefix("context.") if self._price else ""
+        self.window = Window(0, 0)
+        """The one that was asked about last."""
+        self.pools: tuple[BoundLimit, ...] = ()
+        """This limit and its grants in the order they are used; empty without grants."""
+
+    @classmethod
+    def with_grants(cls, feature: str, limit: Limit, entitlement: Entitlement, license_: License) -> BoundLimit:
+        """The limit, and what the license's grants add to it."""
+        own = cls(feature, limit, entitlement, license_)
+        mine = [grant for grant in entitlement.grants if grant.limit == limit.key]
+        if mine:
+            pools = [(grant.priority, own._granted(limit, entitlement, grant)) for grant in mine]
+            own.pools = tuple(pool for _, pool in sorted([(0, own), *pools], key=lambda pool: pool[0]))
+        return own
+
+    def _granted(self, limit: Limit, entitlement: Entitlement, grant: Grant) -> BoundLimit:
+        alike = replace(
+            limit, key=grant.key, amount=grant.amount, per=Period.TERM, scope=(), on_exceeded=OnExceeded.DENY
+        )
+        term = License("", "", starts_s=grant.starts_s, ends_s=grant.ends_s)
+        pool = BoundLimit(self.feature, alike, entitlement, term)
+        pool.terms = pool.terms._replace(window=limit.per.value, grant=grant.id)
+        return pool
+
+    def window_at(self, now_s: int) -> Window:
+        """The window that holds ``now_s``."""
+        window = self.window
+        if not window[0] <= now_s < window[1]:
+            window = self.window = window_of(
+                self._per, self._anchor, now_s, starts_s=self._starts_s, ends_s=self._ends_s
+            )
+        return window
+
+    def window_after(self, lease: Lease) -> Window | None:
+        """The window that begins where the lease's ends; ``None`` when there is none."""
+        if self._per in (Period.SECOND, Period.TERM):
+            return None
+        return window_of(self._per, self._anchor, lease.end, starts_s=self._starts_s, ends_s=self._ends_s)
+
+    def is_in_force(self, now_s: int) -> bool:
+        """Whether a grant has begun and not ended."""
+        return self._per is not Period.TERM or self._starts_s <= now_s < (self._ends_s or now_s + 1)
+
+    def quota_units(self, units: int, context: Mapping[str, AttributeValue]) -> int:
+        """What ``units`` of the feature take from the quota: as many, or for a budget what they cost."""
+        if self._price is None:
+            return units
+        by = context.get(self._by, "") if self._by else ""
+        return self._price.charge_nanos(units, by if type(by) is str else str(by))
 
 
 class TenantAction:
@@ -179,7 +287,6 @@ class Engine:
         self.tenants_max = tenants_max
         self._staleness_us_max = staleness_us_max
         self._absent_until_ms: OrderedDict[str, int] = OrderedDict()
-        self._windows: dict[Period, Window] = {}
 
     # State
 
@@ -285,7 +392,7 @@ class Engine:
         units, context = inquiry.units, inquiry.declared
 
         decision = None if tenant.in_term(now_us) else _license_problem(tenant.license, now_us)
-        if decision is None and stale and bound.action.on_unavailable.mode is UnavailableMode.DENY:
+        if decision is None and stale and not self._may_decide_stale(bound, now_us):
             decision = Decision(
                 Effect.DENIED,
                 Reason.STALE_POLICY,
@@ -346,40 +453,189 @@ class Engine:
             held = tenant.held = self.leases.of(inquiry.tenant)
         now_s = now_us // 1_000_000
         needs: list[tuple[Lease, int]] | None = None
-        windows, leases, spends = self._windows, held.leases, decision.spends
+        leases, spends = held.leases, decision.spends
         for limit in plan.limits:
             asked = units.get(limit.feature, 0)
-            window = windows.get(limit.per)
-            if window is None or not window[0] <= now_s < window[1]:
-                window = windows[limit.per] = window_at(limit.per, now_s)
+            window = limit.window
+            if not window[0] <= now_s < window[1]:
+                window = limit.window_at(now_s)
             scope = _scope_of(limit.scope, inquiry, context) if limit.scope else ""
             lease = leases.get((limit.key, scope))
-            if lease is None or lease.start != window[0]:
-                lease = self.leases.lease(held, limit.key, scope, window[0], window[1], limit.amount)
-            else:
-                lease.amount = limit.amount
+            if lease is None or lease.start != window[0] or lease.terms is not limit.terms:
+                lease = self.leases.lease(held, limit.key, scope, window[0], window[1], limit.terms)
+            if limit.is_rate:
+                obstacle = self._rate(limit, lease, asked, boot_ms, decision)
+                if obstacle is Obstacle.NO_SHARE:
+                    needs = [*(needs or ()), (lease, asked)]
+                elif obstacle is not None:
+                    if patient and type(obstacle) is BucketWait:
+                        return obstacle
+                    return _rate_limited(limit, lease, asked, boot_ms)
+                continue
+            if limit.terms.currency:
+                asked = limit.quota_units(asked, context)
+            if limit.pools:
+                needs = needs or []
+                if not self._from_pools(limit, lease, asked, held, now_s, boot_ms, spends, needs):
+                    return _exceeded(limit, lease, asked, window, now_s)
+                continue
             spends.append((lease, asked))
             if lease.used + lease.reserved + asked > lease.cap or boot_ms >= lease.hold_until_ms:
                 if asked == 0:
                     continue
-                if self.leases.known_short(lease, asked, boot_ms) or asked > limit.amount:
-                    denial = Decision(
-                        Effect.DENIED,
-                        Reason.QUOTA_EXHAUSTED,
-                        f"{asked:,} units of {limit.feature} were asked; the limit of {limit.amount:,}"
-                        f" per {limit.per} has {lease.remaining + max(0, lease.free):,} left.",
-                        limit.key,
-                    )
-                    denial.retry_after_s = window[1] - now_s
-                    denial.spends = [(lease, 0)]
-                    return denial
+                if asked > UNITS_MAX or (
+                    lease.kind is not Kind.SOFT
+                    and (self.leases.known_short(lease, asked, boot_ms) or asked > lease.amount)
+                ):
+                    return _exceeded(limit, lease, asked, window, now_s)
                 needs = needs or []
                 needs.append((lease, asked))
-        if needs is None:
+            elif lease.over and (beyond := lease.overage(asked)):
+                decision.overage = {**decision.overage, lease.quota: beyond}
+                decision.reason = Reason.OVERAGE
+        if not needs:
             return decision
         if patient:
             return LeaseWait(inquiry.tenant, tuple(needs))
-        return _unavailable(plan.action, "No lease could be had for a limit of this action.")
+        return self._without_lease(plan.action, decision, needs, now_us)
+
+    def _rate(
+        self, limit: BoundLimit, lease: Lease, asked: int, boot_ms: int, decision: Decision
+    ) -> Obstacle | BucketWait | None:
+        """What keeps ``asked`` from being taken out of the bucket; ``None`` when it is there."""
+        assert isinstance(lease, RateShare)
+        decision.rates.append((lease, asked))
+        if not asked or lease.level(boot_ms) >= asked * TOKENS_EACH:
+            return None
+        if asked <= lease.burst and not self.leases.known_short(lease, asked, boot_ms):
+            wait_ms = lease.wait_ms(asked, boot_ms) if boot_ms < lease.hold_until_ms else None
+            if wait_ms is None:
+                return Obstacle.NO_SHARE
+            if wait_ms <= BUCKET_WAIT_MS_MAX and boot_ms - lease.since_ms < BUCKET_YOUNG_MS:
+                return BucketWait(wait_ms)
+        lease.refused(asked)
+        return Obstacle.TOO_FAST
+
+    def _from_pools(
+        self,
+        limit: BoundLimit,
+        own: Lease,
+        asked: int,
+        held: TenantLeases,
+        now_s: int,
+        boot_ms: int,
+        spends: list[tuple[Lease, int]],
+        needs: list[tuple[Lease, int]],
+    ) -> bool:
+        """Spreads ``asked`` over a limit and its grants, each used up before the next. Whether there may be enough."""
+        takes: dict[Lease, int] = {own: 0}
+        rest = asked
+        for pool in limit.pools:
+            if pool is limit:
+                lease = own
+            elif pool.is_in_force(now_s):
+                lease = self.leases.lease(held, pool.key, "", *pool.window_at(now_s), pool.terms)
+            else:
+                continue
+            free = max(0, lease.free) if boot_ms < lease.hold_until_ms else 0
+            takes[lease] = min(rest, free if rest <= free else free + _obtainable(lease, boot_ms))
+            rest -= takes[lease]
+            if not rest:
+                break
+        if rest and own.kind is Kind.SOFT:
+            takes[own] += rest
+            rest = 0
+        spends += [(lease, take) for lease, take in takes.items() if take or lease is own]
+        needs += [(lease, take) for lease, take in takes.items() if not LeaseBook.can_spend(lease, take, boot_ms)]
+        return not rest
+
+    def _without_lease(
+        self, bound: BoundAction, decision: Decision, needs: Sequence[tuple[Lease, int]], now_us: int
+    ) -> Decision:
+        """Nothing can be leased: the action's ``on_unavailable`` decides. An approval takes what no lease covers."""
+        on_unavailable = bound.action.on_unavailable
+        why = "No lease could be had for a limit of this action."
+        match on_unavailable.mode:
+            case UnavailableMode.ALLOW:
+                allowed, how = True, "The action allows that."
+            case UnavailableMode.CAPPED:
+                allowed = all(lease.degraded + units <= on_unavailable.units_max for lease, units in needs)
+                how = f"The action allows {on_unavailable.units_max:,} units of each quota then."
+            case UnavailableMode.LAST_KNOWN:
+                allowed = now_us - self.as_of_us <= on_unavailable.for_s_max * 1_000_000 and all(
+                    units <= max(0, lease.free) + lease.remaining for lease, units in needs
+                )
+                how = "The action goes by what was last known of its quotas."
+            case UnavailableMode.DENY:
+                allowed, how = False, ""
+        if not allowed:
+            return _unavailable(bound, why)
+        decision.reason = Reason.DEGRADED_ALLOW
+        decision.message = f"{why} {how}"
+        decision.degraded = True
+        return decision
+
+    def _may_decide_stale(self, bound: BoundAction, now_us: int) -> bool:
+        on_unavailable = bound.action.on_unavailable
+        if on_unavailable.mode is UnavailableMode.LAST_KNOWN:
+            return now_us - self.as_of_us <= on_unavailable.for_s_max * 1_000_000
+        return on_unavailable.mode is not UnavailableMode.DENY
+
+    def window_after(self, tenant: str, lease: Lease) -> Window | None:
+        """The window after a lease's, of the limit it is leased from; ``None`` when there is none, or no such limit."""
+        loaded = self.tenants.get(tenant)
+        if loaded is None:
+            return None
+        for plan in loaded.actions.values():
+            for limit in plan.limits:
+                if limit.key == lease.limit_key:
+                    return limit.window_after(lease)
+        return None
+
+
+def _obtainable(lease: Lease, boot_ms: int) -> int:
+    """Units of a pool that others do not use, as last heard; all of it when nothing was heard lately."""
+    known = lease.remaining + lease.idle_elsewhere
+    if boot_ms < lease.short_until_ms:
+        return known
+    if not known and lease.asked_ms and boot_ms - lease.asked_ms < EXHAUSTED_KEPT_MS:
+        return 0
+    return lease.amount
+
+
+def _exceeded(limit: BoundLimit, lease: Lease, asked: int, window: Window, now_s: int) -> Decision:
+    left = lease.remaining + max(0, lease.free)
+    currency = limit.terms.currency
+    if currency:
+        what = f"{format_nanos(asked)} {currency} of {limit.feature} were asked; the budget of"
+        what += f" {format_nanos(lease.amount)} {currency} per {limit.terms.window} has {format_nanos(left)} left."
+    else:
+        what = f"{asked:,} units of {limit.feature} were asked; the limit of {lease.amount:,}"
+        what += f" per {limit.terms.window} has {left:,} left."
+    if limit.on_exceeded is OnExceeded.REQUIRE_APPROVAL:
+        exceeded = Decision(Effect.PENDING, Reason.APPROVAL_REQUIRED, f"{what} More needs an approval.", limit.key)
+    else:
+        exceeded = Decision(Effect.DENIED, Reason.QUOTA_EXHAUSTED, what, limit.key)
+        if window.end < FOREVER_S:
+            exceeded.retry_after_s = window.end - now_s
+    exceeded.spends = [(lease, 0)]
+    return exceeded
+
+
+def _rate_limited(limit: BoundLimit, lease: Lease, asked: int, boot_ms: int) -> Decision:
+    assert isinstance(lease, RateShare)
+    rate = limit.terms.amount // RATE_SCALE
+    limited = Decision(
+        Effect.DENIED,
+        Reason.RATE_LIMITED,
+        f"{asked:,} units of {limit.feature} were asked; {rate:,} a second are allowed, {limit.terms.burst:,} at once.",
+        limit.key,
+    )
+    if asked <= limit.terms.burst:
+        wait_ms = lease.wait_ms(asked, boot_ms)
+        limited.retry_after_s = 1 if wait_ms is None else wait_ms / 1_000
+    limited.spends = [(lease, 0)]
+    return limited
 
 
 def _price(decision: Decision, plan: TenantAction) -> None:
@@ -421,7 +677,9 @@ def _bind_action(tenant: Tenant, bound: BoundAction) -> TenantAction:
             if entitlement.price
         )
         plan.limits = tuple(
-            BoundLimit(feature, limit) for feature, entitlement in granted for limit in entitlement.limits
+            BoundLimit.with_grants(feature, limit, entitlement, license_)
+            for feature, entitlement in granted
+            for limit in entitlement.limits
         )
     return plan
 

@@ -12,6 +12,11 @@ Rules, from ``docs/adr/0002-registers-not-tokens.md``; the simulation removes ea
 5. After a loss (``STALE``, ``LEARN``) the next call asserts what is held; Redis grants nothing on it.
 6. It forgets what it spent in a window only when Redis takes no call for that window any more, by the Redis clock: its
    own may step back over the window's end, or be ahead of the others'.
+7. When a hold has ended, what was not spent or reserved is given up before anything else is said of that lease: it may
+   have been sealed, or left out of learning, and be granted to somebody else.
+
+A *rate* is leased as a share of it (``RateShare``): the same calls and rules, and nothing is ever spent of a share;
+what a check takes comes out of the bucket that the share fills. Shares are not logged: a restart begins without.
 
 Owned by one event loop. No I/O, no clock: ``now_s`` is wall time (seconds since the Unix epoch, for windows),
 ``boot_ms`` boot time (milliseconds, for holds).
@@ -22,9 +27,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum, StrEnum, auto
 from typing import Final, NamedTuple
 
+from licet.domain.entitlements import RATE_SCALE
 from licet.domain.ids import LimitKey
 from licet.wire.registers import HOLD_S, WINDOW_GRACE_S, Pair, marker_name, quota_name
 
@@ -39,6 +45,12 @@ whoever is short of units meanwhile calls them back at once."""
 DEMAND_S: Final = 2
 """Seconds of recent demand a refill asks for."""
 
+RATE_IDLE_MS: Final = 10_000
+"""A share of a rate that nobody used for this long goes back."""
+
+RATE_HEADROOM: Final = 1.25
+"""A share asked for is this much more than the demand measured, so that a rising demand is not refused at once."""
+
 DENIAL_KEPT_MS: Final = 250
 """How long "the quota has no more than this" is believed before Redis is asked again: bounds the calls of a tenant at
 its limit to four a second and sidecar, and the delay until returned units are found."""
@@ -49,29 +61,68 @@ PREFETCH_S: Final = 2
 QUOTAS_PER_CALL_MAX: Final = 64
 """Quotas in one call. The script runs about 10 µs a quota, and blocks Redis meanwhile."""
 
+TOKENS_EACH: Final = RATE_SCALE * 1_000
+"""A unit in a bucket that fills by thousandths of a unit a second each millisecond."""
+
 NO_PAIR: Final = Pair(0, "")
+
+
+class Kind(StrEnum):
+    """How a quota is leased."""
+
+    HARD = "hard"
+    """Never past its amount."""
+    SOFT = "soft"
+    """Past its amount too: overage."""
+    RATE = "rate"
+    """As shares, of units a second."""
+
+
+class Terms(NamedTuple):
+    """What a limit says about its leases. ``amount`` in units, in nanos, or in thousandths of a unit a second.
+
+    ``durable``: a grant is spent only when it is on disk and on replicas. ``burst``, of a rate: units at once.
+    ``window``, ``currency`` and ``grant`` are for the answers: the period's name, of a budget its currency, of a grant
+    its id.
+    """
+
+    amount: int
+    kind: Kind = Kind.HARD
+    durable: bool = False
+    burst: int = 0
+    window: str = ""
+    currency: str = ""
+    grant: str = ""
 
 
 class Lease:
     """What this sidecar holds of one quota. Units in [0, 2^53).
 
-    ``cap`` is what it may spend in all, ``used`` what it has spent, ``reserved`` what is held for actions under way.
+    ``cap`` is what it may spend in all, ``used`` what it has spent, ``reserved`` what is held for actions under way;
+    ``used`` is above ``cap`` only by what was approved while nothing could be leased, ``degraded`` in all in this
+    window. ``over`` is the part of ``cap`` that lies beyond a soft limit.
     ``amount`` is the limit as last published here; ``remaining`` what Redis last said nobody holds, and
     ``idle_elsewhere`` what others hold and had not spent. ``unsure`` while the register may hold more than ``cap``:
     a call about it was not answered, or Redis lost something. ``logged`` once the log knows of this lease.
+    ``pair`` is what the last call about it was answered under.
     """
 
     __slots__ = (
         "amount",
         "asked_ms",
         "cap",
+        "degraded",
+        "durable",
         "end",
         "hold_until_ms",
         "idle_elsewhere",
         "keepalive_ms",
+        "kind",
         "limit_key",
         "logged",
         "low_water",
+        "over",
+        "pair",
         "quota",
         "rate",
         "remaining",
@@ -81,17 +132,18 @@ class Lease:
         "spent_lately",
         "spent_ms",
         "start",
+        "terms",
         "unsure",
         "used",
         "wanted",
     )
 
-    def __init__(self, limit_key: LimitKey, scope: str, start: int, end: int, amount: int) -> None:
+    def __init__(self, limit_key: LimitKey, scope: str, start: int, end: int, terms: Terms) -> None:
         self.limit_key = limit_key
         self.scope = scope
         self.start = start
         self.end = end
-        self.amount = amount
+        self.adopt(terms)
         self.quota = quota_name(limit_key, scope, start)
         # Spread over half of the time, so that what was leased together is not kept alive in one burst.
         self.keepalive_ms = KEEPALIVE_MS - zlib.crc32(self.quota.encode()) % (KEEPALIVE_MS // 2)
@@ -100,7 +152,7 @@ class Lease:
         self.reserved = 0
         self.hold_until_ms = 0
         self.asked_ms = 0
-        self.remaining = amount
+        self.remaining = terms.amount
         self.idle_elsewhere = 0
         self.short_until_ms = 0
         self.low_water = 0
@@ -110,18 +162,113 @@ class Lease:
         self.wanted = False
         self.unsure = False
         self.logged = False
+        self.pair = NO_PAIR
+        self.over = 0
+        self.degraded = 0
+
+    def adopt(self, terms: Terms) -> None:
+        """Takes over what the limit says now."""
+        self.terms = terms
+        self.amount = terms.amount
+        self.kind = terms.kind
+        self.durable = terms.durable
 
     @property
     def free(self) -> int:
-        """Units that can be spent while the hold lasts."""
+        """Units that can be spent while the hold lasts; negative after degraded approvals."""
         return self.cap - self.used - self.reserved
+
+    def overage(self, units: int) -> int:
+        """How many of ``units``, if spent next, lie beyond the limit, as far as is known here."""
+        if not self.over:
+            return 0
+        return min(units, max(0, self.used + self.reserved + units - (self.cap - self.over)))
 
     def __repr__(self) -> str:
         return f"Lease({self.quota} cap={self.cap} used={self.used} reserved={self.reserved})"
 
 
+class RateShare(Lease):
+    """A share of a rate: ``cap`` thousandths of a unit a second, that fill a bucket of as much of the burst.
+
+    Over any time t all sidecars together approve at most rate * t + burst: shares never sum to more than the rate, a
+    bucket holds at most its share of the burst, and a new one is empty.
+    """
+
+    __slots__ = ("burst", "filled_ms", "since_ms", "tokens")
+
+    tokens: int
+    """Millionths of a unit in the bucket when it was last filled (``filled_ms``, boot time)."""
+
+    def __init__(self, limit_key: LimitKey, scope: str, start: int, end: int, terms: Terms) -> None:
+        super().__init__(limit_key, scope, start, end, terms)
+        self.tokens = 0
+        self.filled_ms = 0
+        self.since_ms = 0
+        """When there last was no share, boot time: the bucket of a young one is still filling."""
+
+    def adopt(self, terms: Terms) -> None:
+        """See ``Lease``."""
+        super().adopt(terms)
+        self.burst = terms.burst
+
+    def level(self, boot_ms: int) -> int:
+        """Fills the bucket up to now, and says what is in it, in millionths of a unit."""
+        until_ms = min(boot_ms, self.hold_until_ms)
+        if until_ms > self.filled_ms:
+            self.tokens = min(self._capacity(), self.tokens + self.cap * (until_ms - self.filled_ms))
+        self.filled_ms = boot_ms
+        return self.tokens if boot_ms < self.hold_until_ms else 0
+
+    def take(self, units: int, boot_ms: int) -> None:
+        """Takes ``units``."""
+        self.tokens = max(0, self.tokens - units * TOKENS_EACH)  # below it only in degraded mode
+        self.spent_lately += units
+        self.spent_ms = boot_ms
+
+    def refused(self, units: int) -> None:
+        """Units that were asked and not there: demand, too."""
+        self.spent_lately += units
+
+    def wait_ms(self, units: int, boot_ms: int) -> int | None:
+        """Until the bucket holds ``units``, at the present share; ``None`` when it never will."""
+        if units * TOKENS_EACH > self._capacity():
+            return None
+        missing = units * TOKENS_EACH - self.level(boot_ms)
+        return max(0, -(-missing // self.cap)) if self.cap else None
+
+    def share_for(self, units: int) -> int:
+        """The smallest share whose bucket can hold ``units``."""
+        return min(self.amount, -(-units * self.amount // max(1, self.burst)))
+
+    def share_wanted(self) -> int:
+        """A share for the demand that was measured."""
+        return min(self.amount, round(self.rate * RATE_HEADROOM * RATE_SCALE))
+
+    def lower(self, share: int, boot_ms: int) -> None:
+        """Gives up all but ``share``, and what the bucket then cannot hold."""
+        self.level(boot_ms)
+        self.cap = min(self.cap, share)
+        self.tokens = min(self.tokens, self._capacity())
+
+    def granted(self, share: int, hold_until_ms: int, boot_ms: int) -> None:
+        """Another share from now on."""
+        self.level(boot_ms)
+        if not self.cap:
+            self.since_ms = boot_ms
+        self.hold_until_ms = hold_until_ms
+        self.cap = share
+        self.tokens = min(self.tokens, self._capacity())
+
+    def _capacity(self) -> int:
+        return self.burst * TOKENS_EACH * self.cap // self.amount if self.amount else 0
+
+
 class Ask(NamedTuple):
-    """One quota in a call, as it was when the call was made. ``want`` and ``min`` 0: report, or return."""
+    """One quota in a call, as it was when the call was made. ``want`` and ``min`` 0: report, or return.
+
+    ``known``: a call about it was answered under this pair, so there must be a register.
+    """
 
     lease: Lease
     cap: int
@@ -130,11 +277,17 @@ class Ask(NamedTuple):
     want: int
     min: int
     amount: int
+    kind: Kind = Kind.HARD
+    known: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SettleCall:
-    """A call to the settle script. Sent again verbatim until it is answered."""
+    """A call to the settle script. Sent again verbatim until it is answered.
+
+    ``durable``: what it grants must be on disk and on replicas before the answer counts. ``retiring``: the registers
+    become part of their quotas' base, because this sidecar's id is used no more.
+    """
 
     tenant: str
     op: int
@@ -142,6 +295,8 @@ class SettleCall:
     revision: int
     asks: tuple[Ask, ...]
     sent_boot_ms: int
+    durable: bool = False
+    retiring: bool = False
 
 
 class Status(Enum):
@@ -234,6 +389,8 @@ class LeaseBook:
         self.incarnation = incarnation
         self._op = 0
         self._redis_ahead_ms: int | None = None
+        self.live = 1
+        """Sidecars that share the quotas, as last heard."""
         self.tenants: dict[str, TenantLeases] = {}
 
     def of(self, tenant: str) -> TenantLeases:
@@ -243,17 +400,26 @@ class LeaseBook:
             held = self.tenants[tenant] = TenantLeases(tenant)
         return held
 
-    def lease(self, held: TenantLeases, limit_key: LimitKey, scope: str, start: int, end: int, amount: int) -> Lease:
+    def lease(self, held: TenantLeases, limit_key: LimitKey, scope: str, start: int, end: int, terms: Terms) -> Lease:
         """The lease for the window ``[start, end)``; an empty one when none is held."""
         key = (limit_key, scope)
         lease = held.leases.get(key)
-        if lease is not None and lease.start == start:
-            lease.amount = amount
-            return lease
+        if lease is None or lease.start != start:
+            lease = self._lease_of_window(held, lease, limit_key, scope, start, end, terms)
+        lease.end = end
+        if lease.terms is not terms:
+            lease.adopt(terms)
+        return lease
+
+    @staticmethod
+    def _lease_of_window(
+        held: TenantLeases, lease: Lease | None, limit_key: LimitKey, scope: str, start: int, end: int, terms: Terms
+    ) -> Lease:
+        key = (limit_key, scope)
         wanted = held.others.pop(quota_name(limit_key, scope, start), None)
-        if wanted is None:
-            wanted = Lease(limit_key, scope, start, end, amount)
-        wanted.amount = amount
+        if wanted is None or (wanted.kind is Kind.RATE) != (terms.kind is Kind.RATE):
+            of_kind = RateShare if terms.kind is Kind.RATE else Lease
+            wanted = of_kind(limit_key, scope, start, end, terms)
         if lease is not None:
             wanted.rate = lease.rate
             held.others[lease.quota] = lease  # rule 6
@@ -268,7 +434,10 @@ class LeaseBook:
     @staticmethod
     def known_short(lease: Lease, units: int, boot_ms: int) -> bool:
         """Whether Redis said, lately enough, that not even with the units others hold idle this can be had."""
-        return boot_ms < lease.short_until_ms and units - lease.free > lease.remaining + lease.idle_elsewhere
+        if isinstance(lease, RateShare):
+            missing = lease.share_for(units) - lease.cap
+            return boot_ms < lease.short_until_ms and missing > lease.remaining + lease.idle_elsewhere
+        return boot_ms < lease.short_until_ms and units - max(0, lease.free) > lease.remaining + lease.idle_elsewhere
 
     @staticmethod
     def spend(lease: Lease, units: int, boot_ms: int) -> bool:
@@ -283,6 +452,18 @@ class LeaseBook:
         """Gives back what ``spend`` took, when the decision could not be logged and was not answered."""
         lease.used -= units
 
+    @staticmethod
+    def overdraw(lease: Lease, units: int, boot_ms: int) -> None:
+        """Takes ``units`` that no lease covers: approved because nothing could be leased. Redis is told later."""
+        if boot_ms >= lease.hold_until_ms:
+            LeaseBook._lower(lease, boot_ms)  # rule 7
+        beyond = units - max(0, lease.free)
+        lease.used += units
+        lease.degraded += beyond
+        lease.remaining = max(0, lease.remaining - beyond)
+        lease.spent_ms = boot_ms
+        lease.unsure = True
+
     def need(self, held: TenantLeases, lease: Lease, units: int) -> None:
         """A check waits for ``units`` of ``lease``: the next call has to bring them."""
         held.needs[lease] = max(held.needs.get(lease, 0), units)
@@ -290,46 +471,95 @@ class LeaseBook:
     # Calls
 
     def begin_call(
-        self, held: TenantLeases, *, revision: int, boot_ms: int, giving_back: bool = False
+        self,
+        held: TenantLeases,
+        *,
+        revision: int,
+        boot_ms: int,
+        giving_back: bool = False,
+        retiring: bool = False,
     ) -> SettleCall | None:
         """The next call for a tenant; ``None`` when one is outstanding or there is nothing to say.
 
         Acquires what waiting checks need, refills what runs low, reports the rest of what is held. Units that are
         wanted elsewhere, idle, or (``giving_back``) all of them, are returned: their cap is lowered here, and the
         shell must log the leases whose cap was lowered, and those not logged yet, before it sends the call (rule 3).
+        ``retiring`` also gives up the registers; the shell has made sure that this sidecar's id is never used again.
         """
         if held.outstanding is not None:
             return None
         asks: list[Ask] = []
+        durable = False
         for lease in self._by_urgency(held, boot_ms):
             if len(asks) == QUOTAS_PER_CALL_MAX:
                 break
             need = held.needs.pop(lease, 0)
-            shortfall = max(0, need - lease.free)
-            want = 0
-            if need:
-                want = max(shortfall, round(lease.rate * DEMAND_S))
-            elif giving_back or lease.wanted or self._is_idle(lease, boot_ms):
-                lease.cap = min(lease.cap, lease.used + lease.reserved)
-                lease.low_water = 0
-                lease.wanted = False
-            elif lease.free < lease.low_water:
-                want = max(1, round(lease.rate * DEMAND_S))
+            if boot_ms >= lease.hold_until_ms:
+                self._lower(lease, boot_ms)  # rule 7
+            if isinstance(lease, RateShare):
+                want, least = self._share_asked(lease, need, boot_ms, giving_back or retiring)
+            else:
+                want, least = self._units_asked(lease, need, boot_ms, giving_back or retiring)
+            known = lease.pair == held.pair and (lease.cap > 0 or lease.used + lease.reserved > 0)
             lease.unsure = True
-            asks.append(Ask(lease, lease.cap, lease.used, lease.reserved, want, shortfall, lease.amount))
+            durable |= lease.durable and want > 0
+            asks.append(Ask(lease, lease.cap, lease.used, lease.reserved, want, least, lease.amount, lease.kind, known))
         if not asks:
             return None
         self._op += 1
-        held.outstanding = SettleCall(held.tenant, self._op, held.pair, revision, tuple(asks), boot_ms)
+        held.outstanding = SettleCall(
+            held.tenant, self._op, held.pair, revision, tuple(asks), boot_ms, durable, retiring
+        )
         return held.outstanding
+
+    def _units_asked(self, lease: Lease, need: int, boot_ms: int, giving_back: bool) -> tuple[int, int]:
+        """(want, min) of a call; lowers the cap of what is returned."""
+        demand = round(lease.rate * DEMAND_S)
+        if need:
+            shortfall = max(0, need - max(0, lease.free))
+            return max(shortfall, demand), shortfall
+        if giving_back or lease.wanted or self._is_idle(lease, boot_ms):
+            self._lower(lease, boot_ms)
+            lease.wanted = False
+        elif lease.free < lease.low_water:
+            return max(1, demand), 0
+        return 0, 0
+
+    def _share_asked(self, share: RateShare, need: int, boot_ms: int, giving_back: bool) -> tuple[int, int]:
+        """The same for a share of a rate. ``need``: units that the bucket must be able to hold."""
+        wanted = max(share.share_wanted(), share.share_for(need))
+        if giving_back or (not need and self._is_idle(share, boot_ms)):
+            share.lower(0, boot_ms)
+        elif share.wanted:
+            # Others lack some: whoever has more than a fair share keeps that, or what it uses if that is less.
+            share.lower(max(min(wanted, share.amount // self.live), share.share_for(need)), boot_ms)
+        elif wanted > share.cap:
+            return wanted - share.cap, max(0, share.share_for(need) - share.cap)
+        share.wanted = False
+        return 0, 0
+
+    @staticmethod
+    def _lower(lease: Lease, boot_ms: int) -> None:
+        """Gives up what is not spent or reserved."""
+        if isinstance(lease, RateShare):
+            lease.lower(0, boot_ms)
+            return
+        returned = max(0, lease.free)
+        lease.cap -= returned
+        lease.over = max(0, lease.over - returned)
+        lease.low_water = 0
 
     def end_call(self, held: TenantLeases, call: SettleCall, answer: SettleAnswer, boot_ms: int) -> Outcome | None:
         """Takes an answer. ``None`` when it is not the answer to the outstanding call: it changes nothing (rule 4)."""
         if held.outstanding is not call or (answer.incarnation, answer.op) != (self.incarnation, call.op):
             return None
         held.outstanding = None
-        self._redis_ahead_ms = answer.redis_ms - boot_ms  # at least: the answer took time to come
+        self.heard(answer.redis_ms, boot_ms)
         match answer.status:
+            case Status.OK if call.retiring:
+                for ask in call.asks:
+                    self._drop(held, ask.lease)  # it is Redis' to count now
+                return Outcome.SETTLED
             case Status.OK:
                 return self._settled(held, call, answer, boot_ms)
             case Status.STALE:
@@ -348,7 +578,8 @@ class LeaseBook:
             case Status.CLOSED:
                 ask = call.asks[answer.about]
                 expected = ask.min > 0 and held.leases.get((ask.lease.limit_key, ask.lease.scope)) is ask.lease
-                self._drop(held, ask.lease)
+                if not ask.lease.reserved:  # else its reservations are settled without Redis
+                    self._drop(held, ask.lease)
                 return Outcome.CLOCK if expected else Outcome.SETTLED
             case Status.EARLY:
                 self._drop(held, call.asks[answer.about].lease)
@@ -360,6 +591,10 @@ class LeaseBook:
         """Takes a call back that Redis refused as a whole without running it (out of memory, say)."""
         if held.outstanding is call:
             held.outstanding = None
+
+    def retirable(self) -> bool:
+        """Whether nothing is held for the future: every reservation was settled."""
+        return not any(lease.reserved for held in self.tenants.values() for lease in held.all())
 
     def unasserted(self, since_ms: int, boot_ms: int) -> list[str]:
         """Tenants that hold something no call begun after ``since_ms`` (boot time) was answered for.
@@ -373,12 +608,42 @@ class LeaseBook:
             or any(lease.asked_ms <= since_ms for lease in held.all() if self._is_sayable(lease, boot_ms))
         ]
 
+    def has_returned(self, held: TenantLeases, boot_ms: int) -> bool:
+        """Whether nothing is held of a tenant's quotas that could be spent."""
+        return held.outstanding is None and not any(
+            lease.free > 0 and self._is_sayable(lease, boot_ms) for lease in held.all()
+        )
+
+    def is_told(self, held: TenantLeases, boot_ms: int) -> bool:
+        """Whether Redis knows everything about a tenant's leases that it still takes."""
+        return held.outstanding is None and not any(self._is_sayable(lease, boot_ms) for lease in held.all())
+
+    def heard(self, redis_ms: int, boot_ms: int) -> None:
+        """The Redis clock showed ``redis_ms``, some time before ``boot_ms``."""
+        self._redis_ahead_ms = redis_ms - boot_ms
+
+    def answered_after_ms(self, boot_ms: int) -> int:
+        """An instant of the Redis clock after which everything held now was answered for; 0 when none is known."""
+        if self._redis_ahead_ms is None:
+            return 0
+        after_ms = boot_ms
+        for held in self.tenants.values():
+            if held.outstanding is not None:
+                after_ms = min(after_ms, held.outstanding.sent_boot_ms)
+            for lease in held.all():
+                if lease.asked_ms < after_ms and self._is_sayable(lease, boot_ms):
+                    after_ms = lease.asked_ms
+        return max(0, after_ms + self._redis_ahead_ms)
+
     # Upkeep
 
     def tick(self, held: TenantLeases, now_s: int, boot_ms: int, elapsed_s: float) -> bool:
         """Once a second for each tenant held: measures demand, drops ended windows. Whether a call is due."""
         due = False
         for lease in list(held.all()):
+            if isinstance(lease, RateShare):
+                due |= self._tick_share(lease, boot_ms, elapsed_s)
+                continue
             if now_s >= lease.end:
                 # What was spent is in the ledger; what was not lapsed with the window.
                 if not self._is_sayable(lease, boot_ms) and lease.reserved == 0 and not self._is_asked(held, lease):
@@ -391,11 +656,18 @@ class LeaseBook:
             due |= held_units and (self._is_idle(lease, boot_ms) or boot_ms >= lease.asked_ms + lease.keepalive_ms)
         return due
 
+    def _tick_share(self, share: RateShare, boot_ms: int, elapsed_s: float) -> bool:
+        share.rate = (share.rate + share.spent_lately / elapsed_s) / 2
+        share.spent_lately = 0
+        if share.wanted or share.unsure or share.share_wanted() > share.cap:
+            return True
+        return share.cap > 0 and (self._is_idle(share, boot_ms) or boot_ms >= share.asked_ms + share.keepalive_ms)
+
     def prefetch(self, held: TenantLeases, lease: Lease, start: int, end: int) -> None:
         """Makes an empty lease for the window after ``lease``'s, so that the next call takes it ahead of need."""
         if quota_name(lease.limit_key, lease.scope, start) in held.others:
             return
-        upcoming = Lease(lease.limit_key, lease.scope, start, end, lease.amount)
+        upcoming = Lease(lease.limit_key, lease.scope, start, end, lease.terms)
         upcoming.rate = lease.rate
         held.others[upcoming.quota] = upcoming
         held.needs[upcoming] = 1
@@ -418,32 +690,29 @@ class LeaseBook:
 
     def _settled(self, held: TenantLeases, call: SettleCall, answer: SettleAnswer, boot_ms: int) -> Outcome:
         missed: list[tuple[Ask, Granted]] = []
-        granted_any = False
         for ask, granted in zip(call.asks, answer.granted, strict=True):
             lease = ask.lease
-            lease.cap = granted.g
+            self._take_grant(lease, ask, granted, call.sent_boot_ms + HOLD_MS, boot_ms)
+            lease.pair = call.pair
             lease.unsure = False
-            lease.used += max(0, granted.u - ask.used)
             if ask.min:
                 lease.spent_ms = boot_ms
-            lease.hold_until_ms = call.sent_boot_ms + HOLD_MS
             lease.asked_ms = call.sent_boot_ms
             lease.remaining = max(0, granted.amount - granted.sum)
             lease.idle_elsewhere = max(0, granted.sum - granted.used - (granted.g - ask.used - ask.reserved))
             lease.wanted |= granted.wanted and not ask.want
-            free = lease.free
-            # The next refill is due when half is gone: near the limit, where refills bring little, the number of
-            # calls then stays logarithmic.
-            lease.low_water = free // 2
-            granted_any |= granted.d > 0
-            if ask.min and granted.g < ask.cap + ask.min:
+            if ask.min and granted.g < max(ask.cap, ask.used + ask.reserved) + ask.min:
                 missed.append((ask, granted))
         if not missed:
             return Outcome.SETTLED
         if answer.phase != "open":
             held.why = "learning"
             return Outcome.ASK_CONTROL_PLANE
-        short = [(ask, granted) for ask, granted in missed if max(0, granted.amount - granted.sum) < ask.min]
+        short = [
+            (ask, granted)
+            for ask, granted in missed
+            if ask.kind is not Kind.SOFT and max(0, granted.amount - granted.sum) < ask.min
+        ]
         if not short:
             return Outcome.AGAIN  # this call asserted or adopted
         hopeless = False
@@ -452,6 +721,20 @@ class LeaseBook:
             lease.short_until_ms = boot_ms + DENIAL_KEPT_MS
             hopeless |= lease.remaining + lease.idle_elsewhere < ask.min
         return Outcome.SETTLED if hopeless else Outcome.RECALL
+
+    @staticmethod
+    def _take_grant(lease: Lease, ask: Ask, granted: Granted, hold_until_ms: int, boot_ms: int) -> None:
+        if isinstance(lease, RateShare):
+            lease.granted(granted.g, hold_until_ms, boot_ms)
+            return
+        lease.cap = granted.g
+        lease.used += max(0, granted.u - ask.used)
+        lease.hold_until_ms = hold_until_ms
+        if ask.kind is Kind.SOFT and granted.d:
+            lease.over += min(granted.d, max(0, granted.sum - granted.amount))
+        # The next refill is due when half is gone: near the limit, where refills bring little, the number of calls then
+        # stays logarithmic.
+        lease.low_water = lease.free // 2
 
     def give_up_recall(self, asks: Iterable[Ask], boot_ms: int) -> None:
         """Others did not return what they hold in time: for a moment, count it as not to be had."""
@@ -482,7 +765,8 @@ class LeaseBook:
 
     @staticmethod
     def _is_idle(lease: Lease, boot_ms: int) -> bool:
-        return lease.free > 0 and lease.reserved == 0 and boot_ms - lease.spent_ms > IDLE_MS
+        idle_ms = RATE_IDLE_MS if lease.kind is Kind.RATE else IDLE_MS
+        return lease.free > 0 and lease.reserved == 0 and boot_ms - lease.spent_ms > idle_ms
 
     @staticmethod
     def _doubt(held: TenantLeases) -> None:

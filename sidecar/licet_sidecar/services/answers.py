@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from typing import Final
 
+from licet.domain.entitlements import RATE_SCALE
 from licet.domain.outcomes import Effect, Reason
-from licet.domain.windows import period_of
+from licet.domain.windows import FOREVER_S
 from licet.v1 import approval_pb2 as pb
 from licet_sidecar.core.engine import Decision, Engine
-from licet_sidecar.core.leases import Lease
+from licet_sidecar.core.leases import TOKENS_EACH, Kind, Lease, RateShare, Terms
 from licet_sidecar.services.link import LinkState
 
 _DECISION_ID_TAG: Final = b"\x0a\x20"  # field 1, 32 bytes
 _QUOTAS_TAG: Final = b"\x52"  # field 10, length-delimited
 _REMAINING_TAG: Final = b"\x20"  # field 4 of QuotaState, varint
+_OVERAGE: Final = b"\x30\x01"  # field 6 of QuotaState, true
 _COST_TAG: Final = b"\x5a"  # field 11, length-delimited
 _AMOUNT_TAG: Final = b"\x08"  # field 1 of Cost, varint
 _APPROVED: Final = Effect.APPROVED
@@ -36,7 +38,7 @@ class Answers:
         self._state_key: tuple[int, int, bool, bool] = (-1, -1, False, False)
         self._state = b""
         self._outcomes: dict[int, bytes] = {}
-        self._quotas: dict[tuple[str, int], bytes] = {}
+        self._quotas: dict[str, tuple[Terms, bytes]] = {}
         self._currencies: dict[str, bytes] = {}  # as many as the catalog has
 
     def encode(self, decision: Decision, decision_id: str) -> bytes:
@@ -58,25 +60,29 @@ class Answers:
             parts.append(_DECISION_ID_TAG)
             parts.append(decision_id.encode())
         for lease, _ in decision.spends:
-            self._quota(lease, parts)
+            self._quota(lease, parts, lease.quota in decision.overage)
+        for share, _ in decision.rates:
+            self._quota(share, parts, False)
         if decision.cost_nanos:
             parts.append(self._cost(decision.cost_nanos, decision.currency))
         if decision.message or decision.rule or decision.retry_after_s or decision.observed:
             parts.append(_encode_explanation(decision))
         return b"".join(parts)
 
-    def _quota(self, lease: Lease, parts: list[bytes]) -> None:
-        key = (lease.quota, lease.amount)
-        fragment = self._quotas.get(key)
-        if fragment is None:
+    def _quota(self, lease: Lease, parts: list[bytes], over: bool) -> None:
+        known = self._quotas.get(lease.quota)
+        if known is None or known[0] is not lease.terms:
             if len(self._quotas) >= _QUOTA_FRAGMENTS_MAX:
                 self._quotas.clear()
-            feature, _, name = lease.limit_key.partition(":")
-            state = pb.QuotaState(feature=feature, window=period_of(lease.start, lease.end) or name, limit=lease.amount)
-            state.resets_at.seconds = lease.end
-            fragment = self._quotas[key] = state.SerializeToString()
-        free = lease.cap - lease.used - lease.reserved
-        remaining = varint(lease.remaining + lease.idle_elsewhere + (free if free > 0 else 0))
+            known = self._quotas[lease.quota] = (lease.terms, _quota_state(lease).SerializeToString())
+        fragment = known[1]
+        if lease.kind is Kind.RATE:
+            remaining = varint(lease.tokens // TOKENS_EACH) if isinstance(lease, RateShare) else b"\0"
+        else:
+            free = lease.cap - lease.used - lease.reserved
+            remaining = varint(lease.remaining + lease.idle_elsewhere + (free if free > 0 else 0))
+        if over:
+            remaining += _OVERAGE
         parts.append(_QUOTAS_TAG)
         parts.append(varint(len(fragment) + 1 + len(remaining)))
         parts.append(fragment)
@@ -89,6 +95,21 @@ class Answers:
             text = self._currencies[currency] = pb.Cost(currency=currency).SerializeToString()
         amount = varint(amount_nanos)
         return b"".join((_COST_TAG, varint(1 + len(amount) + len(text)), _AMOUNT_TAG, amount, text))
+
+
+def _quota_state(lease: Lease) -> pb.QuotaState:
+    """What does not change from answer to answer."""
+    terms = lease.terms
+    state = pb.QuotaState(
+        feature=lease.limit_key.partition(":")[0],
+        window=terms.window,
+        limit=terms.amount // RATE_SCALE if terms.kind is Kind.RATE else terms.amount,
+        currency=terms.currency,
+        grant=terms.grant,
+    )
+    if lease.end < FOREVER_S:
+        state.resets_at.seconds = lease.end
+    return state
 
 
 def varint(number: int) -> bytes:
@@ -116,7 +137,9 @@ def _encode_state(revision: int, as_of_us: int, stale: bool, degraded: bool) -> 
 def _encode_explanation(decision: Decision) -> bytes:
     response = pb.CheckResponse(message=decision.message, rule=decision.rule)
     if decision.retry_after_s:
-        response.retry_after.seconds = decision.retry_after_s
+        seconds, rest_s = divmod(decision.retry_after_s, 1)
+        response.retry_after.seconds = int(seconds)
+        response.retry_after.nanos = round(1e3 * rest_s) * 1_000_000
     if decision.observed:
         response.metadata["observed_effect"] = decision.effect.name
     return response.SerializeToString()

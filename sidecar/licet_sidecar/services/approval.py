@@ -7,6 +7,7 @@ in the log and its answer is encoded in one step. Decisions of a batch share one
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -20,7 +21,7 @@ from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
 from licet_sidecar.adapters.usage_log import EVENT, UsageLog, UsageLogError, frame
 from licet_sidecar.clock import Clock
-from licet_sidecar.core.engine import Decision, Engine, LeaseWait, LoadWait, Wait, prepare
+from licet_sidecar.core.engine import BucketWait, Decision, Engine, LeaseWait, LoadWait, Wait, prepare
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.ports import LinkDown
@@ -169,9 +170,14 @@ class ApprovalService:
         except InvalidInquiry as error:
             raise Malformed(str(error)) from error
         if isinstance(outcome, Decision) and outcome.effect is _APPROVED and not inquiry.peek:
-            for lease, units in outcome.spends:
-                if units and LeaseBook.spend(lease, units, boot_ms):
-                    self._leasing.refill_soon(inquiry.tenant)
+            if outcome.degraded:
+                self._leasing.overdraw(inquiry.tenant, outcome.spends)
+            else:
+                for lease, units in outcome.spends:
+                    if units and LeaseBook.spend(lease, units, boot_ms):
+                        self._leasing.refill_soon(inquiry.tenant)
+            for share, units in outcome.rates:
+                share.take(units, boot_ms)
         return outcome
 
     def _later(self, question: Question, wait: Wait, started_ns: int, timeout_s: float) -> Awaitable[bytes]:
@@ -192,6 +198,8 @@ class ApprovalService:
                     await self._sync.load(outcome.tenant, left_s)
                 elif patient and isinstance(outcome, LeaseWait):
                     await self._leasing.acquire(outcome, left_s)
+                elif patient and isinstance(outcome, BucketWait):
+                    await asyncio.sleep(min(left_s, outcome.wait_ms / 1_000))
             except (LinkDown, TimeoutError, ValueError):  # ValueError: what is published does not verify
                 patient = False
             outcome = self._decide(question.inquiry, patient=patient)
@@ -272,7 +280,7 @@ class ApprovalService:
         """Goes on with a batch of which one question waits."""
         deadline_ms = self._clock.boot_ms() + int(1_000 * timeout_s)
         while waiting is not None:
-            if isinstance(waiting, LoadWait | LeaseWait):
+            if isinstance(waiting, LoadWait | LeaseWait | BucketWait):
                 left_s = (deadline_ms - self._clock.boot_ms()) / 1_000
                 waiting = self._later(questions[position], waiting, time.perf_counter_ns(), left_s)
             responses.append(await waiting)
@@ -324,8 +332,10 @@ class ApprovalService:
         flags = (
             (usage.FLAG_STALE if decision.stale else 0)
             | (usage.FLAG_DEGRADED if decision.degraded else 0)
+            | (usage.FLAG_OVERAGE if decision.overage else 0)
             | (usage.FLAG_OBSERVED if decision.observed else 0)
         )
+        later = (usage.EventKind.CHECK, "", (), {}, decision.overage) if decision.overage else ()
         return frame(
             EVENT,
             self._pack(
@@ -354,6 +364,7 @@ class ApprovalService:
                     else (),
                     decision.shadow,
                     decision.feature_costs,
+                    *later,
                 )
             ),
         )

@@ -12,12 +12,20 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from licet.domain.windows import period_of, window_at
 from licet.wire.registers import Pair
 from licet_sidecar.adapters.usage_log import UsageLog, UsageLogError, lease_record
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import Engine, LeaseWait
-from licet_sidecar.core.leases import PREFETCH_S, Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, TenantLeases
+from licet_sidecar.core.leases import (
+    PREFETCH_S,
+    Kind,
+    Lease,
+    LeaseBook,
+    Outcome,
+    SettleAnswer,
+    SettleCall,
+    TenantLeases,
+)
 from licet_sidecar.logs import Logger
 from licet_sidecar.ports import CallRefused, LeaseStore, LinkDown, LinkRefused
 from licet_sidecar.services.link import LinkState
@@ -72,7 +80,6 @@ class LeasingService:
         self.urgent = asyncio.Event()
         """Set when upkeep should not wait for its turn: leases stay closed everywhere until all have asserted."""
         self.on_asserted: Callable[[], None] = lambda: None
-        self.live = 1
 
     # For checks
 
@@ -93,6 +100,20 @@ class LeasingService:
         self._start(wait.tenant)
         async with asyncio.timeout(timeout_s):
             await future
+
+    def overdraw(self, tenant: str, spends: Sequence[tuple[Lease, int]]) -> None:
+        """Takes units of an approval that no lease covers; Redis is told as soon as it answers.
+
+        The log has to know of every lease that is spent from: after a restart, its events alone say what was spent.
+        """
+        boot_ms = self._clock.boot_ms()
+        self._logged(self._book.of(tenant), [lease for lease, _ in spends if not lease.logged])
+        for lease, units in spends:
+            if LeaseBook.can_spend(lease, units, boot_ms):
+                LeaseBook.spend(lease, units, boot_ms)
+            else:
+                LeaseBook.overdraw(lease, units, boot_ms)
+        self.refill_soon(tenant)
 
     def refill_soon(self, tenant: str) -> None:
         """A lease of the tenant runs low: refill it with the next upkeep, ahead of need."""
@@ -151,24 +172,11 @@ class LeasingService:
     async def give_back_all(self) -> int:
         """Returns everything that is not spent or reserved. How many tenants could not be told."""
         await self.stop()
-        unfinished: list[TenantLeases] = []
-        for _ in range(GIVE_BACK_ROUNDS_MAX):
-            unfinished = [
-                held
-                for held in self._book.tenants.values()
-                if held.outstanding is not None or any(lease.free > 0 for lease in held.all())
-            ]
-            if not unfinished:
-                break
-            boot_ms = self._clock.boot_ms()
-            calls: list[tuple[TenantLeases, SettleCall]] = []
-            for held in unfinished:
-                held.needs.clear()
-                call = held.outstanding or self._begin(held, boot_ms, giving_back=True)
-                if call is not None:
-                    calls.append((held, call))
-            await self._send_all(calls)
-        return len(unfinished)
+        return await self._say_to_all(self._book.has_returned, retiring=False)
+
+    async def retire(self) -> int:
+        """Gives up all registers; this sidecar's id is never used again. How many tenants could not be told."""
+        return await self._say_to_all(self._book.is_told, retiring=True)
 
     def lease_records(self) -> list[bytes]:
         """Records of everything held, for the head of a new log segment."""
@@ -186,6 +194,25 @@ class LeasingService:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     # Inside
+
+    async def _say_to_all(self, is_done: Callable[[TenantLeases, int], bool], *, retiring: bool) -> int:
+        """Calls for every tenant until ``is_done``. How many are not."""
+
+        def unfinished() -> list[TenantLeases]:
+            boot_ms = self._clock.boot_ms()
+            return [held for held in self._book.tenants.values() if not is_done(held, boot_ms)]
+
+        for _ in range(GIVE_BACK_ROUNDS_MAX):
+            calls: list[tuple[TenantLeases, SettleCall]] = []
+            for held in unfinished():
+                held.needs.clear()
+                call = held.outstanding or self._begin(held, self._clock.boot_ms(), giving_back=True, retiring=retiring)
+                if call is not None:
+                    calls.append((held, call))
+            if not calls:
+                break
+            await self._send_all(calls)
+        return len(unfinished())
 
     def _start(self, tenant: str) -> None:
         if tenant not in self._tasks:
@@ -305,7 +332,7 @@ class LeasingService:
     async def _settle(self, calls: Sequence[SettleCall]) -> list[SettleAnswer | Exception]:
         self._tally.settle_calls += len(calls)
         try:
-            answers = await self._store.settle(calls, self.live)
+            answers = await self._store.settle(calls, self._book.live)
         except (LinkDown, LinkRefused) as error:
             self._tally.settle_failures += 1
             if self._link.failed(error, refused=isinstance(error, LinkRefused)):
@@ -314,11 +341,16 @@ class LeasingService:
         self._link.succeeded()
         return answers
 
-    def _begin(self, held: TenantLeases, boot_ms: int, *, giving_back: bool = False) -> SettleCall | None:
+    def _begin(
+        self, held: TenantLeases, boot_ms: int, *, giving_back: bool = False, retiring: bool = False
+    ) -> SettleCall | None:
         caps = {lease: lease.cap for lease in held.all()}
-        call = self._book.begin_call(held, revision=self._engine.revision, boot_ms=boot_ms, giving_back=giving_back)
+        call = self._book.begin_call(
+            held, revision=self._engine.revision, boot_ms=boot_ms, giving_back=giving_back, retiring=retiring
+        )
         if call is not None:
             first = [ask.lease for ask in call.asks if ask.cap < caps.get(ask.lease, 0) or not ask.lease.logged]
+            first = [lease for lease in first if lease.kind is not Kind.RATE]
             if not self._logged(held, first):
                 # A return that is not in the log must not be sent: a restart would spend the units again.
                 for lease in first:
@@ -331,7 +363,8 @@ class LeasingService:
         caps = {ask.lease: ask.lease.cap for ask in call.asks}
         outcome = self._book.end_call(held, call, answer, self._clock.boot_ms())
         # A raised cap that is not logged costs nothing but units: a restart knows less than it holds, and is told.
-        self._logged(held, [lease for lease, cap in caps.items() if lease.cap != cap])
+        moved = [lease for lease, cap in caps.items() if lease.cap != cap and lease.kind is not Kind.RATE]
+        self._logged(held, moved)
         return outcome
 
     def _refused(self, held: TenantLeases, call: SettleCall, error: CallRefused) -> None:
@@ -360,7 +393,7 @@ class LeasingService:
         for tenant, held in list(self._book.tenants.items()):
             for lease in list(held.leases.values()):
                 if lease.end - PREFETCH_S <= now_s < lease.end and lease.rate > 0:
-                    following = _window_after(lease.start, lease.end)
+                    following = self._engine.window_after(tenant, lease)
                     if following is not None:
                         self._book.prefetch(held, lease, *following)
             if self._book.tick(held, now_s, boot_ms, elapsed_s) or held.outstanding is not None or held.needs:
@@ -383,9 +416,3 @@ class LeasingService:
             await call
         except (LinkDown, LinkRefused) as error:
             self._link.failed(error)
-
-
-def _window_after(start: int, end: int) -> tuple[int, int] | None:
-    """The window of the same period that begins where this one ends."""
-    period = period_of(start, end)
-    return window_at(period, end) if period else None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from licet.domain.catalog import Action, AttributeType, Document, Limit, Plan, matches
+from licet.domain.catalog import Action, AttributeType, Document, Entitlement, Limit, Plan, matches
 from licet.domain.conditions import CONTEXT_PREFIX
 from licet_control_plane.core.documents.findings import Findings
 from licet_control_plane.core.documents.nodes import Node, SourceDocument
@@ -146,19 +146,13 @@ def _check_plan(document: SourceDocument, index: DocumentIndex, findings: Findin
         plan = index.plans.get(document.name)
         if plan is not None and index.named("Plan")[document.name] is document:
             _check_limit_keys(document, feature, plan.features[feature].limits, findings)
+            _check_budgets(document, feature, plan.features[feature], findings)
         if entitlement.at("limits").items() and not metering:
             findings.warning(
                 document,
                 ("features", feature, "limits"),
                 f"no action draws on {feature!r}, so that its limits have no effect",
                 f"Add an action with 'feature: {feature}'.",
-            )
-        if metering and plan is not None and plan.features[feature].seats:
-            findings.warning(
-                document,
-                ("features", feature, "seats"),
-                "this version does not count seats: checks are answered as if there were no bound on them",
-                "Add a limit in units, or wait for the version that counts seats.",
             )
     _check_currencies(document, index, findings)
 
@@ -261,3 +255,19 @@ def _check_limit_keys(document: SourceDocument, feature: str, limits: Sequence[L
                 f"this limit and the one at {line}:{column} both have the key {limit.key!r}",
                 "Give one a name, such as 'name: burst': usage is counted by it.",
             )
+
+
+def _check_budgets(document: SourceDocument, feature: str, entitlement: Entitlement, findings: Findings) -> None:
+    price = entitlement.price
+    for position, limit in enumerate(entitlement.limits):
+        if not limit.currency or (price and price.currency == limit.currency):
+            continue
+        said = f"is priced in {price.currency}" if price else "has no price"
+        findings.error(
+            document,
+            ("features", feature, "limits", position, "spend"),
+            f"this budget is in {limit.currency}, and {feature!r} {said} in this plan",
+            f"Write the budget in {price.currency}."
+            if price
+            else f"Add a price in {limit.currency}, or limit units with 'amount'.",
+        )

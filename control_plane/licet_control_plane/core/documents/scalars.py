@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 from pydantic_core import PydanticCustomError
 
 from licet.domain.ids import NAME_CHARS_MAX, NAME_PATTERN, UNITS_MAX
-from licet.domain.money import parse_nanos
+from licet.domain.money import parse_budget, parse_nanos
 
 TEXT_CHARS_MAX: Final = 256
 """Longest title, unit or default."""
@@ -132,6 +132,15 @@ def _nanos(value: Any) -> int:
         raise refused(str(error), 'Write a plain decimal in quotes, such as "8.00".') from None
 
 
+def _budget(value: Any) -> tuple[int, str]:
+    if not isinstance(value, str):
+        raise refused(f"{value!r} is not an amount of money", 'Write it with its currency, such as "500.00 USD".')
+    try:
+        return parse_budget(value)
+    except ValueError as error:
+        raise refused(str(error), 'Write a plain decimal and a currency, such as "500.00 USD".') from None
+
+
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise refused("the text is empty", "Leave the field out, or fill it in.")
@@ -150,6 +159,8 @@ Text = Annotated[str, Field(max_length=TEXT_CHARS_MAX)]
 ConditionText = Annotated[str, AfterValidator(_not_blank)]
 Seconds = Annotated[int, BeforeValidator(_seconds)]
 Nanos = Annotated[int, BeforeValidator(_nanos)]
+Budget = Annotated[tuple[int, str], BeforeValidator(_budget)]
+"""Nanos, and their currency."""
 Units = Annotated[int, Strict(), Field(ge=0, le=UNITS_MAX)]
 PositiveUnits = Annotated[int, Strict(), Field(ge=1, le=UNITS_MAX)]
 """Whole numbers only: a unit is the smallest thing that is counted."""

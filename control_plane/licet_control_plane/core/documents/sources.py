@@ -10,7 +10,7 @@ import math
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, Strict, ValidationInfo, field_validator
 
 from licet.domain.catalog import (
     Action,
@@ -24,19 +24,19 @@ from licet.domain.catalog import (
     Entitlement,
     Feature,
     Flag,
-    Limit,
-    OnExceeded,
+    OnExpiry,
     OnUnavailable,
     Plan,
     Policy,
+    ReservationTerms,
     Role,
     Rule,
     RuleEffect,
     UnavailableMode,
 )
-from licet.domain.ids import LimitKey
 from licet.domain.money import Price
-from licet.domain.windows import Period
+from licet_control_plane.core.documents.limits import LimitSource
+from licet_control_plane.core.documents.model import Source
 from licet_control_plane.core.documents.scalars import (
     TEXT_CHARS_MAX,
     ActionPattern,
@@ -49,10 +49,8 @@ from licet_control_plane.core.documents.scalars import (
     Name,
     Nanos,
     PositiveUnits,
-    ScopePath,
     Seconds,
     Text,
-    Units,
     refused,
 )
 
@@ -62,7 +60,6 @@ METERS_MAX: Final = 16
 LIMITS_MAX: Final = 16
 """Most limits of a feature in a plan, for the same reason."""
 
-SCOPE_MAX: Final = 4
 STAGES_MAX: Final = 16
 APPROVERS_MAX: Final = 64
 
@@ -72,14 +69,11 @@ HEARTBEAT_S_MAX: Final = 3_600
 
 SEATS_MAX: Final = 1_000_000
 
+RESERVATION_S_MAX: Final = 7 * 86_400
+"""What is reserved is withheld from everybody else: a week is the longest that is bearable."""
+
 _INT64_MAX: Final = 2**63 - 1
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-class Source(BaseModel):
-    """What all models share: unknown fields are errors, and nothing changes after it was read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 def _empty_when_null(value: Any) -> Any:
@@ -154,9 +148,59 @@ AttributeWritten = Annotated[
 
 
 class OnUnavailableSource(Source):
-    """``{mode: deny}``."""
+    """``{mode: deny}``, ``{mode: capped, units_max: 1000}`` or ``{mode: last_known, for_max: 10m}``."""
 
     mode: UnavailableMode = UnavailableMode.DENY
+    units_max: PositiveUnits | None = None
+    for_max: Seconds | None = None
+
+    @field_validator("units_max")
+    @classmethod
+    def _units_belong_to_capped(cls, units_max: int | None, info: ValidationInfo) -> int | None:
+        _verify_belongs(info, units_max, UnavailableMode.CAPPED, "units of each quota that one sidecar may approve")
+        return units_max
+
+    @field_validator("for_max", mode="wrap")
+    @classmethod
+    def _time_belongs_to_last_known(cls, value: Any, handler: Any, info: ValidationInfo) -> int | None:
+        for_s_max: int | None = None if value is None else handler(value)
+        _verify_belongs(info, for_s_max, UnavailableMode.LAST_KNOWN, "how long, such as 10m")
+        return for_s_max
+
+    def to_domain(self) -> OnUnavailable:
+        """The record both programs act on."""
+        return OnUnavailable(self.mode, self.units_max or 0, self.for_max or 0)
+
+
+def _verify_belongs(info: ValidationInfo, value: int | None, owner: UnavailableMode, meaning: str) -> None:
+    """A mode has exactly the bound that is its own."""
+    mode = info.data.get("mode")
+    if mode is owner and value is None:
+        raise refused(f"'mode: {owner.value}' needs {info.field_name!r}", f"Add '{info.field_name}: …': {meaning}.")
+    if mode not in (None, owner) and value is not None:
+        raise refused(
+            f"{info.field_name!r} is only for 'mode: {owner.value}'",
+            f"Write 'mode: {owner.value}', or remove {info.field_name!r}.",
+        )
+
+
+class ReservationSource(Source):
+    """``{expires_after: 15m, on_expiry: cancel}``."""
+
+    expires_after: Seconds | None = None
+    on_expiry: OnExpiry = OnExpiry.CANCEL
+
+    @field_validator("expires_after", mode="wrap")
+    @classmethod
+    def _expires_within_a_week(cls, value: Any, handler: Any) -> int | None:
+        expires_after_s: int | None = None if value is None else handler(value)
+        if expires_after_s is not None and expires_after_s > RESERVATION_S_MAX:
+            raise refused(f"a reservation cannot be held for {value}", "Write 7d or less.")
+        return expires_after_s
+
+    def to_domain(self) -> ReservationTerms:
+        """The record both programs act on."""
+        return ReservationTerms(self.expires_after or ReservationTerms().expires_after_s, self.on_expiry)
 
 
 class ActionSource(Source):
@@ -165,9 +209,10 @@ class ActionSource(Source):
     name: Name
     meters: Annotated[dict[LimitName, Name], Field(min_length=1, max_length=METERS_MAX)] | None = None
     feature: Name | None = None
-    attributes: dict[AttributeName, AttributeWritten] = {}
+    attributes: dict[AttributeName, AttributeWritten] = Field(default_factory=dict)
     durability: Durability = Durability.LOGGED
     on_unavailable: OnUnavailableSource = OnUnavailableSource()
+    reservation: ReservationSource = ReservationSource()
 
     @field_validator("feature")
     @classmethod
@@ -186,7 +231,8 @@ class ActionSource(Source):
             meters=self.meters or {"": self.feature or ""},
             attributes={name: attribute.to_domain() for name, attribute in self.attributes.items()},
             durability=self.durability,
-            on_unavailable=OnUnavailable(self.on_unavailable.mode),
+            on_unavailable=self.on_unavailable.to_domain(),
+            reservation=self.reservation.to_domain(),
         )
 
 
@@ -212,30 +258,6 @@ class PriceSource(Source):
     def to_domain(self) -> Price:
         """The record both programs act on."""
         return Price(self.amount, self.per_units, self.currency, self.by or "", self.amounts or {})
-
-
-class LimitSource(Source):
-    """``{amount: 200_000, per: minute, scope: [subject]}``."""
-
-    amount: Units
-    per: Period
-    scope: Annotated[tuple[ScopePath, ...], Field(max_length=SCOPE_MAX)] = ()
-    name: LimitName | None = None
-    anchor: Literal["calendar"] = "calendar"
-    on_exceeded: OnExceeded = OnExceeded.DENY
-
-    @field_validator("scope")
-    @classmethod
-    def _scope_without_repeats(cls, scope: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(scope)) < len(scope):
-            raise refused("the scope names a path twice", "Remove one of them.")
-        # Sorted, because the order means nothing and must not open a fresh quota when it changes.
-        return tuple(sorted(scope))
-
-    def to_domain(self, feature: str) -> Limit:
-        """The record both programs act on, its key made from ``feature``."""
-        derived = f"{self.per.value}@{'+'.join(self.scope)}" if self.scope else self.per.value
-        return Limit(LimitKey(f"{feature}:{self.name or derived}"), self.amount, self.per, self.scope, self.on_exceeded)
 
 
 class EntitlementSource(Source):

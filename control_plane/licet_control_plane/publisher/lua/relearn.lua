@@ -2,12 +2,14 @@
 --
 -- KEYS  1 the tenant's mark                 (layout: licet/wire/registers.py)
 -- ARGV  1 the epoch the mark has now  2 the new epoch, greater, allocated in the database
--- Answer: run id when it was done; nothing (nil) when there is no mark or it has another epoch. May be repeated.
+-- `server_run` is put before (licet/wire/registers.py).
+-- Answer: run when it was done; nothing (nil) when there is no mark or it has another epoch. May be repeated.
 
-local epoch = redis.call('HGET', KEYS[1], 'epoch')
+local epoch, since = unpack(redis.call('HMGET', KEYS[1], 'epoch', 'since'))
 if epoch ~= ARGV[1] or tonumber(ARGV[2]) <= tonumber(epoch) then return false end
 local time = redis.call('TIME')
-local now_ms = string.format('%.0f', tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000))
-local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+now_ms = string.format('%.0f', math.max(now_ms, tonumber(since) + 1)) -- names the phase: never the same twice
+local run = server_run()
 redis.call('HSET', KEYS[1], 'epoch', ARGV[2], 'run', run, 'phase', 'learning', 'since', now_ms)
 return run

@@ -4,9 +4,11 @@
 -- ARGV  1 epoch  2 run  3 sidecar  4 u, units the ledger knows it spent
 --       5 milliseconds a register must have been silent (a hold and its margin)
 --       6 milliseconds tombstones are kept; 0 to leave them alone: looking at all costs as much as there are registers
+-- `server_run` is put before (licet/wire/registers.py).
 -- Answer: status, g, u, h as they were, units that stay counted (now in the base), milliseconds until it may be sealed.
 -- Status: SEALED | ALREADY (a tombstone) | NONE (no such register, or no such quota) | LEARNING (only an open quota can
---         be sealed) | STALE (the pair is not the mark's) | LIVE (its last call is too young)
+--         be sealed) | STALE (the pair is not the mark's,
+--         or the server is another) | LIVE (its last call is too young)
 --
 -- A tombstone, 0|0|0|incarnation|op|epoch|run|now|1|0, is left so that the sidecar, should it come back, is told. Older
 -- tombstones of the hash are removed on the way. Invariants: sum = base + Σ g; used = base + Σ (u + h). What stays
@@ -20,7 +22,7 @@ local FIELDS_MAX = 1000 -- in one HDEL: Lua cannot unpack without end
 local function refused(status) return {status, '0', '0', '0', '0', '0'} end
 
 local mark = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'phase')
-if mark[1] ~= ARGV[1] or mark[2] ~= ARGV[2] then return refused('STALE') end
+if mark[1] ~= ARGV[1] or mark[2] ~= ARGV[2] or mark[2] ~= server_run() then return refused('STALE') end
 if mark[3] ~= 'open' then return refused('LEARNING') end
 local time = redis.call('TIME')
 local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)

@@ -4,14 +4,15 @@
 --       none, the newest one's again)       (layout: licet/wire/registers.py)
 -- ARGV  1 seconds after its end for which a window is remembered (its grace, and how long its hash outlives that)
 --       then for each marker: name, window start, previous window start, as they were read
+-- `server_run` is put before (licet/wire/registers.py).
 -- Answer: how many were removed. May be repeated.
 --
--- A marker stays when the mark is learning, when it is not the one that was read, when its window is not over for long
+-- A marker stays when the mark is learning or of another server, when it is not the one that was read, when its window is not over for long
 -- enough by the clock of Redis, and when one of its hashes is still there. The end of a window decides CLOSED before
 -- its marker is looked at, so that a marker that is gone never lets an old window begin again.
 
-local mark_phase = redis.call('HGET', KEYS[1], 'phase')
-if mark_phase ~= 'open' then return 0 end
+local mark = redis.call('HMGET', KEYS[1], 'phase', 'run')
+if mark[1] ~= 'open' or mark[2] ~= server_run() then return 0 end
 local now_s = tonumber(redis.call('TIME')[1])
 local kept_s = tonumber(ARGV[1])
 local removed = 0

@@ -3,17 +3,19 @@
 -- KEYS  1 the tenant's mark  2 the quota    (layout: licet/wire/registers.py)
 -- ARGV  1 milliseconds tombstones are kept  2 milliseconds until a share of a rate that nothing was said of is over
 --       3 marker name when the quota is a rate's, else empty
+-- `server_run` is put before (licet/wire/registers.py).
 -- Answer: registers removed, 1 when the whole quota was. May be repeated.
 --
 -- Tombstones hold nothing, so that they go from any quota. Shares of a rate that are over count for nobody: they go too,
 -- and a rate that nobody has a share of goes as a whole, its marker with it, as if it had never been used.
--- Invariant: sum = base + Σ g. Nothing is done while the mark is learning.
+-- Invariant: sum = base + Σ g. Nothing is done while the mark is learning, or of another server.
 
 local function text(number) return string.format('%.0f', number) end
 local REGISTER = '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%w+)|(%d+)|(%d)|(%d+)$'
 local FIELDS_MAX = 1000 -- in one HDEL: Lua cannot unpack without end
 
-if redis.call('HGET', KEYS[1], 'phase') ~= 'open' then return {0, 0} end
+local mark = redis.call('HMGET', KEYS[1], 'phase', 'run')
+if mark[1] ~= 'open' or mark[2] ~= server_run() then return {0, 0} end
 local all = redis.call('HGETALL', KEYS[2])
 if #all == 0 then return {0, 0} end
 local time = redis.call('TIME')

@@ -1,0 +1,89 @@
+"""``/v1/licenses/{tenant}/grants``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel, ConfigDict, StrictInt
+
+from licet.domain.catalog import Grant
+from licet_control_plane.api.amounts import Amount
+from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.times import format_s, parse_s
+from licet_control_plane.changes import LicenseUnknown
+from licet_control_plane.core.grants import PRIORITY_DEFAULT, GrantAsked, shown_amount, state_of
+from licet_control_plane.store import licenses
+
+router = APIRouter(prefix="/licenses/{tenant}/grants")
+
+
+class NewGrant(BaseModel):
+    """A grant to add: an amount of one limit, until ``expires_at`` or for ``expires_after_s`` from its start."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: str
+    amount: Amount
+    id: str = ""
+    starts_at: str | None = None
+    expires_at: str | None = None
+    expires_after_s: StrictInt | None = None
+    priority: StrictInt = PRIORITY_DEFAULT
+
+    def asked(self) -> GrantAsked:
+        """As the core has it."""
+        return GrantAsked(
+            limit=self.limit,
+            amount=self.amount,
+            id=self.id,
+            starts_s=None if self.starts_at is None else parse_s(self.starts_at, "starts_at"),
+            ends_s=None if self.expires_at is None else parse_s(self.expires_at, "expires_at"),
+            lasts_s=self.expires_after_s,
+            priority=self.priority,
+        )
+
+
+@router.post("", status_code=201)
+async def add_grant(
+    request: Request, response: Response, tenant: str, body: NewGrant, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Add a grant; 200 when it is there already, by its ``id``."""
+    plane = plane_of(request)
+    stored, grant, new = await plane.changes.add_grant(tenant, body.asked(), by=caller.name)
+    if not new:
+        response.status_code = 200
+    return {"tenant": tenant, **described(grant, plane.now_s()), "revision": stored.revision}
+
+
+@router.get("")
+async def list_grants(request: Request, tenant: str) -> dict[str, Any]:
+    """The grants of a license, with those that ended lately."""
+    plane = plane_of(request)
+    stored = await plane.database.read(licenses.get, tenant)
+    if stored is None:
+        raise LicenseUnknown(tenant)
+    now_s = plane.now_s()
+    return {"items": [described(grant, now_s) for grant in stored.license.grants], "revision": stored.revision}
+
+
+@router.delete("/{grant_id}")
+async def revoke_grant(
+    request: Request, tenant: str, grant_id: str, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Take a grant away. What was used of it stays used."""
+    stored = await plane_of(request).changes.revoke_grant(tenant, grant_id, by=caller.name)
+    return {"tenant": tenant, "id": grant_id, "revision": stored.revision}
+
+
+def described(grant: Grant, now_s: float) -> dict[str, Any]:
+    """A grant as the API shows it."""
+    return {
+        "id": grant.id,
+        "limit": grant.limit,
+        "amount": shown_amount(grant.amount, grant.limit),
+        "starts_at": format_s(grant.starts_s),
+        "expires_at": format_s(grant.ends_s),
+        "priority": grant.priority,
+        "state": state_of(grant, now_s),
+    }
