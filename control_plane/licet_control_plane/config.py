@@ -10,6 +10,9 @@ from typing import Any, Final, Self
 
 DEFAULT_LISTEN: Final = "127.0.0.1:7430"
 DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
+OFF: Final = "off"
+RECLAIM_AFTER_S_MIN: Final = 300.0
+"""Longer than a restart, a drained node, or a partition that heals by itself usually takes."""
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -21,6 +24,7 @@ class ConfigError(ValueError):
 class ServerConfig:
     """Everything that can be set. ``database_url`` empty means SQLite in the state directory.
 
+    ``reclaim_after_s``: the units of a sidecar silent for so long are reclaimed; 0 for never.
     ``new_generation`` is for one start after the database was restored from a backup that Redis is ahead of.
     """
 
@@ -31,6 +35,7 @@ class ServerConfig:
     redis_url: str = DEFAULT_REDIS_URL
     redis_prefix: str = "licet"
     staleness_max_s: float = 300.0
+    reclaim_after_s: float = 0.0
     log_level: str = "info"
     new_generation: bool = False
 
@@ -64,6 +69,7 @@ class ServerConfig:
             redis_url=redis_url,
             redis_prefix=prefix,
             staleness_max_s=parse_seconds(str(value("staleness_max", "LICET_STALENESS_MAX", "300s"))),
+            reclaim_after_s=parse_reclaim_after(str(value("reclaim_after", "LICET_RECLAIM_AFTER", OFF))),
             log_level=log_level,
             new_generation=bool(flags.get("new_generation")),
         )
@@ -102,3 +108,19 @@ def parse_seconds(text: str) -> float:
                 return parsed
             break
     raise ConfigError(f"duration {text!r}: give a positive number with a unit, such as 60s, 500ms or 2m")
+
+
+def parse_reclaim_after(text: str) -> float:
+    """Seconds of silence after which a sidecar is reclaimed; 0 for ``off``.
+
+    Raises:
+        ConfigError: neither ``off`` nor a duration of five minutes or more.
+    """
+    if text.strip().lower() == OFF:
+        return 0.0
+    after_s = parse_seconds(text)
+    if after_s < RECLAIM_AFTER_S_MIN:
+        raise ConfigError(
+            f"reclaim after {text!r}: give 'off', or at least 5m: a sidecar that restarts must not be reclaimed"
+        )
+    return after_s

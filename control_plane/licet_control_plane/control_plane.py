@@ -22,6 +22,9 @@ from licet_control_plane.publisher.fleet import Fleet
 from licet_control_plane.publisher.marks import RedisMarks
 from licet_control_plane.publisher.publisher import Publisher
 from licet_control_plane.publisher.quotas import Quotas
+from licet_control_plane.publisher.reclaim import Reclaimer
+from licet_control_plane.publisher.registers import RedisRegisters
+from licet_control_plane.publisher.sweep import Sweeper
 from licet_control_plane.redis_link import Redis, connect, location
 from licet_control_plane.store.database import Database
 from licet_control_plane.telemetry import Metrics
@@ -44,6 +47,10 @@ class ControlPlane:
     publisher: Publisher
     quotas: Quotas
     fleet: Fleet
+    marks: RedisMarks
+    registers: RedisRegisters
+    reclaimer: Reclaimer
+    sweeper: Sweeper
     asks: AsksReader
     drain: DrainCounts
     workers: list[ShardWorker]
@@ -66,7 +73,10 @@ class ControlPlane:
         redis = connect(config.redis_url)
         wake = asyncio.Event()
         fleet = Fleet(database)
-        quotas = Quotas(database, RedisMarks(redis, names), fleet, now_s=now_s)
+        marks, registers = RedisMarks(redis, names), RedisRegisters(redis, names)
+        quotas = Quotas(database, marks, registers, fleet, now_s=now_s)
+        reclaimer = Reclaimer(database, marks, registers, fleet, after_s=config.reclaim_after_s)
+        sweeper = Sweeper(database, registers)
         asks = AsksReader(redis, names, wake)
         publisher = Publisher(
             database,
@@ -74,6 +84,8 @@ class ControlPlane:
             quotas,
             fleet,
             asks,
+            reclaimer,
+            sweeper,
             key,
             location=location(config.redis_url),
             new_generation=config.new_generation,
@@ -97,6 +109,10 @@ class ControlPlane:
             publisher=publisher,
             quotas=quotas,
             fleet=fleet,
+            marks=marks,
+            registers=registers,
+            reclaimer=reclaimer,
+            sweeper=sweeper,
             asks=asks,
             drain=counts,
             workers=workers,
@@ -135,6 +151,9 @@ class ControlPlane:
         metrics.counter("licet_heads", "Signed heads published.", lambda: status.heads)
         metrics.gauge("licet_epoch", "Newest epoch of quota registers.", lambda: self.quotas.epoch)
         metrics.gauge("licet_sidecars_live", "Sidecars heard of lately.", lambda: self.fleet.live_count(self.now_s()))
+        metrics.gauge("licet_sidecars_dead", "Silent, not reclaimed.", lambda: self.fleet.dead_count(self.now_s()))
+        metrics.counter("licet_registers_sealed", "Registers sealed.", lambda: self.reclaimer.registers_sealed)
+        metrics.counter("licet_markers_swept", "Markers removed.", lambda: self.sweeper.markers_removed)
         metrics.gauge("licet_tenants_learning", "Tenants whose quotas learn.", lambda: len(self.quotas.learning))
         metrics.counter("licet_asks_dropped", "Asks of sidecars that found no room.", lambda: self.asks.dropped)
         metrics.gauges(

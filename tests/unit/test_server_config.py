@@ -38,8 +38,16 @@ def test_an_ipv6_address_is_written_in_brackets() -> None:
         ({"log_level": "loud"}, "debug"),
         ({"redis_url": "localhost:6379"}, "redis://"),
         ({"redis_prefix": "a{b}"}, "letters"),
+        ({"reclaim_after": "4m"}, "at least 5m"),
+        ({"reclaim_after": "never"}, "duration"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_it_should_be(flags: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         ServerConfig.of({}, **flags)
+
+
+@pytest.mark.parametrize(("text", "after_s"), [("off", 0.0), ("24h", 86_400.0), ("5m", 300.0)])
+def test_reclaiming_is_off_or_after_a_while(text: str, after_s: float) -> None:
+    assert ServerConfig.of({}).reclaim_after_s == 0.0
+    assert ServerConfig.of({"LICET_RECLAIM_AFTER": text}).reclaim_after_s == after_s

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from licet_control_plane.changes import GrantExists, GrantUnknown, LicenseExists, LicenseUnknown, RevisionMoved
 from licet_control_plane.core.refusal import ChangeInvalid
+from licet_control_plane.redis_link import RedisRefused, RedisUnavailable
 from licet_control_plane.store.database import DatabaseUnavailable
 
 MEDIA_TYPE: Final = "application/problem+json"
@@ -89,6 +90,18 @@ def install(app: FastAPI) -> None:
     async def _database(_request: Request, error: DatabaseUnavailable) -> JSONResponse:
         log.error("a request failed", reason=str(error))
         return response(503, f"{error}.", "Try again; nothing was changed.", headers={"Retry-After": RETRY_AFTER_S})
+
+    @app.exception_handler(RedisUnavailable)
+    async def _redis(_request: Request, error: RedisUnavailable) -> JSONResponse:
+        detail = f"Redis cannot be reached: {error}."
+        return response(
+            503, detail, "Try again; `licet status` says how Redis is.", headers={"Retry-After": RETRY_AFTER_S}
+        )
+
+    @app.exception_handler(RedisRefused)
+    async def _refused(_request: Request, error: RedisRefused) -> JSONResponse:
+        log.error("a request failed", reason=str(error), fix=error.fix)
+        return response(503, f"{error}.", error.fix, headers={"Retry-After": RETRY_AFTER_S})
 
     @app.exception_handler(RequestValidationError)
     async def _validation(_request: Request, error: RequestValidationError) -> JSONResponse:

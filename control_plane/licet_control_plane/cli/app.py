@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from licet_control_plane.cli import ask, bundles, fleet, grants, licenses, run, usage
+from licet_control_plane.cli import ask, bundles, fleet, grants, licenses, quotas, run, usage
 from licet_control_plane.cli.dev import command as dev
 from licet_control_plane.cli.failure import EXIT_CODES_HELP
 from licet_control_plane.cli.replay import command as replay
@@ -66,6 +66,10 @@ _grant = _group("grant", "Top-ups of one limit of a license, for a time.")
 _grant.command("add", epilog=EXIT_CODES_HELP)(grants.add)
 _grant.command("list", epilog=EXIT_CODES_HELP)(grants.list_)
 _grant.command("revoke", epilog=EXIT_CODES_HELP)(grants.revoke)
+
+_quota = _group("quota", "What is counted against limits, and who holds it.")
+_quota.command("show", epilog=EXIT_CODES_HELP)(quotas.show)
+_quota.command("reclaim", epilog=EXIT_CODES_HELP)(quotas.reclaim)
 
 _usage = _group("usage", "What was used, and what it costs.")
 _usage.command("summary", epilog=EXIT_CODES_HELP)(usage.summary)

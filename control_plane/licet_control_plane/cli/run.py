@@ -35,6 +35,12 @@ def server(
             help="A sidecar silent for longer is not waited for. [default: 300s, as the sidecars have]",
         ),
     ] = None,
+    reclaim_after: Annotated[
+        str | None,
+        typer.Option(
+            "--reclaim-after", help="Take back the units of sidecars silent for so long, at least 5m. [default: off]"
+        ),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option("--log-level", help="debug, info, warning or error. [default: info]")
     ] = None,
@@ -65,6 +71,7 @@ def server(
             redis_url=redis_url,
             redis_prefix=redis_prefix,
             staleness_max=staleness_max,
+            reclaim_after=reclaim_after,
             log_level=log_level,
             new_generation=new_generation,
         )

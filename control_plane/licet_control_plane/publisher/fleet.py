@@ -7,7 +7,7 @@ goodbye counts only when the heartbeat had been seen under the same epoch and ru
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -15,6 +15,7 @@ from licet.wire.documents import Heartbeat
 from licet.wire.registers import HOLD_MARGIN_S, Pair
 from licet_control_plane.core.fleet import GONE_S_MIN, Sidecar, State
 from licet_control_plane.core.learning import Holder
+from licet_control_plane.core.reclaim import HolderState, holder_state
 from licet_control_plane.store import sidecars as store
 from licet_control_plane.store.database import Database
 
@@ -36,6 +37,7 @@ class Fleet:
         self._saved_s = -math.inf
         self._unsaved: set[str] = set()
         self._complete_since_s = -math.inf
+        self._watched_since_s = math.inf
 
     async def load(self) -> None:
         """Take up what is remembered."""
@@ -63,6 +65,24 @@ class Fleet:
         """For how long the registry has surely known every sidecar."""
         return now_s - self._complete_since_s
 
+    def watched_s(self, now_s: float) -> float:
+        """For how long heartbeats have been looked at without a pause: silence before that says nothing."""
+        if now_s - self._looked_s > GAP_S_MAX:
+            return 0.0
+        return max(0.0, now_s - self._watched_since_s)
+
+    def dead_count(self, now_s: float) -> int:
+        """Sidecars that neither signed off nor were heard of, and may have left units behind."""
+        return sum(holder_state(one, now_s) is HolderState.DEAD for one in self.sidecars.values())
+
+    async def retire(self, sidecars: Collection[str], now_s: float) -> None:
+        """Note that these hold nothing any more, as if they had signed off. One that is heard of again is back."""
+        for name in sidecars:
+            if name in self.sidecars:
+                self.sidecars[name] = replace(self.sidecars[name], gone=True)
+                self._unsaved.add(name)
+        await self.save(now_s)
+
     def contents_were_lost(self, now_s: float, *, fresh: bool) -> None:
         """Redis lost its data, heartbeats included. ``fresh``: nothing was ever published, so nobody holds anything."""
         self._seen_under.clear()
@@ -88,14 +108,20 @@ class Fleet:
                 self.sidecars[name] = replace(self.sidecars[name], gone=True)
                 self._unsaved.add(name)
                 news = True
+        if now_s - self._looked_s > GAP_S_MAX:
+            self._watched_since_s = now_s
         self._looked_s = now_s
         if self._unsaved and (news or now_s - self._saved_s >= SAVE_S_MIN):
             await self.save(now_s)
-        return [
+        forgotten = [
             name
             for name in heartbeats
             if name in self.sidecars and now_s - self.sidecars[name].last_heard_s >= GONE_S_MIN
         ]
+        for name in forgotten:
+            # That its heartbeat is gone next time is our doing: it said no goodbye, and may have left units behind.
+            del self._seen_under[name]
+        return forgotten
 
     async def save(self, now_s: float) -> None:
         """Write what changed to the database."""

@@ -25,6 +25,7 @@ from typing import Final
 
 import structlog
 
+from licet.domain.catalog import Catalog
 from licet.wire.documents import HEAD, HEAD_KEY, Head
 from licet.wire.registers import Pair
 from licet.wire.signing import SigningKey, Statement
@@ -35,6 +36,8 @@ from licet_control_plane.publisher.documents import ChangeRefused, Look, RedisDo
 from licet_control_plane.publisher.fleet import Fleet
 from licet_control_plane.publisher.outbox import OutboxCopier
 from licet_control_plane.publisher.quotas import SLICE, InForce, Quotas
+from licet_control_plane.publisher.reclaim import Reclaimer
+from licet_control_plane.publisher.sweep import Sweeper
 from licet_control_plane.redis_link import RedisRefused, RedisUnavailable, backoff_s
 from licet_control_plane.store import meta, revisions
 from licet_control_plane.store.database import Database, DatabaseUnavailable
@@ -45,6 +48,8 @@ HEAD_S: Final = 1.0
 """Between heads; a sidecar is stale after ``staleness_max`` without one."""
 OPENING_S_MAX: Final = 0.25
 """Of each second, spent on opening marks, so that a push is not kept waiting: some 2,000 tenants."""
+TIDYING_S_MAX: Final = 0.1
+"""Of each second, spent on reclaiming and sweeping, neither of which anybody waits for."""
 
 
 class PublishingStopped(Exception):
@@ -81,6 +86,8 @@ class Publisher:
         quotas: Quotas,
         fleet: Fleet,
         asks: AsksReader,
+        reclaimer: Reclaimer,
+        sweeper: Sweeper,
         key: SigningKey,
         *,
         location: str,
@@ -93,6 +100,8 @@ class Publisher:
         self._quotas = quotas
         self._fleet = fleet
         self._asks = asks
+        self._reclaimer = reclaimer
+        self._sweeper = sweeper
         self._key = key
         self._location = location
         self._new_generation = new_generation
@@ -102,6 +111,11 @@ class Publisher:
         self._copier = OutboxCopier(database, documents, quotas)
         self._meta = meta.Meta("", 0, 0, 0, 0, "")
         self._looked_s = -math.inf  # the loop's clock, which nobody sets
+
+    @property
+    def catalog(self) -> Catalog:
+        """Of the last published bundle."""
+        return self._copier.catalog
 
     @property
     def lag(self) -> int:
@@ -150,6 +164,7 @@ class Publisher:
         if look is not None:
             await self._open_learned()
             await self._vouch(look.found)
+            await self._tidy()
 
     async def _look(self) -> Look:
         """Look at the server and put right what is wrong; returns what was found when nothing was."""
@@ -232,6 +247,15 @@ class Publisher:
             if not opened or _clock_s() >= until_s:
                 return
         self.status.waited_for = []
+
+    async def _tidy(self) -> None:
+        """Some of what can wait. A push that comes meanwhile is made to wait for one step at most."""
+        until_s = _clock_s() + TIDYING_S_MAX
+        catalog = self._copier.catalog
+        for step in (self._reclaimer.step, self._sweeper.step):
+            while await step(catalog, self._now_s()):
+                if _clock_s() >= until_s or self._wake.is_set():
+                    return
 
     async def _vouch(self, found: Found) -> None:
         head = Head(

@@ -6,8 +6,8 @@ what is about to happen is noted there, before Redis is touched.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
 
@@ -17,20 +17,25 @@ from sqlalchemy import Connection, Row
 from licet.domain.catalog import Catalog, License
 from licet.domain.entitlements import entitlements_of, limits_of
 from licet.domain.ids import LimitKey
-from licet.domain.windows import Period, window_at
-from licet.wire.registers import WINDOW_GRACE_S, Pair
+from licet.wire.registers import WINDOW_GRACE_S, Marker, Pair
+from licet_control_plane.core.counting import Counting, Kind, limit_key_of, limits_by_key
 from licet_control_plane.core.learning import Verdict, may_open
+from licet_control_plane.core.reclaim import holder_state, in_base
 from licet_control_plane.publisher.fleet import Fleet
 from licet_control_plane.publisher.marks import Fill, MarkState, Opened, Opening, RedisMarks, quotas_to_keep
+from licet_control_plane.publisher.registers import RedisRegisters
 from licet_control_plane.store import access, ledger, licenses, marks, meta
 from licet_control_plane.store.database import Database
+from licet_control_plane.store.licenses import StoredLicense
 
 SLICE: Final = 500
 """Tenants handled in one step: some tens of milliseconds, so that a push is not kept waiting."""
 RELEARN_S_MIN: Final = 5.0
 """A tenant is put in learning again at most this often, whatever its sidecars ask."""
 _RELEARNED_MAX: Final = 10_000
-_YEAR_S: Final = 366 * 86_400  # no window is longer
+_YEAR_S: Final = 366 * 86_400  # only terms and grants have longer windows
+_STARTS_MAX: Final = 5_000
+"""Windows older than a year that are looked for by their start; with more of them, all are read."""
 
 log = structlog.get_logger(__name__)
 
@@ -47,10 +52,17 @@ class Quotas:
     """``epoch`` is the newest one; ``learning`` the tenants whose mark is learning, the next to be looked at first."""
 
     def __init__(
-        self, database: Database, redis_marks: RedisMarks, fleet: Fleet, *, now_s: Callable[[], float]
+        self,
+        database: Database,
+        redis_marks: RedisMarks,
+        registers: RedisRegisters,
+        fleet: Fleet,
+        *,
+        now_s: Callable[[], float],
     ) -> None:
         self._database = database
         self._marks = redis_marks
+        self._registers = registers
         self._fleet = fleet
         self._now_s = now_s
         self.epoch = 0
@@ -175,17 +187,10 @@ class Quotas:
 
     async def _open(self, states: Mapping[str, MarkState], in_force: InForce) -> Opened:
         tenants = list(states)
-        limits = await self._limits(tenants, in_force.catalog)
+        found = await self._database.read(licenses.of_tenants, tenants)
+        limits = {tenant: limits_under(stored.license, in_force.catalog) for tenant, stored in found.items()}
         server_s = next(iter(states.values())).now_ms / 1_000
-        spend = await self._database.read(ledger.spend_of, tenants, window_start_min=int(server_s) - _YEAR_S)
-        periods = _periods(in_force.catalog)
-        fills = [
-            fill
-            for tenant, rows in spend.items()
-            for row in rows
-            if (fill := _fill(row, states[tenant].pair, periods, server_s))
-        ]
-        await self._marks.fill(fills)
+        await self._marks.fill(await self._fills(states, found, in_force.catalog, server_s))
         openings = [
             Opening(
                 tenant,
@@ -198,6 +203,62 @@ class Quotas:
             if mark is not None
         ]
         return await self._marks.open(openings)
+
+    async def _fills(
+        self,
+        states: Mapping[str, MarkState],
+        found: Mapping[str, StoredLicense],
+        catalog: Catalog,
+        server_s: float,
+    ) -> list[Fill]:
+        """What the ledger knows of every quota whose window still takes calls."""
+        of_plans = limits_by_key(catalog)
+        counting = {
+            tenant: Counting(found[tenant].license if tenant in found else None, catalog, of_plans) for tenant in states
+        }
+        markers = {tenant: mark.markers for tenant, mark in (await self._marks.read(list(states))).items() if mark}
+        oldest = max(0, int(server_s) - _YEAR_S)
+        starts = {start for one in counting.values() for start in one.starts()}
+        starts |= {
+            start
+            for one in markers.values()
+            for marker in one.values()
+            for start in (marker.start, marker.previous_start)
+            if start < oldest
+        }
+        starts = {start for start in starts if start < oldest}
+        if len(starts) > _STARTS_MAX:
+            starts, oldest = set(), 0
+        spend = await self._database.read(ledger.spend_of, list(states), window_start_min=oldest, starts=starts)
+        fills = [
+            fill
+            for tenant, rows in spend.items()
+            for row in rows
+            if (fill := _fill(row, states[tenant].pair, counting[tenant], markers.get(tenant, {}), server_s))
+        ]
+        return await self._of_retired_together(fills)
+
+    async def _of_retired_together(self, fills: Sequence[Fill]) -> list[Fill]:
+        """The same, with those of sidecars whose registers became part of a base made one for each quota.
+
+        A base cannot be told apart any more: what they spent together is counted when it is less than that.
+        """
+        by_quota: dict[tuple[str, str], list[Fill]] = {}
+        for fill in fills:
+            by_quota.setdefault((fill.tenant, fill.quota), []).append(fill)
+        asked = {quota: [fill.sidecar for fill in mine] for quota, mine in by_quota.items()}
+        there = await self._registers.look_at(asked)
+        now_s = self._now_s()
+        result: list[Fill] = []
+        for quota, mine in by_quota.items():
+            retired: list[Fill] = []
+            for fill in mine:
+                state = holder_state(self._fleet.sidecars.get(fill.sidecar), now_s)
+                is_retired = in_base(state, there[quota].registers.get(fill.sidecar), hash_exists=there[quota].exists)
+                (retired if is_retired else result).append(fill)
+            if retired:
+                result.append(replace(retired[0], sidecar="", units=sum(fill.units for fill in retired)))
+        return result
 
     async def _limits(self, tenants: Sequence[str], catalog: Catalog) -> dict[str, dict[LimitKey, int]]:
         found = await self._database.read(licenses.of_tenants, tenants)
@@ -262,22 +323,12 @@ def changed_plans(old: Catalog, new: Catalog) -> set[str]:
     return {name for name in names if old.plans.get(name) != new.plans.get(name)}
 
 
-def _periods(catalog: Catalog) -> dict[str, Period]:
-    return {limit.key: limit.per for limit in _limits_of_plans(catalog)}
-
-
-def _limits_of_plans(catalog: Catalog) -> Iterator[Any]:
-    for plan in catalog.plans.values():
-        for entitlement in plan.features.values():
-            yield from entitlement.limits
-
-
-def _fill(row: Row[Any], pair: Pair, periods: Mapping[str, Period], now_s: float) -> Fill | None:
+def _fill(row: Row[Any], pair: Pair, counting: Counting, markers: Mapping[str, Marker], now_s: float) -> Fill | None:
     marker = row.quota.rpartition(":")[0]
-    period = periods.get(marker.partition("@")[0])
-    if period is None:
-        return None  # no plan has this limit any more: nobody leases from it
-    window = window_at(period, row.window_start)
-    if window.end + WINDOW_GRACE_S <= now_s:
+    limit = limit_key_of(marker)
+    if counting.kind(limit) is Kind.RATE:
+        return None  # its registers hold shares, and what was spent at it is past
+    window = counting.window(limit, row.window_start, markers.get(marker))
+    if window is None or window.end + WINDOW_GRACE_S <= now_s:
         return None
     return Fill(row.tenant, pair, row.quota, marker, window.start, window.end, row.sidecar, int(row.units))

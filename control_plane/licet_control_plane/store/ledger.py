@@ -12,13 +12,13 @@ Source: the rule of the ledger transaction, ``docs/adr/0001-redis-is-not-the-rec
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, insert, or_, select, update
 
-from licet.wire.usage import UsageEvent
+from licet.wire.usage import UsageEvent, unpack_event
 from licet_control_plane.core.accounting import Account, DecodedBatch, window_start_of
 from licet_control_plane.core.recorded import RecordedSeqs
 from licet_control_plane.store.database import insert_sql, upsert
@@ -110,18 +110,39 @@ def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], 
     return done
 
 
-def spend_of(connection: Connection, tenants: Sequence[str], *, window_start_min: int) -> dict[str, list[Row[Any]]]:
+def spend_of(
+    connection: Connection, tenants: Sequence[str], *, window_start_min: int, starts: Collection[int] = ()
+) -> dict[str, list[Row[Any]]]:
     """Rows (tenant, quota, sidecar, window_start, units) of a few hundred tenants, by tenant, of windows that start
-    at ``window_start_min`` (seconds) or later."""
+    at ``window_start_min`` (seconds) or later, and of those that start at one of ``starts``, a few thousand at most."""
     found: dict[str, list[Row[Any]]] = {}
-    rows = connection.execute(
-        select(register_spend).where(
-            register_spend.c.tenant.in_(tenants), register_spend.c.window_start >= window_start_min
-        )
-    )
+    windows = register_spend.c.window_start >= window_start_min
+    if starts:
+        windows = or_(windows, register_spend.c.window_start.in_(list(starts)))
+    rows = connection.execute(select(register_spend).where(register_spend.c.tenant.in_(tenants), windows))
     for row in rows:
         found.setdefault(row.tenant, []).append(row)
     return found
+
+
+def spend_from(
+    connection: Connection, quotas: Collection[tuple[str, str]], sidecars: Collection[str]
+) -> dict[tuple[str, str, str], int]:
+    """Units that ``sidecars`` spent from ``quotas`` (tenant, quota), by (tenant, quota, sidecar); of a few hundred."""
+    rows = connection.execute(
+        select(register_spend).where(
+            register_spend.c.tenant.in_({tenant for tenant, _ in quotas}),
+            register_spend.c.quota.in_({quota for _, quota in quotas}),
+            register_spend.c.sidecar.in_(sidecars),
+        )
+    )
+    return {(row.tenant, row.quota, row.sidecar): int(row.units) for row in rows}
+
+
+def newest_events(connection: Connection, tenant: str, *, limit: int) -> list[UsageEvent]:
+    """The newest events of a tenant, newest first."""
+    query = select(events.c.body).where(events.c.tenant == tenant).order_by(events.c.at.desc()).limit(limit)
+    return [unpack_event(bytes(body)) for body in connection.scalars(query)]
 
 
 def _lock(connection: Connection, shard: int) -> None:
