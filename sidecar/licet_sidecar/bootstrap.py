@@ -81,7 +81,7 @@ class Sidecar:
             self._logger.error("the end of the usage log is lost; taking a new id", instead_of=self.identity.sidecar)
             self._directory.renounce_identity()
             self.identity = self._directory.claim_identity()
-            recovered = Recovered()
+            recovered = Recovered(recent_events=recovered.recent_events)
         leases = LeaseBook(self.identity.incarnation)
         boot_ms = self.clock.boot_ms()
         for (tenant, _), lease in recovered.leases.items():

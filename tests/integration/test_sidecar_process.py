@@ -409,7 +409,7 @@ def test_a_killed_process_keeps_its_id_and_its_count(sidecar: Sidecar, publisher
     units = sum(units for event in publisher.events() for _, units in event.spends)
     assert units == AMOUNT
     sidecar.stop()
-    assert [(granted, used) for granted, used, _ in publisher.registers("acme").values()] == [(AMOUNT, AMOUNT)]
+    assert (publisher.registers("acme"), publisher.bases("acme")) == ({}, [AMOUNT])
 
 
 def test_a_start_that_failed_in_between_forgets_nothing(
@@ -439,8 +439,9 @@ def test_sigterm_returns_leases_deregisters_and_ends_well(sidecar: Sidecar, publ
     ((granted, _, _),) = publisher.registers("large").values()
     assert granted > 5
     assert sidecar.stop() == 0
-    assert list(publisher.registers("large").values()) == [(5, 5, 0)]
-    assert publisher.sidecars() == []
+    # Nothing is left of it but what it spent: its id is never used again.
+    assert (publisher.registers("large"), publisher.bases("large")) == ({}, [5])
+    assert [heartbeat.retired for heartbeat in publisher.heartbeats()] == [True]
     assert len(publisher.events()) == 1
     assert sidecar.log_lines("stopping with events the ledger has not acknowledged")
 

@@ -11,6 +11,7 @@ import redis
 
 from licet.domain.catalog import Catalog, License
 from licet.domain.entitlements import entitlements_of, limits_of
+from licet.wire.documents import Heartbeat
 from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.registers import RUN_SECTIONS, SERVER_RUN_LUA, run_of
 from licet.wire.usage import UsageBatch, UsageEvent, unpack_event
@@ -86,6 +87,15 @@ class RedisPublisher:
     def sidecars(self) -> list[str]:
         """Ids in the registry."""
         return [name.decode() for name in self.redis.hkeys(self.names.sidecars())]
+
+    def bases(self, tenant: str) -> list[int]:
+        """Units of each quota whose registers were given up."""
+        keys = list(self.redis.scan_iter(self.names.quota(tenant, "*")))
+        return [int(self.redis.hget(key, "base")) for key in keys]
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """What the registry holds."""
+        return [Heartbeat.unpack(value) for value in self.redis.hvals(self.names.sidecars())]
 
     def close(self) -> None:
         """Ends the connection."""

@@ -1,6 +1,7 @@
 """The registry of sidecars: who was heard of, when, and who said goodbye.
 
-A sidecar that deregisters removes its heartbeat. A heartbeat that is gone because Redis lost it looks the same, so a
+A sidecar that retires says so in its last heartbeat; one that stops and keeps its id, because of open reservations,
+removes its heartbeat. A heartbeat that is gone because Redis lost it looks the same, so a
 goodbye counts only when the heartbeat had been seen under the same epoch and run that still hold.
 """
 
@@ -98,7 +99,8 @@ class Fleet:
             if old is not None and old.heartbeat.at_us == heartbeat.at_us:
                 continue  # nothing was heard since: the hash keeps what a dead sidecar said last
             news = news or old is None or old.gone or old.heartbeat.incarnation != heartbeat.incarnation
-            self.sidecars[name] = Sidecar(heartbeat, now_s)
+            news = news or heartbeat.retired
+            self.sidecars[name] = Sidecar(heartbeat, now_s, gone=heartbeat.retired)
             self._unsaved.add(name)
         for name, seen_under in list(self._seen_under.items()):
             if name in heartbeats:
@@ -116,7 +118,8 @@ class Fleet:
         forgotten = [
             name
             for name in heartbeats
-            if name in self.sidecars and now_s - self.sidecars[name].last_heard_s >= GONE_S_MIN
+            if name in self.sidecars
+            and (self.sidecars[name].heartbeat.retired or now_s - self.sidecars[name].last_heard_s >= GONE_S_MIN)
         ]
         for name in forgotten:
             # That its heartbeat is gone next time is our doing: it said no goodbye, and may have left units behind.

@@ -172,12 +172,13 @@ class UsageLog:
             if mine and mine[-1].header.first_seq == newest[2] and not mine[-1].damaged:
                 recovered.intact = True
                 self._recover_leases(mine[-1], recovered)
-            recent_after = now_s - RETAINED_S
-            for segment in mine:
-                if segment.path.stat().st_mtime >= recent_after:
-                    prefix = segment.header.decision_prefix
-                    recovered.recent_events.extend((prefix, event) for event, _ in _events(segment))
-                    del recovered.recent_events[:-recent_max]
+        # Also of ids that were retired: a caller repeats its call to whoever serves here now.
+        recent_after = now_s - RETAINED_S
+        for segment in self.segments:
+            if segment.path.stat().st_mtime >= recent_after:
+                prefix = segment.header.decision_prefix
+                recovered.recent_events.extend((prefix, event) for event, _ in _events(segment))
+                del recovered.recent_events[:-recent_max]
         self._total_bytes = sum(segment.size for segment in self.segments)
         return recovered
 
