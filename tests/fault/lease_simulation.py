@@ -494,8 +494,8 @@ class World:
         return {name for name, one in self.sidecars.items() if one.retired and not one.running}
 
     def retired(self) -> set[str]:
-        """Sidecars whose registers are becoming part of the base."""
-        return {name for name, one in self.sidecars.items() if one.retired}
+        """Sidecars whose registers are, or are becoming, part of the base."""
+        return {name for name, one in self.sidecars.items() if one.retired} | self.sealed
 
     def new_book(self, incarnation: int) -> LeaseBook:
         return self.book(incarnation)
@@ -806,11 +806,11 @@ class World:
                 missing = f"opened ({verdict.value}) with {gap} of {quota} missing for {name}"
                 if not self.lost:
                     raise Violation(f"{missing}, and nothing was lost")
-                if said and sidecar.running and name not in self.sealed:
+                if said and sidecar.running:
                     raise Violation(f"{missing}, which asserted")
                 if not said and name not in excused:
                     raise Violation(f"{missing}, which was not waited for")
-                if self.registered(sidecar, quota) < filled.get((quota, name), 0) and name not in self.sealed:
+                if self.registered(sidecar, quota) < filled.get((quota, name), 0):
                     raise Violation(f"{missing}, though the ledger knew better")
                 self.allowance[(name, quota)] = gap
         self.note(f"opened ({verdict.value}), missing {self.allowance}")
@@ -912,7 +912,7 @@ class World:
             if not self.lost:
                 raise Violation(f"{gap} of {quota} are missing in the base, and nothing was lost")
         for name, sidecar in self.sidecars.items():
-            if name in self.sealed or name in self.retired():
+            if name in self.retired():
                 continue
             for quota in self.quotas_of(sidecar):
                 gap = self.held_units(sidecar, quota) - self.registered(sidecar, quota)
