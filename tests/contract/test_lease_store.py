@@ -783,3 +783,20 @@ async def test_others_hear_a_recall_and_the_caller_does_not(backend: Backend) ->
         assert not listening[1].done()
         listening[1].cancel()
         await asyncio.gather(*listening, return_exceptions=True)
+
+
+async def test_markers_of_older_programs_are_understood(real: RealBackend) -> None:
+    # They had three fields, without what was said in learning.
+    lease = await month(real)
+    await opened(real, lease)
+    await Caller(real)(ask(lease, min=5))
+    await real.write_marker(lease, f"{lease.start}|{lease.end}|0")
+    assert (await Caller(real, "two")(ask(lease, min=5))).granted[0].d >= 5
+    await real.restart()
+    state = await real.touch()
+    assert state is not None
+    assert not state[1]
+    assert await real.fill(state[0], lease, "dead", 3)
+    assert (await Caller(real, "three")(ask(lease, cap=2, used=1))).granted[0].g == 2
+    await real.lose_quota(lease)
+    assert not await real.open(state[0], 1, {CALLS: 100}, [lease])

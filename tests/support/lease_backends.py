@@ -236,6 +236,10 @@ class RealBackend:
         fields[8] = b"1"
         await self._redis.hset(self._key(lease), f"r|{sidecar}", b"|".join(fields))
 
+    async def write_marker(self, lease: Lease, value: str) -> None:
+        """As another program wrote it."""
+        await self._redis.hset(self._names.limits(TENANT), f"m|{LeaseBook.marker(lease)}", value)
+
     async def damage(self, lease: Lease, sidecar: str) -> None:
         """Someone else writes into a register."""
         await self._redis.hset(self._key(lease), f"r|{sidecar}", "what is this")

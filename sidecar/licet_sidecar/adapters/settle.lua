@@ -33,6 +33,7 @@ local ARGUMENTS_EACH = 12
 local GENEROUS_SHARE = 64 -- far from the limit a lease is at least remaining / (GENEROUS_SHARE * live)
 local FAIR_SHARE = 2      -- a lease is at most remaining / (FAIR_SHARE * live), or what the waiting call needs
 local WANTED_MS = 2000    -- how long idle holders are asked to return units after a call fell short
+local MARKER = '^(%d+)|(%d+)|(%d+)|?(%d*)|?(%d*)$' -- older programs wrote three fields
 local REGISTER = '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%w+)|(%d+)|(%d)|(%d+)$'
 
 local function text(number) return string.format('%.0f', number) end
@@ -100,8 +101,9 @@ for i = 2, #KEYS do
   local marker = new_markers[q.marker] or redis.call('HGET', mark_key, 'm|' .. q.marker)
   local newest, newest_end, previous, said, previous_said = 0, '0', 0, 0, 0
   if marker then
-    newest, newest_end, previous, said, previous_said = string.match(marker, '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)$')
-    newest, previous, said, previous_said = tonumber(newest), tonumber(previous), tonumber(said), tonumber(previous_said)
+    newest, newest_end, previous, said, previous_said = string.match(marker, MARKER)
+    newest, previous = tonumber(newest), tonumber(previous)
+    said, previous_said = tonumber(said) or 0, tonumber(previous_said) or 0
   end
   local says = phase == 'learning' and since_ms or 0
   local new = nil

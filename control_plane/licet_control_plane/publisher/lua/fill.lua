@@ -30,7 +30,8 @@ local marker = redis.call('HGET', KEYS[1], 'm|' .. ARGV[5])
 local new, last_said = {starts, ARGV[7], '0', since, '0'}, '0'
 if marker then
   local newest, newest_end, previous, said, previous_said =
-    string.match(marker, '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)$')
+    string.match(marker, '^(%d+)|(%d+)|(%d+)|?(%d*)|?(%d*)$') -- older programs wrote three fields
+  said, previous_said = tonumber(said) and said or '0', tonumber(previous_said) and previous_said or '0'
   if tonumber(starts) > tonumber(newest) then
     new = {starts, ARGV[7], newest, since, said}
   elseif starts == newest then

@@ -19,7 +19,7 @@ for i = 2, #KEYS do
     local at = 4 + 2 * count + 3 * (i - 2)
     local marker = redis.call('HGET', KEYS[1], 'm|' .. ARGV[at + 2])
     if marker then
-      local newest, previous, said, previous_said = string.match(marker, '^(%d+)|%d+|(%d+)|(%d+)|(%d+)$')
+      local newest, previous, said, previous_said = string.match(marker, '^(%d+)|%d+|(%d+)|?(%d*)|?(%d*)$')
       local last_said = ARGV[at + 3] == newest and said or ARGV[at + 3] == previous and previous_said or '0'
       if last_said == mark[5] then return -1 end
     end
