@@ -148,6 +148,7 @@ class FakeSidecar:
             self.engine, self.log, clock, self.link, self.leasing, self.sync, self.recent, self.tally, self.reservations
         )
         self._syncing: asyncio.Task[None] | None = None
+        self._ended = False
 
     def start(self) -> None:
         """Begins to follow what is published."""
@@ -164,7 +165,10 @@ class FakeSidecar:
         self.sync.take_head(PulseReport(head or source.head, {}, run_id or source.run_id))
 
     async def stop(self) -> None:
-        """Ends the process in an orderly way; what it holds stays held."""
+        """Ends the process in an orderly way, unless it ended already; what it holds stays held."""
+        if self._ended:
+            return
+        self._ended = True
         await self.service.reserving.stop()
         await self.leasing.stop()
         await cancel(self._syncing)
@@ -173,6 +177,7 @@ class FakeSidecar:
 
     async def kill(self) -> None:
         """Ends it as SIGKILL does: nothing is written any more."""
+        self._ended = True
         await self.service.reserving.stop()
         await self.leasing.stop()
         await cancel(self._syncing)
@@ -220,7 +225,9 @@ class FakeSidecar:
         return pb.ExtendReservationResponse.FromString(await self.call("ExtendReservation", request))
 
     async def upkeep(self) -> None:
-        """One round of what runs twice a second."""
+        """One round of what runs twice a second, once calls under way have ended."""
+        for _ in range(3):
+            await asyncio.sleep(0)
         await self.service.reserving.upkeep()
         await self.leasing.upkeep()
 

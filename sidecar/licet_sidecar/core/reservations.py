@@ -28,7 +28,7 @@ from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 from licet.domain.catalog import Action, AttributeValue
-from licet.domain.ids import LimitKey
+from licet.domain.ids import NAME_CHARS_MAX, LimitKey
 from licet.domain.money import Price
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, TimestampUs, check_units, meter_units
 from licet_sidecar.core.leases import Lease
@@ -150,13 +150,16 @@ class Reservation:
         if quantity is None and not quantities:
             return dict(self.units)
         asked = Inquiry(self.tenant, self.inquiry.action)
-        asked.quantity, asked.quantities = quantity, quantities
+        asked.quantity = None if quantity is None else check_units("quantity", quantity)
+        asked.quantities = {
+            meter: check_units(f"quantities[{meter[:NAME_CHARS_MAX]!r}]", n) for meter, n in quantities.items()
+        }
         meters = tuple(self.meters)
         units: dict[str, int] = dict.fromkeys(self.units, 0)
         by_meter = meter_units(Action(self.inquiry.action, self.meters), meters[0] if len(meters) == 1 else None, asked)
         for meter, count in by_meter.items():
             feature = self.meters[meter]
-            units[feature] = check_units("quantities", units.get(feature, 0) + check_units("quantities", count))
+            units[feature] = check_units("quantities", units.get(feature, 0) + count)
         return units
 
     def beyond(self, used: Mapping[str, int]) -> dict[str, int]:
@@ -258,13 +261,13 @@ class ReservationBook:
 
     def due(self, now_us: int, at_most: int) -> list[Reservation]:
         """Reservations that expired, the earliest first; each is returned once."""
-        found: list[Reservation] = []
+        found: dict[str, Reservation] = {}
         while self._expiries and self._expiries[0][0] <= now_us and len(found) < at_most:
             expires_us, id_ = heapq.heappop(self._expiries)
             reservation = self._open.get(id_)
             if reservation is not None and reservation.expires_us == expires_us and not reservation.settling:
-                found.append(reservation)
-        return found
+                found[id_] = reservation
+        return list(found.values())
 
     def settle(self, reservation: Reservation, shares: Iterable[tuple[Hold, int]], boot_ms: int) -> None:
         """Spends ``shares`` and frees the rest. The caller has logged it, and remembers the outcome."""
