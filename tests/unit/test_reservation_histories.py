@@ -173,7 +173,7 @@ class Histories(RuleBasedStateMachine):
                 one.used = one.units if one.pays_late else 0
         held = sum(one.state == HELD for one in self.expected.values())
         self.run(self.sidecar.upkeep())
-        self.run(until(lambda: self.sidecar.reservations.open_count <= held))
+        self.run(until(lambda: self.sidecar.reservations.open_count <= held, within_s=1))
 
     # What always holds
 
@@ -193,6 +193,8 @@ class Histories(RuleBasedStateMachine):
     def nothing_is_overspent_and_everything_is_recorded(self) -> None:
         spent = self.checked + sum(one.used for one in self.expected.values())
         assert spent <= MONTHLY
+        monthly = [lease for lease in self.sidecar.leases.of("acme").all() if lease.limit_key == "units:month"]
+        assert sum(lease.used for lease in monthly) == spent
         events = self.past_events + self.sidecar.events()
         paid = [one for one in events if one.kind in (EventKind.CHECK, EventKind.COMMIT) and one.effect == 1]
         assert sum(one.units.get("units", 0) for one in paid) == spent
