@@ -206,7 +206,7 @@ async def test_a_key_that_was_used_for_another_request_is_malformed(sidecar: Fak
 )
 async def test_how_long_it_is_held_has_bounds(sidecar: FakeSidecar, seconds: int, nanos: int) -> None:
     request = pb.ReserveRequest(check=ask(), expires_after=Duration(seconds=seconds, nanos=nanos))
-    with pytest.raises(Malformed, match="^expires_after: "):
+    with pytest.raises(Malformed, match=r"^expires_after: "):
         await sidecar.call("Reserve", request)
     assert sidecar.reserved() == 0
 
@@ -457,12 +457,12 @@ async def test_the_reservation_of_another_tenant_is_unknown(sidecar: FakeSidecar
 @pytest.mark.parametrize("id_", ["", "x" * 32, "A" * 32, "0" * 31, "0" * 33, f"{'0' * 32}\n"], ids=repr)
 async def test_an_id_that_is_none_is_malformed(sidecar: FakeSidecar, id_: str) -> None:
     for call in (sidecar.commit(id_), sidecar.cancel(id_), sidecar.extend(id_)):
-        with pytest.raises(Malformed, match="^reservation_id: "):
+        with pytest.raises(Malformed, match=r"^reservation_id: "):
             await call
 
 
 async def test_a_tenant_that_is_none_is_malformed(sidecar: FakeSidecar) -> None:
-    with pytest.raises(Malformed, match="^tenant: "):
+    with pytest.raises(Malformed, match=r"^tenant: "):
         await sidecar.commit(NOWHERE, tenant="")
 
 
@@ -559,7 +559,7 @@ async def test_extending_counts_from_now(sidecar: FakeSidecar, world: World) -> 
 async def test_extending_without_a_time_is_for_as_long_as_the_action_says(sidecar: FakeSidecar, world: World) -> None:
     made = await sidecar.reserve(quantity=10, after_s=5)
     assert (await sidecar.extend(made.reservation_id)).expires_at.ToMicroseconds() == world.clock.us + 900_000_000
-    with pytest.raises(Malformed, match="^expires_after: "):
+    with pytest.raises(Malformed, match=r"^expires_after: "):
         await sidecar.extend(made.reservation_id, after_s=0.5)
 
 
