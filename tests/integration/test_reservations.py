@@ -11,10 +11,13 @@ import pytest
 import licet
 from licet.domain.catalog import Action, Entitlement, OnExpiry, Plan, ReservationTerms
 from tests.integration.test_sidecar_process import Sidecar
+from tests.support.command_line import CommandLine, Ended, licet_command
 from tests.support.fleet import wait_until
 from tests.support.published import catalog, limit
 from tests.support.redis_publisher import RedisPublisher
 from tests.support.valkey import ValkeyProcess
+
+__all__ = ["licet_command"]
 
 AMOUNT = 100
 CATALOG = catalog(
@@ -154,6 +157,24 @@ def test_it_expires_by_itself_also_to_a_commit(client: licet.Client, publisher: 
     wait_until("both expired", lambda: registered(publisher) == (30, 0), within_s=10)
     assert canceled.commit().state is licet.ReservationState.EXPIRED
     assert paid.commit().committed == {"reports": 30}
+
+
+def test_the_command_line_makes_and_settles_them(sidecar: Sidecar, licet_command: CommandLine) -> None:
+    def run(*arguments: object) -> Ended:
+        return licet_command("reservation", *arguments, "--sidecar", sidecar.address, "--json")
+
+    made = run("make", "acme", "report.export", "--quantity", 60, "--expires-after", "30s").json
+    assert made["decision"]["effect"] == "APPROVED"
+    assert run("make", "acme", "report.export", "--quantity", 60).code == 1
+    assert run("extend", "acme", made["reservation_id"], "--expires-after", "10m").json["state"] == "HELD"
+    beyond = run("commit", "acme", made["reservation_id"], "--quantity", 101)
+    assert (beyond.code, beyond.json["unfunded"]) == (1, {"reports": 41})
+    assert run("cancel", "acme", made["reservation_id"]).code == 1
+    other = run("make", "acme", "report.export", "--quantity", 40).json
+    assert run("cancel", "acme", other["reservation_id"]).json["state"] == "CANCELED"
+    assert run("commit", "acme", "nonsense").code == 2
+    text = licet_command("reservation", "make", "acme", "report.export", "--sidecar", sidecar.address).out
+    assert "held " in text
 
 
 def test_open_reservations_outlive_an_orderly_stop(sidecar: Sidecar, client: licet.Client) -> None:

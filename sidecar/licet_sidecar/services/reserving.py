@@ -507,8 +507,9 @@ class Reserving:
         """Waits, when rule 4 asks for it, until Redis has answered what it knows of the leases held."""
         while not reservation.is_certain(self._clock.boot_ms()):
             left_s = (deadline_ms - self._clock.boot_ms()) / 1_000
-            if left_s <= 0:
-                return
+            closed_s = self._clock.now_us() // _US - WINDOW_GRACE_S
+            if left_s <= 0 or any(one.lease.end <= closed_s for one in reservation.holds):
+                return  # too late, or Redis takes no call about that window any more
             asked = [one.lease.asked_ms for one in reservation.holds]
             wait = LeaseWait(reservation.tenant, tuple((one.lease, 0) for one in reservation.holds))
             try:
