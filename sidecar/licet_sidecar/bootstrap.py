@@ -30,7 +30,7 @@ from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown, LinkRefused
-from licet_sidecar.services import reserving
+from licet_sidecar.services import reservation_records
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.idempotency import ANSWERS_MAX, RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
@@ -89,7 +89,7 @@ class Sidecar:
             if lease.end + QUOTA_KEPT_S > self._started_us // 1_000_000:  # the clock may be ahead, or step back
                 leases.restore(tenant, lease, boot_ms)
         self.reservations = ReservationBook()
-        reserving.recover(self.reservations, recovered, leases, self._started_us, boot_ms)
+        reservation_records.recover(self.reservations, recovered, leases, self._started_us, boot_ms)
         self.engine = Engine(leases, tenants_max=config.tenants_max, staleness_us_max=int(config.staleness_max_s * 1e6))
         names = RedisNames(config.redis_prefix)
         verifier = Verifier(list(config.public_keys))
@@ -121,7 +121,7 @@ class Sidecar:
             [
                 floor_record(*recovered.floor),
                 *self.leasing.lease_records(),
-                *reserving.reservation_records(self.reservations),
+                *reservation_records.records_of(self.reservations),
             ],
         )
         self.shipping = ShippingService(self.log, verifier, self.clock, self.tally)
@@ -238,7 +238,7 @@ class Sidecar:
                 [
                     floor_record(*self.sync.state.floor),
                     *self.leasing.lease_records(),
-                    *reserving.reservation_records(self.reservations),
+                    *reservation_records.records_of(self.reservations),
                 ]
             )
         except UsageLogError as error:

@@ -22,7 +22,7 @@ from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.ports import LinkDown, PulseReport
-from licet_sidecar.services import reserving, syncing
+from licet_sidecar.services import reservation_records, syncing
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
@@ -113,7 +113,7 @@ class FakeSidecar:
         for (tenant, _), lease in self.recovered.leases.items():
             self.leases.restore(tenant, lease, clock.ms)
         self.reservations = ReservationBook()
-        reserving.recover(self.reservations, self.recovered, self.leases, clock.us, clock.ms)
+        reservation_records.recover(self.reservations, self.recovered, self.leases, clock.us, clock.ms)
         self.engine = Engine(self.leases, tenants_max=tenants_max, staleness_us_max=staleness_us_max)
         self.store = FakeLeaseStore(world.registers, sidecar=SIDECAR, incarnation=incarnation)
         self.replaced: list[str] = []
@@ -126,7 +126,7 @@ class FakeSidecar:
             [
                 floor_record(*self.recovered.floor),
                 *self.leasing.lease_records(),
-                *reserving.reservation_records(self.reservations),
+                *reservation_records.records_of(self.reservations),
             ],
         )
         self.heads: list[Any] = []

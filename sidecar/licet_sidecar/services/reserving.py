@@ -27,7 +27,6 @@ from licet.wire.registers import WINDOW_GRACE_S
 from licet.wire.usage import EventKind
 from licet_sidecar.adapters.usage_log import (
     EVENT,
-    Recovered,
     UsageLog,
     UsageLogError,
     frame,
@@ -36,7 +35,7 @@ from licet_sidecar.adapters.usage_log import (
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import Decision, Engine, LeaseWait, Wait, add_cost
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
-from licet_sidecar.core.leases import Lease, LeaseBook
+from licet_sidecar.core.leases import Lease
 from licet_sidecar.core.reservations import (
     EXPIRES_AFTER_S_MAX,
     EXPIRES_AFTER_S_MIN,
@@ -46,7 +45,6 @@ from licet_sidecar.core.reservations import (
     Reservation,
     ReservationBook,
     ReservationState,
-    from_wire,
     hold,
     to_wire,
     unhold,
@@ -54,10 +52,11 @@ from licet_sidecar.core.reservations import (
 from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers
-from licet_sidecar.services.idempotency import KEY_REUSED, RESERVE, Key, RecentAnswers, answer_of, key_of
+from licet_sidecar.services.idempotency import KEY_REUSED, RESERVE, Key, RecentAnswers, key_of
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.refusals import Malformed
 from licet_sidecar.services.requests import parse_check, verify_tenant
+from licet_sidecar.services.reservation_records import event_of, records_of
 from licet_sidecar.services.tally import Tally
 
 SETTLE_S_MAX: Final = 2.0
@@ -628,7 +627,7 @@ class Reserving:
 
     def records(self) -> list[bytes]:
         """Records of every open reservation, for the head of a new log segment."""
-        return reservation_records(self._book)
+        return records_of(self._book)
 
     def _about(self, kind: EventKind, reservation: Reservation) -> usage.UsageEvent:
         """An event about a reservation that uses nothing."""
@@ -638,36 +637,8 @@ class Reserving:
 
     def _event(self, kind: EventKind, inquiry: Inquiry, decision: Decision) -> usage.UsageEvent:
         """The next event of the log, about a decision."""
-        return usage.UsageEvent(
-            seq=self._log.last_seq + 1,
-            at_us=self._clock.now_us(),
-            tenant=inquiry.tenant,
-            subject_type=inquiry.subject_type,
-            subject_id=inquiry.subject_id,
-            on_behalf_of=inquiry.on_behalf_of,
-            action=inquiry.action,
-            effect=int(decision.effect),
-            reason=int(decision.reason),
-            rule=decision.rule,
-            revision=self._engine.revision,
-            units=dict(decision.units),
-            cost_nanos=decision.cost_nanos,
-            currency=decision.currency,
-            flags=(
-                (usage.FLAG_STALE if decision.stale else 0)
-                | (usage.FLAG_DEGRADED if decision.degraded else 0)
-                | (usage.FLAG_OBSERVED if decision.observed else 0)
-            ),
-            idempotency_key="",
-            resource_type=inquiry.resource_type,
-            resource_id=inquiry.resource_id,
-            context=dict(decision.context),
-            spends=[(lease.quota, units) for lease, units in decision.spends if units]
-            if decision.effect is Effect.APPROVED
-            else [],
-            shadow=list(decision.shadow),
-            feature_costs=decision.feature_costs,
-            kind=kind,
+        return event_of(
+            kind, inquiry, decision, self._log.last_seq + 1, at_us=self._clock.now_us(), revision=self._engine.revision
         )
 
     def _count(self, outcome: str) -> None:
@@ -694,44 +665,6 @@ class Reserving:
             state=int(state),  # type: ignore[arg-type]  # same numbers
             decision=pb.CheckResponse(effect=pb.EFFECT_DENIED, message=message, revision=self._engine.revision),
         ).SerializeToString()
-
-
-def reservation_records(book: ReservationBook) -> list[bytes]:
-    """Records of every open reservation."""
-    return [reservation_record(to_wire(reservation)) for reservation in book.all()]
-
-
-def recover(book: ReservationBook, recovered: Recovered, leases: LeaseBook, now_us: int, boot_ms: int) -> None:
-    """Takes up what an earlier process left: open reservations, once its leases are in ``leases``, and outcomes."""
-
-    def lease_of(tenant: str, quota: str) -> Lease | None:
-        held = leases.tenants.get(tenant)
-        return held.others.get(quota) if held else None
-
-    for wire in recovered.reservations.values():
-        reservation = from_wire(wire, lease_of, boot_ms)
-        reservation.size = len(reservation_record(wire))
-        book.add(reservation)
-    for prefix, data in recovered.settled:
-        event = usage.unpack_event(data)
-        settled_ms = boot_ms - max(0, now_us - event.at_us) // 1_000
-        answer = b""
-        if event.kind == EventKind.COMMIT:
-            state = ReservationState.COMMITTED
-            observed = bool(event.flags & usage.FLAG_OBSERVED)
-            committed = dict(event.units)
-            if observed:
-                for feature, units in event.unfunded.items():
-                    committed[feature] = committed.get(feature, 0) + units
-            answer = pb.CommitReservationResponse(
-                state=pb.RESERVATION_STATE_COMMITTED,
-                decision=answer_of(prefix, event),
-                committed=committed,
-                unfunded={} if observed else event.unfunded,
-            ).SerializeToString()
-        else:
-            state = ReservationState.CANCELED if event.kind == EventKind.CANCEL else ReservationState.EXPIRED
-        book.remember(event.about, Outcome(event.tenant, state, answer, settled_ms))
 
 
 def _hold_of(lease: Lease, units: int) -> Hold:
@@ -772,6 +705,3 @@ def _state_of(found: Found) -> int:
     if isinstance(found, Reservation):
         return ReservationState.HELD
     return ReservationState.UNKNOWN if found is None else found.state
-
-
-__all__ = ["Reserving", "recover", "reservation_records"]
