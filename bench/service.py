@@ -32,6 +32,7 @@ from licet_sidecar.adapters.usage_log import LogHeader, UsageLog
 from licet_sidecar.clock import SystemClock
 from licet_sidecar.core.engine import Engine, Tenant
 from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.idempotency import RecentAnswers
@@ -98,7 +99,10 @@ def service() -> Iterator[tuple[ApprovalService, Engine]]:
         link, tally = LinkState(), Tally()
         link.succeeded()
         stand_ins: Any = (_NoLeasing(), _Synced())
-        yield ApprovalService(engine, log, clock, link, *stand_ins, RecentAnswers(tally), tally), engine
+        yield (
+            ApprovalService(engine, log, clock, link, *stand_ins, RecentAnswers(tally), tally, ReservationBook()),
+            engine,
+        )
         log.close()
 
 

@@ -28,10 +28,12 @@ if TYPE_CHECKING:
         Timeout,
     )
     from licet.client.model import Check, Cost, Decision, Quota, Resource, Semantics, Subject
+    from licet.client.reservations import AsyncReservation, Reservation, ReservationState, Settlement
     from licet.domain.outcomes import Effect, Reason
 
 _HOMES: Final = {
     "AsyncClient": "licet.client.aio",
+    "AsyncReservation": "licet.client.reservations",
     "Check": "licet.client.model",
     "Client": "licet.client.blocking",
     "Cost": "licet.client.model",
@@ -42,8 +44,11 @@ _HOMES: Final = {
     "MessageTooLarge": "licet.client.errors",
     "Quota": "licet.client.model",
     "Reason": "licet.domain.outcomes",
+    "Reservation": "licet.client.reservations",
+    "ReservationState": "licet.client.reservations",
     "Resource": "licet.client.model",
     "Semantics": "licet.client.model",
+    "Settlement": "licet.client.reservations",
     "SidecarError": "licet.client.errors",
     "SidecarUnavailable": "licet.client.errors",
     "Subject": "licet.client.model",
@@ -52,6 +57,7 @@ _HOMES: Final = {
 
 __all__ = [
     "AsyncClient",
+    "AsyncReservation",
     "Check",
     "Client",
     "Cost",
@@ -62,8 +68,11 @@ __all__ = [
     "MessageTooLarge",
     "Quota",
     "Reason",
+    "Reservation",
+    "ReservationState",
     "Resource",
     "Semantics",
+    "Settlement",
     "SidecarError",
     "SidecarUnavailable",
     "Subject",

@@ -10,20 +10,35 @@ from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from licet.client.channel import CHANNEL_OPTIONS, TIMEOUT_DEFAULT_S, resolve_target
 from licet.client.errors import LicetError, from_status
 from licet.client.failure import Fallback, check_fallback, fall_back, pause_before_retry_s
 from licet.client.messages import batch_request, check_request, decision_of, decisions_of
 from licet.client.model import Check, ContextValue, Decision, Resource, Semantics, Subject
+from licet.client.reservations import (
+    AsyncReservation,
+    ExpiresAfter,
+    Extension,
+    PendingReservation,
+    ReservationState,
+    Settlement,
+    commit_request,
+    extend_request,
+    extension_of,
+    reserve_request,
+    settlement_of,
+    state_of,
+)
 from licet.v1 import approval_pb2 as pb
 from licet.v1.approval_pb2_grpc import ApprovalServiceStub
 
 if TYPE_CHECKING:
     from licet.v1.approval_pb2_grpc import ApprovalServiceAsyncStub
 
-_Request = TypeVar("_Request", pb.CheckRequest, pb.CheckBatchRequest)
-_Response = TypeVar("_Response", pb.CheckResponse, pb.CheckBatchResponse)
+_Request = TypeVar("_Request", bound=Message)
+_Response = TypeVar("_Response", bound=Message)
 
 
 class AsyncClient:
@@ -69,6 +84,64 @@ class AsyncClient:
             if decision is None:
                 raise
             return decision
+
+    def reserve(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str | None = None,
+        quantity: int | None = None,
+        quantities: Mapping[str, int] | None = None,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        idempotency_key: str | None = None,
+        expires_after: ExpiresAfter = None,
+        timeout: float | None = None,
+        fallback: Fallback | None = None,
+    ) -> PendingReservation:
+        """As ``licet.Client.reserve``: to be awaited for an ``AsyncReservation``, or entered with ``async with``."""
+        check = Check(tenant, action, subject, quantity, quantities, resource, context, idempotency_key)
+
+        async def reserve() -> AsyncReservation:
+            try:
+                request = reserve_request(check, expires_after)
+                response = await self._call(self._stub().Reserve, request, timeout)
+            except LicetError as error:
+                decision = fall_back(self._fallback if fallback is None else check_fallback(fallback), check, error)
+                if decision is None:
+                    raise
+                return AsyncReservation(self, timeout, tenant, None, decision)
+            return AsyncReservation(self, timeout, tenant, response)
+
+        return PendingReservation(reserve)
+
+    async def commit_reservation(
+        self,
+        tenant: str,
+        reservation_id: str,
+        *,
+        quantity: int | None = None,
+        quantities: Mapping[str, int] | None = None,
+        timeout: float | None = None,
+    ) -> Settlement:
+        """As ``licet.Client.commit_reservation``."""
+        request = commit_request(tenant, reservation_id, quantity, quantities)
+        return settlement_of(await self._call(self._stub().CommitReservation, request, timeout))
+
+    async def cancel_reservation(
+        self, tenant: str, reservation_id: str, *, timeout: float | None = None
+    ) -> ReservationState:
+        """As ``licet.Client.cancel_reservation``."""
+        request = pb.CancelReservationRequest(tenant=tenant, reservation_id=reservation_id)
+        return state_of((await self._call(self._stub().CancelReservation, request, timeout)).state)
+
+    async def extend_reservation(
+        self, tenant: str, reservation_id: str, expires_after: ExpiresAfter = None, *, timeout: float | None = None
+    ) -> Extension:
+        """As ``licet.Client.extend_reservation``."""
+        request = extend_request(tenant, reservation_id, expires_after)
+        return extension_of(await self._call(self._stub().ExtendReservation, request, timeout))
 
     async def check_batch(
         self,

@@ -9,17 +9,31 @@ from types import TracebackType
 from typing import Self, TypeVar, cast
 
 import grpc
+from google.protobuf.message import Message
 
 from licet.client.channel import CHANNEL_OPTIONS, TIMEOUT_DEFAULT_S, resolve_target
 from licet.client.errors import LicetError, from_status
 from licet.client.failure import Fallback, check_fallback, fall_back, pause_before_retry_s
 from licet.client.messages import batch_request, check_request, decision_of, decisions_of
 from licet.client.model import Check, ContextValue, Decision, Resource, Semantics, Subject
+from licet.client.reservations import (
+    ExpiresAfter,
+    Extension,
+    Reservation,
+    ReservationState,
+    Settlement,
+    commit_request,
+    extend_request,
+    extension_of,
+    reserve_request,
+    settlement_of,
+    state_of,
+)
 from licet.v1 import approval_pb2 as pb
 from licet.v1.approval_pb2_grpc import ApprovalServiceStub
 
-_Request = TypeVar("_Request", pb.CheckRequest, pb.CheckBatchRequest)
-_Response = TypeVar("_Response", pb.CheckResponse, pb.CheckBatchResponse)
+_Request = TypeVar("_Request", bound=Message)
+_Response = TypeVar("_Response", bound=Message)
 
 
 class Client:
@@ -90,6 +104,79 @@ class Client:
             if decision is None:
                 raise
             return decision
+
+    def reserve(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str | None = None,
+        quantity: int | None = None,
+        quantities: Mapping[str, int] | None = None,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        idempotency_key: str | None = None,
+        expires_after: ExpiresAfter = None,
+        timeout: float | None = None,
+        fallback: Fallback | None = None,
+    ) -> Reservation:
+        """Decides as ``check`` does and, when approved, holds the units until they are committed, canceled, or expire.
+
+        Use it as a context manager, or settle it yourself::
+
+            with client.reserve("acme", "llm.generate", quantity=4_000) as held:
+                if held:
+                    held.commit(quantity=generate())
+
+        Args:
+            quantity: units to hold; as for ``check``, and so is everything that is not listed here.
+            expires_after: how long to hold them: seconds or a ``timedelta``, 1 s to 7 days. By default as long as the
+                action says, which also says whether they are canceled or committed then.
+            timeout: seconds, also of the calls that settle it.
+
+        Raises:
+            LicetError: as ``check`` does.
+        """
+        check = Check(tenant, action, subject, quantity, quantities, resource, context, idempotency_key)
+        try:
+            response = self._call(self._stub.Reserve, reserve_request(check, expires_after), timeout)
+        except LicetError as error:
+            decision = fall_back(self._fallback if fallback is None else check_fallback(fallback), check, error)
+            if decision is None:
+                raise
+            return Reservation(self, timeout, tenant, None, decision)
+        return Reservation(self, timeout, tenant, response)
+
+    def commit_reservation(
+        self,
+        tenant: str,
+        reservation_id: str,
+        *,
+        quantity: int | None = None,
+        quantities: Mapping[str, int] | None = None,
+        timeout: float | None = None,
+    ) -> Settlement:
+        """Uses what was reserved, or so many units instead, with the sidecar that made the reservation.
+
+        The same as ``Reservation.commit``, for whoever knows only the id. May be repeated.
+
+        Raises:
+            LicetError: as ``check`` does; there is no fallback, and what was reserved stays held.
+        """
+        request = commit_request(tenant, reservation_id, quantity, quantities)
+        return settlement_of(self._call(self._stub.CommitReservation, request, timeout))
+
+    def cancel_reservation(self, tenant: str, reservation_id: str, *, timeout: float | None = None) -> ReservationState:
+        """Frees what was reserved; as ``commit_reservation``."""
+        request = pb.CancelReservationRequest(tenant=tenant, reservation_id=reservation_id)
+        return state_of((self._call(self._stub.CancelReservation, request, timeout)).state)
+
+    def extend_reservation(
+        self, tenant: str, reservation_id: str, expires_after: ExpiresAfter = None, *, timeout: float | None = None
+    ) -> Extension:
+        """Holds a reservation for ``expires_after`` from now on; as ``commit_reservation``."""
+        request = extend_request(tenant, reservation_id, expires_after)
+        return extension_of(self._call(self._stub.ExtendReservation, request, timeout))
 
     def check_batch(
         self,

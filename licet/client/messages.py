@@ -50,10 +50,10 @@ def check_request(check: Check) -> pb.CheckRequest:
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"tenant, action and idempotency_key are strings: {error}") from error
     if check.quantity is not None:
-        request.quantity = _units(check.quantity, "quantity")
+        request.quantity = units_of(check.quantity, "quantity")
     if check.quantities is not None:
         for meter, units in check.quantities.items():
-            request.quantities[meter] = _units(units, f"quantities.{meter}")
+            request.quantities[meter] = units_of(units, f"quantities.{meter}")
     if check.subject is not None:
         _set_subject(request.subject, check.subject)
     if check.resource is not None:
@@ -117,7 +117,12 @@ def decisions_of(response: pb.CheckBatchResponse) -> list[Decision]:
     return [decision_of(decision) for decision in response.decisions]
 
 
-def _units(units: int, field: str) -> int:
+def units_of(units: int, field: str) -> int:
+    """``units`` when they fit the field.
+
+    Raises:
+        InvalidRequest: they do not.
+    """
     # A float would lose units silently and a bool is a slip, so neither is converted.
     if type(units) is not int:
         raise InvalidRequest(f"{field}: must be a whole number of units, not {units!r}", field=field)

@@ -23,6 +23,8 @@ FLAG_DEGRADED: Final = 2
 FLAG_OVERAGE: Final = 4
 FLAG_OBSERVED: Final = 8
 """The bundle was pushed in observe mode: the caller was answered APPROVED, ``effect`` is what would have been."""
+FLAG_EXPIRED: Final = 16
+"""A COMMIT that nobody asked for: the reservation expired, and its action says that it is committed then."""
 
 
 class EventKind(IntEnum):
@@ -170,6 +172,8 @@ def decision_id(prefix: bytes, seq: int) -> str:
 
 _FIELDS_MIN: Final = UsageEvent._fields.index("kind")
 """Fields that every event has. Later ones are left out from where on all are empty."""
+_PLAIN: Final = b"\xdc" + _FIELDS_MIN.to_bytes(2, "big")
+"""How an event of exactly those fields begins: an array of so many (msgpack's array 16)."""
 
 
 def pack_event(event: UsageEvent) -> bytes:
@@ -192,6 +196,11 @@ def unpack_event(data: bytes) -> UsageEvent:
         return UsageEvent(*fields[: len(UsageEvent._fields)])
     except (ValueError, TypeError) as error:
         raise envelope.EnvelopeError(f"usage: damaged event: {error}") from error
+
+
+def has_kind(data: bytes) -> bool:
+    """Whether a packed event may be other than a plain CHECK, without unpacking it."""
+    return not data.startswith(_PLAIN)
 
 
 def event_seq(data: bytes) -> int:

@@ -27,8 +27,10 @@ from licet_sidecar.clock import Clock, SystemClock
 from licet_sidecar.config import Config
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown, LinkRefused
+from licet_sidecar.services import reservation_records
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.idempotency import ANSWERS_MAX, RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
@@ -87,6 +89,8 @@ class Sidecar:
         for (tenant, _), lease in recovered.leases.items():
             if lease.end + QUOTA_KEPT_S > self._started_us // 1_000_000:  # the clock may be ahead, or step back
                 leases.restore(tenant, lease, boot_ms)
+        self.reservations = ReservationBook()
+        reservation_records.recover(self.reservations, recovered, leases, self._started_us, boot_ms)
         self.engine = Engine(leases, tenants_max=config.tenants_max, staleness_us_max=int(config.staleness_max_s * 1e6))
         names = RedisNames(config.redis_prefix)
         verifier = Verifier(list(config.public_keys))
@@ -116,7 +120,11 @@ class Sidecar:
                 secrets.token_bytes(8),
                 1,
             ),
-            [floor_record(*recovered.floor), *self.leasing.lease_records()],
+            [
+                floor_record(*recovered.floor),
+                *self.leasing.lease_records(),
+                *reservation_records.records_of(self.reservations),
+            ],
         )
         self.shipping = ShippingService(self.log, verifier, self.clock, self.tally)
         self.sync = SyncService(
@@ -134,9 +142,19 @@ class Sidecar:
         self.recent = RecentAnswers(self.tally)
         self.recent.recover(recovered.recent_events, boot_ms)
         self.service = ApprovalService(
-            self.engine, self.log, self.clock, self.link, self.leasing, self.sync, self.recent, self.tally
+            self.engine,
+            self.log,
+            self.clock,
+            self.link,
+            self.leasing,
+            self.sync,
+            self.recent,
+            self.tally,
+            self.reservations,
         )
-        self._metrics = Metrics(self.engine, self.log, self.shipping, self.link, self.clock, self.tally)
+        self._metrics = Metrics(
+            self.engine, self.log, self.shipping, self.link, self.clock, self.tally, self.reservations
+        )
         self._address = ""
         self._draining = False
         self._turned_ms = boot_ms
@@ -219,7 +237,13 @@ class Sidecar:
 
     def _rotate(self) -> None:
         try:
-            self.log.rotate([floor_record(*self.sync.state.floor), *self.leasing.lease_records()])
+            self.log.rotate(
+                [
+                    floor_record(*self.sync.state.floor),
+                    *self.leasing.lease_records(),
+                    *reservation_records.records_of(self.reservations),
+                ]
+            )
         except UsageLogError as error:
             self.tally.log_failures += 1
             self._logger.error("the usage log goes on in a segment that is due to be closed", error=str(error))
@@ -255,6 +279,7 @@ class Sidecar:
                 async with asyncio.timeout(UPKEEP_S):
                     await self.leasing.urgent.wait()
             self.leasing.urgent.clear()
+            await self.service.reserving.upkeep()
             await self.leasing.upkeep()
 
     async def _recall_loop(self) -> None:
@@ -280,6 +305,7 @@ class Sidecar:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.service.reserving.stop()
         await self.leasing.stop()
         if self.link.up and not self._exit_reason:
             untold = await self.leasing.give_back_all()
@@ -300,6 +326,11 @@ class Sidecar:
             self._logger.warning(
                 "stopping with events the ledger has not acknowledged; they stay in the state directory",
                 events=unacked,
+            )
+        if self.reservations.open_count:
+            self._logger.warning(
+                "stopping with open reservations; they go on when this state directory is used again",
+                reservations=self.reservations.open_count,
             )
         self._logger.info("stopped", unacknowledged=unacked)
 

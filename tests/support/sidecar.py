@@ -20,8 +20,9 @@ from licet_sidecar.adapters.state_directory import StateDirectory
 from licet_sidecar.adapters.usage_log import LogHeader, UsageLog, floor_record
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.ports import LinkDown, PulseReport
-from licet_sidecar.services import syncing
+from licet_sidecar.services import reservation_records, syncing
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
@@ -111,6 +112,8 @@ class FakeSidecar:
         self.leases = LeaseBook(incarnation)
         for (tenant, _), lease in self.recovered.leases.items():
             self.leases.restore(tenant, lease, clock.ms)
+        self.reservations = ReservationBook()
+        reservation_records.recover(self.reservations, self.recovered, self.leases, clock.us, clock.ms)
         self.engine = Engine(self.leases, tenants_max=tenants_max, staleness_us_max=staleness_us_max)
         self.store = FakeLeaseStore(world.registers, sidecar=SIDECAR, incarnation=incarnation)
         self.replaced: list[str] = []
@@ -120,7 +123,11 @@ class FakeSidecar:
         prefix = incarnation.to_bytes(8, "big")
         self.log.start(
             LogHeader(SIDECAR, incarnation, incarnation - 1, 0, prefix, 1),
-            [floor_record(*self.recovered.floor), *self.leasing.lease_records()],
+            [
+                floor_record(*self.recovered.floor),
+                *self.leasing.lease_records(),
+                *reservation_records.records_of(self.reservations),
+            ],
         )
         self.heads: list[Any] = []
         self.sync = SyncService(
@@ -138,9 +145,10 @@ class FakeSidecar:
         self.recent = RecentAnswers(self.tally)
         self.recent.recover(self.recovered.recent_events, clock.ms)
         self.service = ApprovalService(
-            self.engine, self.log, clock, self.link, self.leasing, self.sync, self.recent, self.tally
+            self.engine, self.log, clock, self.link, self.leasing, self.sync, self.recent, self.tally, self.reservations
         )
         self._syncing: asyncio.Task[None] | None = None
+        self._ended = False
 
     def start(self) -> None:
         """Begins to follow what is published."""
@@ -157,7 +165,11 @@ class FakeSidecar:
         self.sync.take_head(PulseReport(head or source.head, {}, run_id or source.run_id))
 
     async def stop(self) -> None:
-        """Ends the process in an orderly way; what it holds stays held."""
+        """Ends the process in an orderly way, unless it ended already; what it holds stays held."""
+        if self._ended:
+            return
+        self._ended = True
+        await self.service.reserving.stop()
         await self.leasing.stop()
         await cancel(self._syncing)
         self.log.close()
@@ -165,6 +177,8 @@ class FakeSidecar:
 
     async def kill(self) -> None:
         """Ends it as SIGKILL does: nothing is written any more."""
+        self._ended = True
+        await self.service.reserving.stop()
         await self.leasing.stop()
         await cancel(self._syncing)
         self.directory.close()
@@ -185,6 +199,38 @@ class FakeSidecar:
         request = pb.CheckBatchRequest(checks=checks, semantics=semantics)
         return list(pb.CheckBatchResponse.FromString(await self.call("CheckBatch", request)).decisions)
 
+    async def reserve(self, request: pb.CheckRequest | None = None, *, after_s: float = 0, **fields: Any) -> Any:
+        """A ``ReserveResponse``; without ``after_s`` it is held as long as the action says."""
+        asked = pb.ReserveRequest(check=request or ask(**fields))
+        if after_s:
+            asked.expires_after.FromMicroseconds(round(after_s * 1_000_000))
+        return pb.ReserveResponse.FromString(await self.call("Reserve", asked))
+
+    async def commit(self, id_: str, *, tenant: str = "acme", timeout_s: float = 2.0, **used: Any) -> Any:
+        """A ``CommitReservationResponse``; ``used`` is ``quantity`` or ``quantities``."""
+        request = pb.CommitReservationRequest(tenant=tenant, reservation_id=id_, **used)
+        answer = await self.call("CommitReservation", request, timeout_s=timeout_s)
+        return pb.CommitReservationResponse.FromString(answer)
+
+    async def cancel(self, id_: str, *, tenant: str = "acme") -> int:
+        """The state that canceling ends with."""
+        request = pb.CancelReservationRequest(tenant=tenant, reservation_id=id_)
+        return pb.CancelReservationResponse.FromString(await self.call("CancelReservation", request)).state
+
+    async def extend(self, id_: str, *, tenant: str = "acme", after_s: float = 0) -> Any:
+        """An ``ExtendReservationResponse``."""
+        request = pb.ExtendReservationRequest(tenant=tenant, reservation_id=id_)
+        if after_s:
+            request.expires_after.FromMicroseconds(round(after_s * 1_000_000))
+        return pb.ExtendReservationResponse.FromString(await self.call("ExtendReservation", request))
+
+    async def upkeep(self) -> None:
+        """One round of what runs twice a second, once calls under way have ended."""
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await self.service.reserving.upkeep()
+        await self.leasing.upkeep()
+
     def events(self) -> list[UsageEvent]:
         """What this incarnation logged."""
         header = self.log.header
@@ -192,6 +238,11 @@ class FakeSidecar:
             header.sidecar, header.incarnation, 1, self.log.last_seq, events_max=10_000, bytes_max=1 << 30
         )
         return [unpack_event(event) for event in packed]
+
+    def reserved(self, tenant: str = "acme") -> int:
+        """Units held for reservations in leases of this process."""
+        held = self.leases.tenants.get(tenant)
+        return sum(lease.reserved for lease in held.all()) if held else 0
 
     def used(self, tenant: str = "acme") -> int:
         """Units spent from leases of this process."""

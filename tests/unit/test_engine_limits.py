@@ -301,6 +301,7 @@ def without_lease(engine: Engine, quantity: int, now_us: int = NOW_US) -> Reason
         assert decision.degraded
         for lease, units in decision.spends:
             LeaseBook.overdraw(lease, units, BOOT_MS)
+            LeaseBook.spend(lease, units, BOOT_MS)
     return decision.reason
 
 
@@ -351,6 +352,7 @@ def test_what_was_approved_without_a_lease_is_told_to_redis_beyond_the_limit() -
     grant(lease, 3, until_ms=BOOT_MS + 60_000)
     lease.used = 2
     LeaseBook.overdraw(lease, 6, BOOT_MS)
+    LeaseBook.spend(lease, 6, BOOT_MS)
     assert (lease.used, lease.degraded, lease.free) == (8, 5, -5)
     book.need(held, lease, 2)
     call = book.begin_call(held, revision=1, boot_ms=BOOT_MS)

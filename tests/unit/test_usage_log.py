@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from licet.domain.ids import LimitKey
-from licet.wire import envelope
-from licet.wire.usage import event_seq
+from licet.wire import envelope, usage
+from licet.wire.usage import EventKind, event_seq
 from licet_sidecar.adapters import usage_log
 from licet_sidecar.adapters.usage_log import (
     EVENT,
@@ -30,6 +30,7 @@ from licet_sidecar.adapters.usage_log import (
     floor_record,
     frame,
     lease_record,
+    reservation_record,
 )
 from licet_sidecar.core.leases import Lease, Terms
 from tests.support.usage import event, packed
@@ -668,3 +669,76 @@ def test_the_total_is_the_size_of_all_files(tmp_path: Path) -> None:
 def test_a_frame_is_length_checksum_kind_and_payload() -> None:
     length, _, kind = struct.unpack_from("<IIB", frame(EVENT, b"abc"))
     assert (length, kind, frame(EVENT, b"abc")[9:]) == (3, EVENT, b"abc")
+
+
+# Reservations
+
+
+def reserved(seq: int, number: int = 0) -> bytes:
+    """The record of a reservation and its event, as they are written."""
+    wire = [usage.decision_id(b"prefix00", number or seq), "acme", "report.export", [seq]]
+    return reservation_record(wire) + record(seq, kind=EventKind.RESERVE, units={}, spends=[], expires_us=5)
+
+
+def settled(seq: int, about: int, kind: EventKind = EventKind.CANCEL) -> bytes:
+    return record(seq, kind=kind, about=usage.decision_id(b"prefix00", about), units={}, spends=[])
+
+
+def held(report: Recovered) -> list[int]:
+    return [int(id_[16:], 16) for id_ in report.reservations]
+
+
+def test_open_reservations_are_found_again_and_settled_ones_are_not(tmp_path: Path) -> None:
+    log = started(tmp_path, records=[reservation_record([usage.decision_id(b"before00", 9), "acme", "old", []])])
+    for seq in (1, 2, 3):
+        log.append(reserved(seq), 1)
+    log.append(settled(4, 1), 1)
+    log.append(settled(5, 2, EventKind.COMMIT), 1)
+    log.append(reserved(6, 3), 1)  # extended: the newer record counts
+    log.close()
+    _, report = recovered(tmp_path)
+    assert held(report) == [9, 3]
+    assert report.reservations[usage.decision_id(b"prefix00", 3)][3] == [6]
+    assert [usage.unpack_event(event).about[16:] for _, event in report.settled] == [f"{1:016x}", f"{2:016x}"]
+
+
+def test_a_tail_torn_at_any_byte_leaves_a_reservation_with_its_event_or_none(tmp_path: Path) -> None:
+    log = started(tmp_path / "whole")
+    log.append(reserved(1), 1)
+    before = log.segments[0].size
+    log.append(reserved(2), 1)
+    middle = log.segments[0].size
+    log.append(settled(3, 1), 1)
+    log.close()
+    path = only_file(tmp_path / "whole")
+    data = path.read_bytes()
+    for size in range(before, len(data) + 1):
+        torn = tmp_path / f"torn-{size}"
+        torn.mkdir()
+        (torn / path.name).write_bytes(data[:size])
+        again, report = recovered(torn)
+        expected = [2] if size == len(data) else [1, 2] if size >= middle else [1]
+        assert held(report) == expected
+        assert (len(seqs(again, 1)), report.damaged) == (3 if size == len(data) else len(expected), [])
+
+
+def test_a_log_goes_on_growing_after_a_head_that_is_larger_than_a_segment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage_log, "SEGMENT_BYTES", 1_000)
+    log = started(tmp_path, records=[reservation_record(["0" * 32, "x" * 2_000])])
+    assert not log.wants_rotation
+    for seq in range(1, 10):
+        log.append(record(seq), 1)
+    assert log.wants_rotation
+    log.close()
+
+
+def test_settled_reservations_of_earlier_incarnations_are_found_too(tmp_path: Path) -> None:
+    for incarnation in (1, 2, 3):
+        log = started(tmp_path, incarnation)
+        log.append(settled(1, incarnation), 1)
+        log.append(record(2), 1)
+        log.close()
+    _, report = recovered(tmp_path, 3)
+    assert [usage.unpack_event(event).about[16:] for _, event in report.settled] == [f"{n:016x}" for n in (1, 2, 3)]

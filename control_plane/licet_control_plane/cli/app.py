@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from licet_control_plane.cli import ask, bundles, fleet, grants, licenses, quotas, run, usage
+from licet_control_plane.cli import ask, bundles, fleet, grants, licenses, quotas, reservations, run, usage
 from licet_control_plane.cli.dev import command as dev
 from licet_control_plane.cli.failure import EXIT_CODES_HELP
 from licet_control_plane.cli.replay import command as replay
@@ -51,6 +51,12 @@ app.command("server", epilog=EXIT_CODES_HELP)(run.server)
 app.command("check", epilog=EXIT_CODES_HELP)(ask.check)
 app.command("replay", epilog=EXIT_CODES_HELP)(replay.replay)
 app.command("status", epilog=EXIT_CODES_HELP)(fleet.status)
+
+_reservation = _group("reservation", "Units held with a sidecar for actions under way.")
+_reservation.command("make", epilog=EXIT_CODES_HELP)(reservations.make)
+_reservation.command("commit", epilog=EXIT_CODES_HELP)(reservations.commit)
+_reservation.command("cancel", epilog=EXIT_CODES_HELP)(reservations.cancel)
+_reservation.command("extend", epilog=EXIT_CODES_HELP)(reservations.extend)
 
 _policy = _group("policy", "Plans, policies and the rest of the catalog, kept as files in a directory.")
 _policy.command("validate", epilog=EXIT_CODES_HELP)(bundles.validate)

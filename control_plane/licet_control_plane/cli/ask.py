@@ -87,7 +87,7 @@ def check(
     if as_json:
         emit_json({**decision_as_json(decision), "sidecar": target})
     else:
-        _print_decision(decision)
+        print_decision(decision)
     if not decision.approved:
         raise typer.Exit(EXIT_NO)
 
@@ -124,7 +124,8 @@ def decision_as_json(decision: Decision) -> dict[str, Any]:
     }
 
 
-def _print_decision(decision: Decision) -> None:
+def print_decision(decision: Decision) -> None:
+    """The decision for people."""
     marks = "".join(
         f"  {word}" for word, is_set in (("stale", decision.stale), ("degraded", decision.degraded)) if is_set
     )

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from licet.domain.outcomes import Effect
-from licet.wire.usage import FLAG_OBSERVED, UsageBatch, UsageEvent, unpack_event
+from licet.wire.usage import FLAG_OBSERVED, EventKind, UsageBatch, UsageEvent, unpack_event
 
 _HOUR_US = 3_600 * 1_000_000
 
@@ -66,6 +66,8 @@ class Account:
         """Count events of a log of ``sidecar``, which must be counted here only once."""
         rollups, spend = self._rollups, self._spend
         for event in events:
+            if event.kind and not is_outcome(event):
+                continue
             features = event.units
             hour = event.at_us // _HOUR_US * 3_600
             bearer = next(iter(features)) if len(features) == 1 else ""
@@ -96,6 +98,17 @@ class Account:
     def spend(self) -> dict[tuple[str, str, str], int]:
         """Units by (tenant, quota, sidecar)."""
         return dict(self._spend)
+
+
+_STEPS: Final = frozenset((EventKind.CANCEL, EventKind.EXPIRE, EventKind.EXTEND))
+
+
+def is_outcome(event: UsageEvent) -> bool:
+    """Whether the event says what became of an action, so that sums count each action once.
+
+    A reservation that was approved is counted when it is committed; making, extending or dropping it is only a step.
+    """
+    return event.kind not in _STEPS and not (event.kind == EventKind.RESERVE and spends_count(event))
 
 
 def spends_count(event: UsageEvent) -> bool:

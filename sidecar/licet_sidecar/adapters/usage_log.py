@@ -52,6 +52,11 @@ EVENT: Final = 1
 LEASE: Final = 2
 HEADER: Final = 3
 FLOOR: Final = 4
+RESERVATION: Final = 5
+
+_SETTLED: Final = (usage.EventKind.COMMIT, usage.EventKind.CANCEL, usage.EventKind.EXPIRE)
+_SETTLED_MAX: Final = 65_536
+"""As many outcomes of reservations as a sidecar remembers."""
 
 
 class UsageLogError(Exception):
@@ -96,6 +101,10 @@ class Recovered:
     """Newest (generation, revision) that was acted on."""
     recent_events: list[tuple[bytes, bytes]] = field(default_factory=list)
     """(decision prefix, packed event) of the latest events, for idempotency keys; oldest first."""
+    reservations: dict[str, list[Any]] = field(default_factory=dict)
+    """Open reservations as they were logged, by id. What they hold is not in ``leases`` yet."""
+    settled: list[tuple[bytes, bytes]] = field(default_factory=list)
+    """(decision prefix, packed event) of reservations settled lately, by any incarnation of this id; oldest first."""
     last_seq: int = 0
     """Where the log of ``incarnation`` ends."""
     damaged: list[str] = field(default_factory=list)
@@ -134,6 +143,15 @@ def floor_record(generation: int, revision: int) -> bytes:
     return frame(FLOOR, msgpack.packb([generation, revision]))
 
 
+def reservation_record(wire: list[Any]) -> bytes:
+    """A record of an open reservation: absolute, so that the newest one and the events after it tell all.
+
+    It is written before the event of its decision, in the same write: a torn tail leaves none of it, or a record
+    without its event, which recovery drops.
+    """
+    return frame(RESERVATION, msgpack.packb(wire))
+
+
 class UsageLog:
     """The log of one incarnation, and the older ones that the ledger has not committed yet."""
 
@@ -147,6 +165,7 @@ class UsageLog:
         self.last_seq = 0
         self.synced_seq = 0
         self._total_bytes = 0
+        self._head_bytes = 0  # of the present segment
         self._unsyncable = ""
         self._resume: dict[Path, tuple[int, int]] = {}  # where the last reading ended: (next seq, offset)
 
@@ -174,6 +193,7 @@ class UsageLog:
                 self._recover_leases(mine[-1], recovered)
         # Also of ids that were retired: a caller repeats its call to whoever serves here now.
         recent_after = now_s - RETAINED_S
+        self._recover_settled(self.segments, recovered, recent_after)
         for segment in self.segments:
             if segment.path.stat().st_mtime >= recent_after:
                 prefix = segment.header.decision_prefix
@@ -234,8 +254,13 @@ class UsageLog:
 
     @property
     def wants_rotation(self) -> bool:
-        """Whether the present segment is large enough to be closed."""
-        return self.segments[-1].size >= SEGMENT_BYTES
+        """Whether the present segment has grown enough to be closed."""
+        return self.segments[-1].size - self._head_bytes >= SEGMENT_BYTES
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there is room for what is useful to know after a restart, and not needed."""
+        return self._total_bytes < self._bytes_max
 
     def rotate(self, records: Sequence[bytes]) -> None:
         """Goes on in a new segment, with ``records`` (all leases held, the floor) at its head.
@@ -403,6 +428,7 @@ class UsageLog:
             self._total_bytes -= replaced.size
         self._resume.pop(path, None)
         self.segments.append(Segment(path, header, len(data), header.first_seq - 1))
+        self._head_bytes = len(data)
         self._total_bytes += len(data)
 
     def _recover_segment(self, path: Path, recovered: Recovered) -> None:
@@ -455,6 +481,23 @@ class UsageLog:
                         if event.flags & usage.FLAG_DEGRADED:  # approved beyond what was leased
                             lease_.degraded += max(0, units - max(0, lease_.free))
                         lease_.used += units
+                if event.kind in _SETTLED:
+                    recovered.reservations.pop(event.about, None)
+            elif kind == RESERVATION:
+                wire = msgpack.unpackb(payload)
+                recovered.reservations[wire[0]] = wire
+        unfinished = usage.decision_id(segment.header.decision_prefix, segment.last_seq + 1)
+        recovered.reservations.pop(unfinished, None)
+
+    def _recover_settled(self, segments: Sequence[Segment], recovered: Recovered, recent_after: float) -> None:
+        for segment in segments:
+            if segment.path.stat().st_mtime < recent_after:
+                continue
+            prefix = segment.header.decision_prefix
+            for data, _ in _events(segment):
+                if usage.has_kind(data) and usage.unpack_event(data).kind in _SETTLED:
+                    recovered.settled.append((prefix, data))
+            del recovered.settled[:-_SETTLED_MAX]
 
 
 def _header_fields(payload: bytes) -> list[Any]:
@@ -483,7 +526,11 @@ def _has_record_after(data: bytes, damaged: int) -> bool:
     for offset in range(damaged + 1, len(data) - _FRAME.size):
         length, checksum, kind = _FRAME.unpack_from(data, offset)
         start = offset + _FRAME.size
-        plausible = kind in (EVENT, LEASE, FLOOR) and 0 < length <= _RECORD_BYTES_MAX and start + length <= len(data)
+        plausible = (
+            kind in (EVENT, LEASE, FLOOR, RESERVATION)
+            and 0 < length <= _RECORD_BYTES_MAX
+            and start + length <= len(data)
+        )
         if plausible and zlib.crc32(data[start : start + length], kind) == checksum:
             return True
     return False

@@ -53,6 +53,10 @@ _OK: Final = Reason.OK
 _NOTHING: Final[dict[str, Any]] = {}
 
 
+Prices = tuple[tuple[str, Price, str], ...]
+"""Feature, price, and the attribute that picks the amount (empty for none)."""
+
+
 class Decision:
     """What was decided. ``units`` are the units asked, by feature; ``spends`` what is to be taken from which lease.
 
@@ -69,6 +73,7 @@ class Decision:
         "message",
         "observed",
         "overage",
+        "prices",
         "rates",
         "reason",
         "retry_after_s",
@@ -90,6 +95,8 @@ class Decision:
         self.feature_costs: Mapping[str, int] = _NOTHING
         """What each feature costs, when several do."""
         self.context: Mapping[str, AttributeValue] = _NOTHING
+        self.prices: Prices = ()
+        """What the license says the action's features cost."""
         self.spends: list[tuple[Lease, int]] = []
         self.rates: list[tuple[RateShare, int]] = []
         """What is to be taken from buckets; never given back, never recorded."""
@@ -234,8 +241,7 @@ class TenantAction:
     def __init__(self, action: BoundAction, denial: tuple[Reason, str, str] | None) -> None:
         self.action = action
         self.denial = denial
-        self.prices: tuple[tuple[str, Price, str], ...] = ()
-        """Feature, price, and the attribute that picks the amount (empty for none)."""
+        self.prices: Prices = ()
         self.limits: tuple[BoundLimit, ...] = ()
         self.subject_flags = tuple(flag for flag in action.flags if flag.by == "subject")
 
@@ -418,7 +424,8 @@ class Engine:
         decision.context = context
         decision.shadow = shadow
         if plan.prices and decision.effect is _APPROVED:  # what was not allowed costs nothing
-            _price(decision, plan)
+            decision.prices = plan.prices
+            add_cost(decision)
         return decision
 
     @staticmethod
@@ -638,10 +645,10 @@ def _rate_limited(limit: BoundLimit, lease: Lease, asked: int, boot_ms: int) -> 
     return limited
 
 
-def _price(decision: Decision, plan: TenantAction) -> None:
+def add_cost(decision: Decision) -> None:
     """Adds what the units cost. One currency: the first; ``cost`` is for information, an invoice counts units."""
     costs: dict[str, int] = {}
-    for feature, price, attribute in plan.prices:
+    for feature, price, attribute in decision.prices:
         asked = decision.units.get(feature)
         if asked and (not costs or decision.currency == price.currency):
             by = decision.context.get(attribute, "") if attribute else ""
@@ -747,4 +754,4 @@ def _scope_of(scope: Sequence[str], inquiry: Inquiry, context: Mapping[str, Attr
     return scope_digest(tuple(values))
 
 
-__all__ = ["Decision", "Engine", "InvalidInquiry", "LeaseWait", "LoadWait", "Tenant", "Wait", "prepare"]
+__all__ = ["Decision", "Engine", "InvalidInquiry", "LeaseWait", "LoadWait", "Tenant", "Wait", "add_cost", "prepare"]

@@ -182,9 +182,16 @@ class Lease:
 
     def overage(self, units: int) -> int:
         """How many of ``units``, if spent next, lie beyond the limit, as far as is known here."""
+        return min(units, self._beyond(units))
+
+    def overage_held(self, units: int) -> int:
+        """The same for units that are reserved already."""
+        return min(units, self._beyond(0))
+
+    def _beyond(self, units: int) -> int:
         if not self.over:
             return 0
-        return min(units, max(0, self.used + self.reserved + units - (self.cap - self.over)))
+        return max(0, self.used + self.reserved + units - (self.cap - self.over))
 
     def __repr__(self) -> str:
         return f"Lease({self.quota} cap={self.cap} used={self.used} reserved={self.reserved})"
@@ -456,11 +463,10 @@ class LeaseBook:
 
     @staticmethod
     def overdraw(lease: Lease, units: int, boot_ms: int) -> None:
-        """Takes ``units`` that no lease covers: approved because nothing could be leased. Redis is told later."""
+        """Notes that ``units`` are about to be taken that no lease covers. Redis is told of them later."""
         if boot_ms >= lease.hold_until_ms:
             LeaseBook._lower(lease, boot_ms)  # rule 7
         beyond = units - max(0, lease.free)
-        lease.used += units
         lease.degraded += beyond
         lease.remaining = max(0, lease.remaining - beyond)
         lease.spent_ms = boot_ms

@@ -23,13 +23,16 @@ from licet_sidecar.adapters.usage_log import EVENT, UsageLog, UsageLogError, fra
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import BucketWait, Decision, Engine, LeaseWait, LoadWait, Wait, prepare
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
-from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.core.leases import Lease, LeaseBook
+from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers, varint
-from licet_sidecar.services.idempotency import Key, RecentAnswers
+from licet_sidecar.services.idempotency import KEY_REUSED, RESERVE, Key, RecentAnswers, key_of
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
+from licet_sidecar.services.refusals import Malformed, NotReady
 from licet_sidecar.services.requests import parse_check
+from licet_sidecar.services.reserving import Reserving
 from licet_sidecar.services.syncing import SyncService
 from licet_sidecar.services.tally import Tally
 
@@ -42,23 +45,14 @@ DEADLINE_SLACK_S: Final = 0.02
 BATCH_CHECKS_MAX: Final = 1_000
 
 _APPROVED: Final = Effect.APPROVED
-_KEY_REUSED: Final = (
-    "idempotency_key: it was used for another request; use a new key for each action, and the same one only to"
-    " repeat it"
-)
 _CHECKS_TAG: Final = b"\x0a"  # field 1 of CheckBatchResponse, length-delimited
-
-
-class NotReady(Exception):
-    """Nothing was synced yet, so nothing can be decided: gRPC ``UNAVAILABLE``."""
-
-
-class Malformed(Exception):
-    """The request is malformed: gRPC ``INVALID_ARGUMENT``. The message names the field."""
 
 
 Answer = bytes | Awaitable[bytes]
 StopOn = Callable[[int], bool]
+Take = Callable[[Lease, int, int], bool]
+"""Takes units of a lease at a boot time (ms); whether a refill is due."""
+GiveBack = Callable[[Lease, int], None]
 
 
 class Question(NamedTuple):
@@ -82,6 +76,7 @@ class ApprovalService:
         sync: SyncService,
         recent: RecentAnswers,
         tally: Tally,
+        reservations: ReservationBook,
     ) -> None:
         self._engine = engine
         self._log = log
@@ -98,6 +93,8 @@ class ApprovalService:
             "CheckBatch": self.check_batch,
             "CheckStream": self.check,  # one message of the stream
         }
+        self.reserving = Reserving(self, reservations, self._answers, engine, log, clock, leasing, recent, tally)
+        self._methods |= self.reserving.methods
 
     def handle(self, method: str, request: bytes, timeout_s: float) -> Answer:
         """Answers one call. ``timeout_s`` is what is left of the caller's deadline, in seconds.
@@ -112,17 +109,17 @@ class ApprovalService:
     def check(self, data: bytes, timeout_s: float) -> Answer:
         """One check."""
         started_ns = time.perf_counter_ns()
-        self._require_ready()
+        self.require_ready()
         try:
             inquiry = parse_check(pb.CheckRequest.FromString(data))
         except (InvalidInquiry, DecodeError) as error:
             raise Malformed(str(error)) from error
-        question = Question(inquiry, data, _key_of(inquiry))
+        question = Question(inquiry, data, key_of(inquiry))
         answer = self._earlier(question)
         if answer is not None:
             self._tally.idempotent_repeats += 1
             return answer
-        outcome = self._decide(inquiry, patient=True)
+        outcome = self.decide(inquiry, patient=True)
         if isinstance(outcome, Decision):
             return self._conclude([(question, outcome)], started_ns)[0]
         return self._later(question, outcome, started_ns, timeout_s)
@@ -130,7 +127,7 @@ class ApprovalService:
     def check_batch(self, data: bytes, timeout_s: float) -> Answer:
         """Many checks, each its own decision. All are verified before the first is decided."""
         started_ns = time.perf_counter_ns()
-        self._require_ready()
+        self.require_ready()
         try:
             request = pb.CheckBatchRequest.FromString(data)
         except DecodeError as error:
@@ -145,13 +142,13 @@ class ApprovalService:
                 self._verify(inquiry)
             except InvalidInquiry as error:
                 raise Malformed(f"checks[{position}].{error}") from error
-            key = _key_of(inquiry)
+            key = key_of(inquiry)
             question = Question(inquiry, check.SerializeToString() if key else b"", key)
             if key is not None:
                 self._earlier(question)  # refuses a key that was used for another request
                 same_key = by_key.setdefault(key, question)
                 if same_key is not question and not _same_request(same_key.data, question.data):
-                    raise Malformed(f"checks[{position}].{_KEY_REUSED}")
+                    raise Malformed(f"checks[{position}].{KEY_REUSED}")
             questions.append(question)
         stop_on = _STOP_ON.get(request.semantics)
         responses: list[bytes] = []
@@ -162,8 +159,12 @@ class ApprovalService:
 
     # Deciding
 
-    def _decide(self, inquiry: Inquiry, *, patient: bool) -> Decision | Wait:
-        """Decides, and takes the units of an approval: whoever gets a decision must conclude it before any await."""
+    def decide(self, inquiry: Inquiry, *, patient: bool, take: Take = LeaseBook.spend) -> Decision | Wait:
+        """Decides, and takes the units of an approval: whoever gets a decision must conclude it before any await.
+
+        Raises:
+            Malformed: the inquiry does not fit the action it names.
+        """
         boot_ms = self._clock.boot_ms()
         try:
             outcome = self._engine.decide(inquiry, now_us=self._clock.now_us(), boot_ms=boot_ms, patient=patient)
@@ -172,10 +173,9 @@ class ApprovalService:
         if isinstance(outcome, Decision) and outcome.effect is _APPROVED and not inquiry.peek:
             if outcome.degraded:
                 self._leasing.overdraw(inquiry.tenant, outcome.spends)
-            else:
-                for lease, units in outcome.spends:
-                    if units and LeaseBook.spend(lease, units, boot_ms):
-                        self._leasing.refill_soon(inquiry.tenant)
+            for lease, units in outcome.spends:
+                if units and take(lease, units, boot_ms):
+                    self._leasing.refill_soon(inquiry.tenant)
             for share, units in outcome.rates:
                 share.take(units, boot_ms)
         return outcome
@@ -185,7 +185,13 @@ class ApprovalService:
         return later if question.key is None else self._recent.join(question.key, question.data, later)
 
     async def _check_later(self, question: Question, wait: Wait, started_ns: int, timeout_s: float) -> bytes:
-        """Waits for what is missing and decides again, until decided or out of time."""
+        decision = await self.decide_later(question.inquiry, wait, timeout_s)
+        return self._conclude([(question, decision)], started_ns)[0]
+
+    async def decide_later(
+        self, inquiry: Inquiry, wait: Wait, timeout_s: float, take: Take = LeaseBook.spend
+    ) -> Decision:
+        """Waits for what is missing and decides again, until decided or out of time; otherwise as ``decide``."""
         started_ms = self._clock.boot_ms()
         deadline_ms = started_ms + int(1_000 * min(WAIT_S_MAX, max(0.0, timeout_s - DEADLINE_SLACK_S)))
         self._tally.lease_waits += 1
@@ -202,9 +208,9 @@ class ApprovalService:
                     await asyncio.sleep(min(left_s, outcome.wait_ms / 1_000))
             except (LinkDown, TimeoutError, ValueError):  # ValueError: what is published does not verify
                 patient = False
-            outcome = self._decide(question.inquiry, patient=patient)
+            outcome = self.decide(inquiry, patient=patient, take=take)
         self._tally.lease_wait_sum_us += 1_000 * (self._clock.boot_ms() - started_ms)
-        return self._conclude([(question, outcome)], started_ns)[0]
+        return outcome
 
     def _verify(self, inquiry: Inquiry) -> None:
         """Raises ``InvalidInquiry`` when the inquiry does not fit the action it names; takes nothing."""
@@ -242,7 +248,7 @@ class ApprovalService:
             earlier_answer = self._earlier(question)
             if earlier_answer is None:
                 try:
-                    outcome = self._decide(question.inquiry, patient=True)
+                    outcome = self.decide(question.inquiry, patient=True)
                 except Malformed:
                     # A bundle that came while the batch waited reads it differently. What was decided is recorded.
                     if decided:
@@ -315,7 +321,7 @@ class ApprovalService:
             decision_id = ""
             if not question.inquiry.peek:
                 if trouble:
-                    decision = self._unlogged(question.inquiry, decision, trouble)
+                    decision = self.unlogged(question.inquiry, decision, trouble)
                 else:
                     decision_id = f"{self._id_prefix}{seq:016x}"
                     seq += 1
@@ -369,12 +375,14 @@ class ApprovalService:
             ),
         )
 
-    def _unlogged(self, inquiry: Inquiry, decision: Decision, why: str) -> Decision:
+    def unlogged(
+        self, inquiry: Inquiry, decision: Decision, why: str, give_back: GiveBack = LeaseBook.unspend
+    ) -> Decision:
         """The log does not take the event: a denial stands, an approval is the action's to decide. Takes nothing."""
         if decision.effect is not _APPROVED:
             return decision
         for lease, units in decision.spends:
-            LeaseBook.unspend(lease, units)
+            give_back(lease, units)
         rulebook = self._engine.rulebook
         bound = rulebook.action(inquiry.action) if rulebook else None
         allowed = bound is not None and bound.action.on_unavailable.mode is UnavailableMode.ALLOW
@@ -395,19 +403,14 @@ class ApprovalService:
         if earlier is None:
             return None
         data, answer = earlier
-        if data and data != question.data and not _same_request(data, question.data):
-            raise Malformed(_KEY_REUSED)
+        if data and data != question.data and (data[:1] == RESERVE or not _same_request(data, question.data)):
+            raise Malformed(KEY_REUSED)
         return answer
 
-    def _require_ready(self) -> None:
+    def require_ready(self) -> None:
+        """Raises ``NotReady`` while there is nothing to decide from."""
         if not self._sync.ready.is_set():
             raise NotReady(f"this sidecar has no state to decide from yet: {self._sync.problem}")
-
-
-def _key_of(inquiry: Inquiry) -> Key | None:
-    if not inquiry.idempotency_key or inquiry.peek:
-        return None
-    return (inquiry.tenant, inquiry.action, inquiry.idempotency_key)
 
 
 def _same_request(one: bytes, other: bytes) -> bool:
@@ -431,3 +434,5 @@ _STOP_ON: Final[dict[int, StopOn]] = {
     pb.BATCH_SEMANTICS_DENY_ON_FIRST_DENY: lambda effect: effect != pb.EFFECT_APPROVED,
     pb.BATCH_SEMANTICS_PERMIT_ON_FIRST_PERMIT: lambda effect: effect == pb.EFFECT_APPROVED,
 }
+
+__all__ = ["ApprovalService", "Malformed", "NotReady"]

@@ -14,13 +14,29 @@ from typing import Any, Final
 from licet.domain.outcomes import Effect, Reason
 from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
+from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.services.tally import Tally
 
 ANSWERS_MAX: Final = 32_768
 """About 16 MB. At 2,000 calls a second the last 16 seconds: retries come within one."""
 KEPT_MS: Final = 600_000
 
+RESERVE: Final = b"\0"
+"""Begins what is kept of the request of a ``Reserve``. No encoded ``CheckRequest`` begins so: there is no field 0."""
+
+KEY_REUSED: Final = (
+    "idempotency_key: it was used for another request; use a new key for each action, and the same one only to"
+    " repeat it"
+)
+
 Key = tuple[str, str, str]
+
+
+def key_of(inquiry: Inquiry) -> Key | None:
+    """What a repeat of the call is recognized by; ``None`` when it cannot be, or takes nothing."""
+    if not inquiry.idempotency_key or inquiry.peek:
+        return None
+    return (inquiry.tenant, inquiry.action, inquiry.idempotency_key)
 
 
 class RecentAnswers:
@@ -70,19 +86,32 @@ class RecentAnswers:
             event = usage.unpack_event(data)
             if not event.idempotency_key:
                 continue
-            observed = event.flags & usage.FLAG_OBSERVED
-            response = pb.CheckResponse(
-                decision_id=usage.decision_id(prefix, event.seq),
-                effect=int(Effect.APPROVED) if observed else event.effect,  # type: ignore[arg-type]  # same numbers
-                reason=int(Reason(event.reason)),  # type: ignore[arg-type]  # same numbers
-                rule=event.rule,
-                revision=event.revision,
-                stale=bool(event.flags & usage.FLAG_STALE),
-                degraded=bool(event.flags & usage.FLAG_DEGRADED),
-            )
-            response.as_of.seconds = event.at_us // 1_000_000
-            if event.cost_nanos:
-                response.cost.amount_nanos = event.cost_nanos
-                response.cost.currency = event.currency
             key = (event.tenant, event.action, event.idempotency_key)
-            self.remember(key, b"", response.SerializeToString(), boot_ms)
+            response = answer_of(prefix, event)
+            if event.kind == usage.EventKind.RESERVE:
+                reserved = pb.ReserveResponse(decision=response)
+                if event.expires_us:
+                    reserved.reservation_id = response.decision_id
+                    reserved.expires_at.FromMicroseconds(event.expires_us)
+                self.remember(key, RESERVE, reserved.SerializeToString(), boot_ms)
+            else:
+                self.remember(key, b"", response.SerializeToString(), boot_ms)
+
+
+def answer_of(prefix: bytes, event: usage.UsageEvent) -> pb.CheckResponse:
+    """The answer that an event was recorded with; without message, quotas and metadata."""
+    observed = event.flags & usage.FLAG_OBSERVED
+    response = pb.CheckResponse(
+        decision_id=usage.decision_id(prefix, event.seq),
+        effect=int(Effect.APPROVED) if observed else event.effect,  # type: ignore[arg-type]  # same numbers
+        reason=int(Reason(event.reason)),  # type: ignore[arg-type]  # same numbers
+        rule=event.rule,
+        revision=event.revision,
+        stale=bool(event.flags & usage.FLAG_STALE),
+        degraded=bool(event.flags & usage.FLAG_DEGRADED),
+    )
+    response.as_of.seconds = event.at_us // 1_000_000
+    if event.cost_nanos:
+        response.cost.amount_nanos = event.cost_nanos
+        response.cost.currency = event.currency
+    return response

@@ -102,16 +102,14 @@ class LeasingService:
             await future
 
     def overdraw(self, tenant: str, spends: Sequence[tuple[Lease, int]]) -> None:
-        """Takes units of an approval that no lease covers; Redis is told as soon as it answers.
+        """Prepares to take units that no lease covers; Redis is told as soon as it answers.
 
         The log has to know of every lease that is spent from: after a restart, its events alone say what was spent.
         """
         boot_ms = self._clock.boot_ms()
         self._logged(self._book.of(tenant), [lease for lease, _ in spends if not lease.logged])
         for lease, units in spends:
-            if LeaseBook.can_spend(lease, units, boot_ms):
-                LeaseBook.spend(lease, units, boot_ms)
-            else:
+            if not LeaseBook.can_spend(lease, units, boot_ms):
                 LeaseBook.overdraw(lease, units, boot_ms)
         self.refill_soon(tenant)
 

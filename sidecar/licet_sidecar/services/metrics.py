@@ -21,6 +21,7 @@ from licet_sidecar.adapters.redis_link import round_trips
 from licet_sidecar.adapters.usage_log import UsageLog
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import Engine
+from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.shipping import ShippingService
 from licet_sidecar.services.tally import LATENCY_BUCKETS_US, Tally
@@ -32,7 +33,14 @@ class Metrics:
     """``/metrics`` of a sidecar."""
 
     def __init__(
-        self, engine: Engine, log: UsageLog, shipping: ShippingService, link: LinkState, clock: Clock, tally: Tally
+        self,
+        engine: Engine,
+        log: UsageLog,
+        shipping: ShippingService,
+        link: LinkState,
+        clock: Clock,
+        tally: Tally,
+        reservations: ReservationBook,
     ) -> None:
         self._provider = MeterProvider(
             metric_readers=[PrometheusMetricReader(disable_target_info=True, scope_info_enabled=False)],
@@ -75,6 +83,22 @@ class Metrics:
         counter("licet_idempotent_repeats", "Calls answered from an earlier answer.", lambda: tally.idempotent_repeats)
         counter(
             "licet_idempotent_evicted", "Answers forgotten early for want of room.", lambda: tally.idempotent_evicted
+        )
+        gauge("licet_reservations_open", "Open reservations.", lambda: reservations.open_count)
+        meter.create_observable_counter(
+            "licet_reservations_settled",
+            [lambda _: [Observation(n, {"outcome": outcome}) for outcome, n in tally.reservations_settled.items()]],
+            description="Reservations settled, by outcome.",
+        )
+        counter(
+            "licet_reservations_forgotten",
+            "Outcomes of reservations forgotten early for want of room.",
+            lambda: reservations.outcomes_evicted,
+        )
+        counter(
+            "licet_units_unfunded",
+            "Units used beyond a reservation that no limit had room for.",
+            lambda: tally.units_unfunded,
         )
         gauge("licet_revision", "Revision in force.", lambda: engine.revision)
         gauge(

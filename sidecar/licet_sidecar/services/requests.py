@@ -29,8 +29,7 @@ def parse_check(request: pb.CheckRequest) -> Inquiry:
         InvalidInquiry: a required field is missing, or one is malformed or too large.
     """
     tenant, action = request.tenant, request.action
-    if tenant not in _known_tenants:
-        _verify_tenant(tenant)
+    verify_tenant(tenant)
     if not action:
         raise InvalidInquiry("action", "is empty; say what is asked, such as report.export")
     if len(action) > NAME_CHARS_MAX:
@@ -71,7 +70,14 @@ def parse_check(request: pb.CheckRequest) -> Inquiry:
     return inquiry
 
 
-def _verify_tenant(tenant: str) -> None:
+def verify_tenant(tenant: str) -> None:
+    """Refuses what cannot be a tenant's name.
+
+    Raises:
+        InvalidInquiry: it is not one.
+    """
+    if tenant in _known_tenants:
+        return
     if not tenant:
         raise InvalidInquiry("tenant", "is empty; name the customer account that is asked for")
     if _tenant_fits(tenant) is None:

@@ -30,10 +30,12 @@ class Tally:
         "license_loads",
         "log_failures",
         "recalls",
+        "reservations_settled",
         "resyncs",
         "settle_calls",
         "settle_failures",
         "stale_answers",
+        "units_unfunded",
         "units_unlogged",
     )
 
@@ -54,6 +56,9 @@ class Tally:
         self.events_resent = 0
         self.log_failures = 0
         self.units_unlogged = 0
+        self.units_unfunded = 0
+        self.reservations_settled: dict[str, int] = {}
+        """By outcome, lower case."""
         self.idempotent_repeats = 0
         self.idempotent_evicted = 0
         self.calls_refused = 0

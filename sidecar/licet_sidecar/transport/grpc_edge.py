@@ -46,6 +46,10 @@ class GrpcEdge:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Check": grpc.unary_unary_rpc_method_handler(self._unary("Check")),
             "CheckBatch": grpc.unary_unary_rpc_method_handler(self._unary("CheckBatch")),
+            "Reserve": grpc.unary_unary_rpc_method_handler(self._unary("Reserve")),
+            "CommitReservation": grpc.unary_unary_rpc_method_handler(self._unary("CommitReservation")),
+            "CancelReservation": grpc.unary_unary_rpc_method_handler(self._unary("CancelReservation")),
+            "ExtendReservation": grpc.unary_unary_rpc_method_handler(self._unary("ExtendReservation")),
             "CheckStream": grpc.stream_stream_rpc_method_handler(self._check_stream),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
