@@ -309,7 +309,7 @@ class Sidecar:
         await self.leasing.stop()
         if self.link.up and not self._exit_reason:
             untold = await self.leasing.give_back_all()
-            if not untold and self.engine.leases.retirable():
+            if not untold and not self.reservations.open_count:
                 untold = await self._retire()
             while self.shipping.unacked_events and time.monotonic() < deadline and self.link.up:
                 await self._pulse()

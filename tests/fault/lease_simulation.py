@@ -230,7 +230,7 @@ class Sidecar:
             self.gone("has retired")
             return
         if not self.retired and self.book.has_returned(self.held, self.boot_ms):
-            self.retired = self.book.retirable()
+            self.retired = not self.reserved
         self.held.needs.clear()
         self.call(giving_back=True, retiring=self.retired)
 

@@ -600,10 +600,6 @@ class LeaseBook:
         if held.outstanding is call:
             held.outstanding = None
 
-    def retirable(self) -> bool:
-        """Whether nothing is held for the future: every reservation was settled."""
-        return not any(lease.reserved for held in self.tenants.values() for lease in held.all())
-
     def unasserted(self, since_ms: int, boot_ms: int) -> list[str]:
         """Tenants that hold something no call begun after ``since_ms`` (boot time) was answered for.
 

@@ -27,6 +27,7 @@ from licet_sidecar.core.leases import Lease, LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers, varint
+from licet_sidecar.services.events import flags_of
 from licet_sidecar.services.idempotency import KEY_REUSED, RESERVE, Key, RecentAnswers, key_of
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
@@ -335,12 +336,6 @@ class ApprovalService:
         return responses
 
     def _record(self, inquiry: Inquiry, decision: Decision, seq: int, now_us: int) -> bytes:
-        flags = (
-            (usage.FLAG_STALE if decision.stale else 0)
-            | (usage.FLAG_DEGRADED if decision.degraded else 0)
-            | (usage.FLAG_OVERAGE if decision.overage else 0)
-            | (usage.FLAG_OBSERVED if decision.observed else 0)
-        )
         later = (usage.EventKind.CHECK, "", (), {}, decision.overage) if decision.overage else ()
         return frame(
             EVENT,
@@ -360,7 +355,7 @@ class ApprovalService:
                     decision.units,
                     decision.cost_nanos,
                     decision.currency,
-                    flags,
+                    flags_of(decision),
                     inquiry.idempotency_key,
                     inquiry.resource_type,
                     inquiry.resource_id,

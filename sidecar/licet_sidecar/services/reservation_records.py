@@ -11,6 +11,7 @@ from licet_sidecar.core.engine import Decision
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import Lease, LeaseBook
 from licet_sidecar.core.reservations import Outcome, ReservationBook, ReservationState, from_wire, to_wire
+from licet_sidecar.services.events import flags_of
 from licet_sidecar.services.idempotency import answer_of
 
 
@@ -73,11 +74,7 @@ def event_of(
         units=dict(decision.units),
         cost_nanos=decision.cost_nanos,
         currency=decision.currency,
-        flags=(
-            (usage.FLAG_STALE if decision.stale else 0)
-            | (usage.FLAG_DEGRADED if decision.degraded else 0)
-            | (usage.FLAG_OBSERVED if decision.observed else 0)
-        ),
+        flags=flags_of(decision),
         idempotency_key="",
         resource_type=inquiry.resource_type,
         resource_id=inquiry.resource_id,

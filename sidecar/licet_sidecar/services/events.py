@@ -1,0 +1,16 @@
+"""What decisions and their events have in common."""
+
+from __future__ import annotations
+
+from licet.wire import usage
+from licet_sidecar.core.engine import Decision
+
+
+def flags_of(decision: Decision) -> int:
+    """The flags of a decision's event."""
+    return (
+        (usage.FLAG_STALE if decision.stale else 0)
+        | (usage.FLAG_DEGRADED if decision.degraded else 0)
+        | (usage.FLAG_OVERAGE if decision.overage else 0)
+        | (usage.FLAG_OBSERVED if decision.observed else 0)
+    )
