@@ -38,7 +38,7 @@ from licet_sidecar.core.rules import rule_on
 ABSENT_MS: Final = 30_000
 """How long "this tenant has no license" is believed without asking again; the change stream ends it sooner."""
 ABSENT_TENANTS_MAX: Final = 10_000
-BUCKET_WAIT_MS_MAX: Final = 250
+BUCKET_WAIT_MS_MAX: Final = 1_000
 BUCKET_YOUNG_MS: Final = 1_000
 """A check waits for the bucket of a share this young; later, an empty bucket means that too much is asked."""
 EXHAUSTED_KEPT_MS: Final = 10_000

@@ -536,6 +536,8 @@ class LeaseBook:
     def _share_asked(self, share: RateShare, need: int, boot_ms: int, giving_back: bool) -> tuple[int, int]:
         """The same for a share of a rate. ``need``: units that the bucket must be able to hold."""
         wanted = max(share.share_wanted(), share.share_for(need))
+        if need:  # what others need they call back, and what nobody uses goes back
+            wanted = max(wanted, share.amount // self.live)
         if giving_back or (not need and self._is_idle(share, boot_ms)):
             share.lower(0, boot_ms)
         elif share.wanted:
