@@ -20,11 +20,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
 from licet.domain.ids import LimitKey
-from licet.wire.registers import HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Mark, Marker, Pair
+from licet.wire.registers import HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Mark, Marker, Pair, Register
 from licet_control_plane.core.learning import WAIT_S_MAX, Holder, Verdict, may_open
+from licet_control_plane.core.reclaim import HolderState, in_base
 from licet_control_plane.publisher.marks import quotas_to_keep
 from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, Status, TenantLeases, Terms
-from tests.support.fake_lease_store import OPEN, Contents, FakeMark, FakeRegisters, Rule
+from tests.support.fake_lease_store import OPEN, Contents, FakeMark, FakeQuota, FakeRegisters, Rule
 
 TENANT: Final = "acme"
 START_MS: Final = 1_800_000_000_000
@@ -405,9 +406,12 @@ class ControlPlane:
         yield
         spent = {key: units for key, units in world.ledger.items() if units}
         gone: defaultdict[str, int] = defaultdict(int)
+        counted_in_base: set[tuple[str, str]] = set()
         for (quota, sidecar), units in spent.items():
-            if sidecar in world.gone():
+            found = registers.contents.quotas.get((TENANT, quota))
+            if in_base(world.state_of(sidecar), registered(found, sidecar), hash_exists=found is not None):
                 gone[quota] += units
+                counted_in_base.add((quota, sidecar))
                 continue
             limit, _, start = quota.rpartition(":")
             lease_window = Marker(int(start), int(start) + WINDOW_S[LimitKey(limit)], 0)
@@ -426,7 +430,7 @@ class ControlPlane:
         before = registers.touch_mark(TENANT)
         opened = registers.open(TENANT, state.pair, revision, amounts, keep)
         if opened and before is not None:
-            world.opened(verdict, before, revision, spent, excused)
+            world.opened(verdict, before, revision, spent, excused, counted_in_base)
         elif opened is None and before is not None:
             epoch = world.allocate_epoch()
             yield
@@ -466,8 +470,12 @@ class World:
         self.lost = False
         self.allowance: dict[tuple[str, str], int] = {}
         self.sealed: set[str] = set()
+        self.based: dict[tuple[str, str], int] = {}
+        """What the last opening counted in a base, of a sidecar that was taken for dead."""
         self.unsealable: defaultdict[str, int] = defaultdict(int)
         """By quota: what sealed sidecars had spent, and neither Redis nor the ledger knew."""
+        self.sealed_reserved: defaultdict[str, int] = defaultdict(int)
+        """By quota: what they had reserved, and not spent."""
         self.high: defaultdict[str, int] = defaultdict(int)
         self.quiet = False
         self.control_planes = [ControlPlane(self), ControlPlane(self)]
@@ -492,6 +500,13 @@ class World:
     def gone(self) -> set[str]:
         """Sidecars that retired, or were sealed and know it: they never come back."""
         return {name for name, one in self.sidecars.items() if one.retired and not one.running}
+
+    def state_of(self, name: str) -> HolderState:
+        """What the control plane makes of a sidecar."""
+        if name in self.gone() or name in self.sealed:
+            return HolderState.GONE
+        silent_s = self.now_ms / 1_000 - self.holders[name].last_heard_s
+        return HolderState.DEAD if silent_s >= WAIT_S_MAX else HolderState.LIVE
 
     def retired(self) -> set[str]:
         """Sidecars whose registers are, or are becoming, part of the base."""
@@ -648,6 +663,7 @@ class World:
                 self.sealed.add(sidecar.name)
                 spent = self.spent_units.get((quota, sidecar.name), 0)
                 self.unsealable[quota] += max(0, spent - floor)
+                self.sealed_reserved[quota] += max(0, floor - spent)
             elif register.sealed and self.now_ms - register.time_ms > 75_000:
                 self.registers.forget_sealed(TENANT, quota)
 
@@ -785,11 +801,13 @@ class World:
         revision: int,
         filled: dict[tuple[str, str], int],
         excused: set[str],
+        in_base: set[tuple[str, str]],
     ) -> None:
         """Leasing reopened: who may have been left out?"""
         if revision < learning.revision:
             raise Violation(f"opening took limits back from revision {learning.revision} to {revision}")
         self.allowance = {}
+        self.based = {key: filled[key] for key in in_base}
         for quota, gap in self.base_gaps().items():
             if not self.lost:
                 raise Violation(f"opened ({verdict.value}) with {gap} of {quota} missing in the base")
@@ -800,7 +818,8 @@ class World:
             holder = self.holders[name]
             said = holder.asserted.epoch >= learning.pair.epoch and holder.asserted.run == learning.pair.run
             for quota in self.quotas_of(sidecar):
-                gap = self.held_units(sidecar, quota) - self.registered(sidecar, quota)
+                counted = self.based.get((quota, name), 0)
+                gap = self.held_units(sidecar, quota) - max(counted, self.registered(sidecar, quota))
                 if gap <= 0 or self.closed(quota):
                     continue
                 missing = f"opened ({verdict.value}) with {gap} of {quota} missing for {name}"
@@ -810,7 +829,7 @@ class World:
                     raise Violation(f"{missing}, which asserted")
                 if not said and name not in excused:
                     raise Violation(f"{missing}, which was not waited for")
-                if self.registered(sidecar, quota) < filled.get((quota, name), 0):
+                if max(counted, self.registered(sidecar, quota)) < filled.get((quota, name), 0):
                     raise Violation(f"{missing}, though the ledger knew better")
                 self.allowance[(name, quota)] = gap
         self.note(f"opened ({verdict.value}), missing {self.allowance}")
@@ -870,6 +889,18 @@ class World:
         register = held.registers.get(sidecar.name) if held else None
         return register.g if register else 0
 
+    def taken(self, quota: str) -> int:
+        """Units of a quota that nobody may have any more."""
+        spent = {name: self.spent_units.get((quota, name), 0) for name in self.sidecars}
+        dead = {name: self.registered(one, quota) for name, one in self.sidecars.items() if one.dead or one.retired}
+        held_by_dead = sum(max(0, registered - spent[name]) for name, registered in dead.items())
+        if not self.lost:
+            return sum(spent.values()) + held_by_dead + self.sealed_reserved[quota] - self.unsealable[quota]
+        # What is counted twice after a loss is not missed here: the base does not tell whose units it holds.
+        found = self.registers.contents.quotas.get((TENANT, quota))
+        counted = sum(units for name, units in spent.items() if name not in dead)
+        return counted + sum(dead.values()) + (found.base if found else 0)
+
     def closed(self, quota: str) -> bool:
         limit, _, start = quota.rpartition(":")
         return self.now_ms // 1_000 >= int(start) + WINDOW_S[LimitKey(limit)] + WINDOW_GRACE_S
@@ -915,7 +946,8 @@ class World:
             if name in self.retired():
                 continue
             for quota in self.quotas_of(sidecar):
-                gap = self.held_units(sidecar, quota) - self.registered(sidecar, quota)
+                counted = max(self.based.get((quota, name), 0), self.registered(sidecar, quota))
+                gap = self.held_units(sidecar, quota) - counted
                 if gap <= 0 or self.closed(quota):
                     continue
                 if not self.lost:
@@ -989,12 +1021,7 @@ class World:
     def spend_all(self, sidecar: Sidecar, limit: LimitKey) -> None:
         quota = f"{limit}:{window(limit, self.now_ms // 1_000)[0]}"
         amount = self.amounts[limit]
-        found = self.registers.contents.quotas.get((TENANT, quota))
-        taken = found.base if found else 0
-        for name, other in self.sidecars.items():
-            taken += (
-                self.registered(other, quota) if other.dead or other.retired else self.spent_units.get((quota, name), 0)
-            )
+        taken = self.taken(quota)
         expected = max(0, amount - taken)
         # A limit that was lowered meanwhile leaves what was leased before.
         expected = max(expected, sidecar.lease(limit).free)
@@ -1022,6 +1049,12 @@ class World:
         missing = sum(gap for (_, one), gap in self.allowance.items() if one == quota)
         if not expected <= had <= expected + missing:
             raise Violation(f"P2: {sidecar.name} could spend {had} of {quota}, expected {expected} (of {amount})")
+
+
+def registered(found: FakeQuota | None, sidecar: str) -> Register | None:
+    """A sidecar's register, as the control plane reads it."""
+    one = found.registers.get(sidecar) if found else None
+    return Register(one.g, one.u, one.h, one.incarnation, one.op, one.pair, one.time_ms, one.sealed) if one else None
 
 
 def window(limit: LimitKey, at_s: int) -> tuple[int, int]:

@@ -281,12 +281,9 @@ class FakeRegisters:
             if ask.known and ask.kind is Kind.RATE:
                 asserting = False
             elif ask.known and self._has(Rule.KNOWN):
-                if not call.retiring:
-                    raise _Refused(Status.SEALED, about)
-                gone = FakeRegister(ask.used, ask.used, 0, incarnation, call.op, mark.pair)
-                return _Entry(ask, quota, gone, quota.sum, asserting=False, repeated=True, retired=True)
+                raise _Refused(Status.SEALED, about)
             return _Entry(ask, quota, FakeRegister(), quota.sum, asserting=asserting, repeated=False)
-        if old.sealed:
+        if old.sealed and not (call.retiring and (old.incarnation, old.op) == (incarnation, call.op)):
             raise _Refused(Status.SEALED, about)
         if (old.incarnation, old.op) > (incarnation, call.op) and self._has(Rule.FENCE):
             raise _Refused(Status.FENCED, about)
@@ -387,8 +384,8 @@ class FakeRegisters:
         for name in entry.swept:
             entry.quota.registers[name].g = 0
         if entry.retired:
-            entry.quota.registers.pop(sidecar, None)
             entry.quota.base += entry.register.g
+            entry.quota.registers[sidecar] = replace(entry.register, g=0, u=0, sealed=True)
         else:
             entry.quota.registers[sidecar] = entry.register
         if entry.short or entry.lacks:

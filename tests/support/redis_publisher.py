@@ -74,12 +74,14 @@ class RedisPublisher:
         self.redis.hset(self.names.acked(), log, self.signer.ack(log, watermark))
 
     def registers(self, tenant: str) -> dict[str, tuple[int, int, int]]:
-        """(granted, used, reserved) by ``<quota>/<sidecar>``."""
+        """(granted, used, reserved) by ``<quota>/<sidecar>``, without tombstones."""
         found = {}
         for key in self.redis.scan_iter(self.names.quota(tenant, "*")):
             for name, value in self.redis.hgetall(key).items():
                 if name.startswith(b"r|"):
-                    granted, used, reserved = value.split(b"|")[:3]
+                    granted, used, reserved, *_, sealed, _ = value.split(b"|")
+                    if sealed == b"1":
+                        continue
                     quota = key.decode().partition(":q:")[2]
                     found[f"{quota}/{name[2:].decode()}"] = (int(granted), int(used), int(reserved))
         return found

@@ -133,8 +133,10 @@ for i = 2, #KEYS do
   if state[5] then
     local g, u, h, r_incarnation, r_op, r_epoch, r_run, _, sealed, d = string.match(state[5], REGISTER)
     if not g then return redis.error_reply('LICET quota ' .. (i - 1) .. ': the register is damaged') end
-    if sealed == '1' then return answer('SEALED', i - 1) end
     r_incarnation, r_op = tonumber(r_incarnation), tonumber(r_op)
+    if sealed == '1' and not (retiring and r_incarnation == incarnation and r_op == op) then
+      return answer('SEALED', i - 1)
+    end
     if r_incarnation > incarnation or (r_incarnation == incarnation and r_op > op) then
       return answer('FENCED', i - 1)
     end
@@ -146,29 +148,13 @@ for i = 2, #KEYS do
     q.asserted = r_epoch == epoch and r_run == run
   else
     q.g, q.old_g, q.old_used, q.d = 0, 0, 0, 0
-    if q.known and not q.rate then
-      -- It had a register, and nothing was lost since: it was sealed, and folded into the base.
-      if not retiring then return answer('SEALED', i - 1) end
-      -- Its own doing, by this very call, whose answer was lost.
-      q.repeated, q.retired, q.g = true, true, q.u
-      repeated = repeated + 1
-    end
+    -- It had a register, and nothing was lost since: it was sealed, and its tombstone removed.
+    if q.known and not q.rate then return answer('SEALED', i - 1) end
     -- A sidecar that holds nothing has nothing to assert: its first lease can be granted at once. A share of a rate
     -- that is not there any more was over.
     q.asserted = q.rate and q.known or q.cap == 0 and q.u + q.h == 0
   end
   quotas[#quotas + 1] = q
-end
-
-local function write(q)
-  if q.retires then
-    redis.call('HDEL', q.key, 'r|' .. sidecar)
-  else
-    local register = table.concat({text(q.g), text(q.u), text(q.h), text(incarnation), text(op), epoch, run,
-      text(now_ms), '0', text(q.d)}, '|')
-    redis.call('HSET', q.key, 'r|' .. sidecar, register)
-  end
-  redis.call('HSET', q.key, 'base', text(q.base), 'sum', text(q.sum), 'used', text(q.used), 'wanted', text(q.wanted))
 end
 
 local function result()
@@ -273,12 +259,17 @@ for _, q in ipairs(quotas) do
     for _, one in ipairs(q.swept) do redis.call('HSET', q.key, one[1], one[2]) end
   end
   if not q.repeated then
-    if retiring and q.h == 0 and not q.rate then -- u becomes part of the base, and the register goes
-      q.retires = true
+    local g, u, sealed = q.g, q.u, '0'
+    if retiring and q.h == 0 and not q.rate then
+      -- What it spent becomes part of the base. A tombstone stays for a while, against calls that are still under way.
       q.base = q.base + q.g
       q.used = q.used + (q.g - q.u)
+      g, u, sealed = 0, 0, '1'
     end
-    write(q)
+    local register = table.concat({text(g), text(u), text(q.h), text(incarnation), text(op), epoch, run,
+      text(now_ms), sealed, text(q.d)}, '|')
+    redis.call('HSET', q.key, 'base', text(q.base), 'sum', text(q.sum), 'used', text(q.used),
+      'wanted', text(q.wanted), 'r|' .. sidecar, register)
     redis.call('EXPIREAT', q.key, math.min(q.ends + grace_s + kept_s, 253402300799))
   end
 end
