@@ -13,6 +13,8 @@ field                                value
 ``l|<limit key>``                    amount of a limit, ``<feature>:<name>``
 ``m|<limit key>[@<scope digest>]``   marker: ``<start>|<end>|<previous start>``, seconds: the newest window a quota hash
                                      was made for, and the start of the one before it (0 for none)
+``l|<feature>#seats``                number of seats
+``s|<feature>``                      marker: ``<epoch>|<run>`` under which the feature's seats were made or last used
 ===================================  =================================================================================
 
 *A quota*, hash ``licet:{tenant}:q:<limit key>[@<scope digest>]:<window start>``:
@@ -26,6 +28,13 @@ field                value
 ``wanted``           milliseconds, Redis clock, until when idle holders are asked to return units
 ``r|<sidecar>``      ``g|u|h|incarnation|op|epoch|run|time|sealed|d``: one register; d is the last call's grant
 ===================  =================================================================================================
+
+*Seats of a feature*, sorted set ``licet:{tenant}:seats:<feature>``: holder digest, and when its hold ends, in
+milliseconds, Redis clock; and the member ``*`` without end, so that a set that was made is never missing. Beside it the
+hash ``licet:{tenant}:seats:<feature>#holders``: holder digest, and
+``sidecar|incarnation|op|from|incarnation|op|ends|who``: the sidecar that answers for the seat (``-`` once released) and
+its call that last touched it; the sidecar that the seat moved from, that one's last call, and until when (ms) it may
+not have heard; and whose the seat is (opaque).
 
 Invariants after every script: ``sum = base + Σ g``, ``used = base + Σ (u + h)``, ``u + h ≤ g``; a grant implies
 ``sum ≤ amount``. Numbers are decimal integers below 2^53.
@@ -53,6 +62,9 @@ QUOTA_KEPT_S: Final = 3_600
 LIMIT_FIELD: Final = "l|"
 MARKER_FIELD: Final = "m|"
 REGISTER_FIELD: Final = "r|"
+SEATS_FIELD: Final = "s|"
+SEATS_SENTINEL: Final = "*"
+"""Member of every set of seats, with the score +inf."""
 
 
 class Pair(NamedTuple):

@@ -17,19 +17,22 @@ from licet.v1 import approval_pb2 as pb
 from licet.wire.signing import SigningKey, Verifier
 from licet.wire.usage import UsageEvent, unpack_event
 from licet_sidecar.adapters.state_directory import StateDirectory
-from licet_sidecar.adapters.usage_log import LogHeader, UsageLog, floor_record
+from licet_sidecar.adapters.usage_log import LogHeader, UsageLog, floor_record, seat_record
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.core.seats import SeatBook
 from licet_sidecar.ports import LinkDown, PulseReport
 from licet_sidecar.services import syncing
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
+from licet_sidecar.services.seats import SeatService
 from licet_sidecar.services.syncing import SyncService
 from licet_sidecar.services.tally import Tally
 from tests.support.fake_clock import FakeClock
 from tests.support.fake_lease_store import FakeLeaseStore, FakeRegisters
+from tests.support.fake_seat_store import FakeSeats, FakeSeatStore
 from tests.support.fake_state_source import FakePublisher, FakeStateSource
 from tests.support.published import KEY
 
@@ -56,6 +59,7 @@ class World:
         self.source = FakeStateSource()
         self.publisher = FakePublisher(self.source)
         self.registers = FakeRegisters(now_ms=self.clock.us // 1_000, run_id=self.source.run_id)
+        self.seats = FakeSeats(self.registers)
         self._catalog = Catalog()
         self._licenses: dict[str, License] = {}
 
@@ -94,6 +98,7 @@ class FakeSidecar:
         self,
         world: World,
         *,
+        sidecar: str = SIDECAR,
         incarnation: int = 1,
         log_bytes_max: int = 1 << 30,
         tenants_max: int = 1_000,
@@ -102,25 +107,31 @@ class FakeSidecar:
     ) -> None:
         self.world = world
         clock = world.clock
-        self.directory = StateDirectory(world.directory)
+        place = world.directory if sidecar == SIDECAR else world.directory / sidecar
+        place.mkdir(exist_ok=True)
+        self.directory = StateDirectory(place)
         self.tally = Tally()
         self.link = LinkState()
         self.link.succeeded()
-        self.log = UsageLog(world.directory, bytes_max=log_bytes_max)
-        self.recovered = self.log.recover(SIDECAR, incarnation - 1, recent_max=1_000, now_s=clock.us / 1e6)
+        self.log = UsageLog(place, bytes_max=log_bytes_max)
+        self.recovered = self.log.recover(sidecar, incarnation - 1, recent_max=1_000, now_s=clock.us / 1e6)
         self.leases = LeaseBook(incarnation)
         for (tenant, _), lease in self.recovered.leases.items():
             self.leases.restore(tenant, lease, clock.ms)
         self.engine = Engine(self.leases, tenants_max=tenants_max, staleness_us_max=staleness_us_max)
-        self.store = FakeLeaseStore(world.registers, sidecar=SIDECAR, incarnation=incarnation)
+        self.store = FakeLeaseStore(world.registers, sidecar=sidecar, incarnation=incarnation)
         self.replaced: list[str] = []
         self.leasing = LeasingService(
             self.engine, self.store, self.log, clock, self.link, self.tally, on_replaced=self.replaced.append
         )
         prefix = incarnation.to_bytes(8, "big")
         self.log.start(
-            LogHeader(SIDECAR, incarnation, incarnation - 1, 0, prefix, 1),
-            [floor_record(*self.recovered.floor), *self.leasing.lease_records()],
+            LogHeader(sidecar, incarnation, incarnation - 1, 0, prefix, 1),
+            [
+                floor_record(*self.recovered.floor),
+                *self.leasing.lease_records(),
+                *(seat_record(*key, packed) for key, packed in self.recovered.seats.items()),
+            ],
         )
         self.heads: list[Any] = []
         self.sync = SyncService(
@@ -140,6 +151,22 @@ class FakeSidecar:
         self.service = ApprovalService(
             self.engine, self.log, clock, self.link, self.leasing, self.sync, self.recent, self.tally
         )
+        self.seat_store = FakeSeatStore(world.seats, sidecar=sidecar, incarnation=incarnation)
+        self.seats = SeatService(
+            self.engine,
+            SeatBook(incarnation),
+            self.seat_store,
+            self.store,
+            self.log,
+            clock,
+            self.link,
+            self.sync,
+            self.recent,
+            self.tally,
+        )
+        for (tenant, _), packed in self.recovered.seats.items():
+            self.seats.restore(tenant, packed)
+        self.service.register(self.seats.methods())
         self._syncing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -159,6 +186,7 @@ class FakeSidecar:
     async def stop(self) -> None:
         """Ends the process in an orderly way; what it holds stays held."""
         await self.leasing.stop()
+        await self.seats.stop()
         await cancel(self._syncing)
         self.log.close()
         self.directory.close()
@@ -166,6 +194,7 @@ class FakeSidecar:
     async def kill(self) -> None:
         """Ends it as SIGKILL does: nothing is written any more."""
         await self.leasing.stop()
+        await self.seats.stop()
         await cancel(self._syncing)
         self.directory.close()
 

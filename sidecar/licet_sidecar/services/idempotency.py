@@ -68,8 +68,8 @@ class RecentAnswers:
         """Takes up (decision prefix, packed event) pairs from the log of an earlier incarnation, oldest first."""
         for prefix, data in events:
             event = usage.unpack_event(data)
-            if not event.idempotency_key:
-                continue
+            if not event.idempotency_key or event.kind != usage.EventKind.CHECK:
+                continue  # who asks for a seat again gets the one it has
             observed = event.flags & usage.FLAG_OBSERVED
             response = pb.CheckResponse(
                 decision_id=usage.decision_id(prefix, event.seq),
