@@ -36,6 +36,7 @@ from licet_sidecar.services.idempotency import ANSWERS_MAX, RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.metrics import CONTENT_TYPE, Metrics
+from licet_sidecar.services.seat_keeping import SeatKeeper
 from licet_sidecar.services.seats import SeatService
 from licet_sidecar.services.shipping import ShippingService
 from licet_sidecar.services.syncing import SyncService
@@ -141,7 +142,7 @@ class Sidecar:
         self.service = ApprovalService(
             self.engine, self.log, self.clock, self.link, self.leasing, self.sync, self.recent, self.tally
         )
-        self.seats = SeatService(
+        self.seats = SeatKeeper(
             self.engine,
             SeatBook(self.identity.incarnation),
             RedisSeatStore(
@@ -155,13 +156,14 @@ class Sidecar:
             self.log,
             self.clock,
             self.link,
-            self.sync,
-            self.recent,
             self.tally,
         )
         for (tenant, _), packed in recovered.seats.items():
             self.seats.restore(tenant, packed)
-        self.service.register(self.seats.methods())
+        seats = SeatService(
+            self.engine, self.seats, self.log, self.clock, self.link, self.sync, self.recent, self.tally
+        )
+        self.service.register(seats.methods())
         self._metrics = Metrics(self.engine, self.log, self.shipping, self.link, self.clock, self.tally)
         self._address = ""
         self._draining = False

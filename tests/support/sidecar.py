@@ -27,6 +27,7 @@ from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
+from licet_sidecar.services.seat_keeping import SeatKeeper
 from licet_sidecar.services.seats import SeatService
 from licet_sidecar.services.syncing import SyncService
 from licet_sidecar.services.tally import Tally
@@ -152,7 +153,7 @@ class FakeSidecar:
             self.engine, self.log, clock, self.link, self.leasing, self.sync, self.recent, self.tally
         )
         self.seat_store = FakeSeatStore(world.seats, sidecar=sidecar, incarnation=incarnation)
-        self.seats = SeatService(
+        self.seats = SeatKeeper(
             self.engine,
             SeatBook(incarnation),
             self.seat_store,
@@ -160,13 +161,12 @@ class FakeSidecar:
             self.log,
             clock,
             self.link,
-            self.sync,
-            self.recent,
             self.tally,
         )
         for (tenant, _), packed in self.recovered.seats.items():
             self.seats.restore(tenant, packed)
-        self.service.register(self.seats.methods())
+        seats = SeatService(self.engine, self.seats, self.log, clock, self.link, self.sync, self.recent, self.tally)
+        self.service.register(seats.methods())
         self._syncing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
