@@ -27,7 +27,19 @@ if TYPE_CHECKING:
         SidecarUnavailable,
         Timeout,
     )
-    from licet.client.model import Check, Cost, Decision, Quota, Resource, Semantics, Subject
+    from licet.client.holding import SeatHolding
+    from licet.client.model import (
+        Check,
+        Cost,
+        Decision,
+        Quota,
+        Resource,
+        Seat,
+        SeatRenewal,
+        SeatState,
+        Semantics,
+        Subject,
+    )
     from licet.domain.outcomes import Effect, Reason
 
 _HOMES: Final = {
@@ -43,6 +55,10 @@ _HOMES: Final = {
     "Quota": "licet.client.model",
     "Reason": "licet.domain.outcomes",
     "Resource": "licet.client.model",
+    "Seat": "licet.client.model",
+    "SeatHolding": "licet.client.holding",
+    "SeatRenewal": "licet.client.model",
+    "SeatState": "licet.client.model",
     "Semantics": "licet.client.model",
     "SidecarError": "licet.client.errors",
     "SidecarUnavailable": "licet.client.errors",
@@ -63,6 +79,10 @@ __all__ = [
     "Quota",
     "Reason",
     "Resource",
+    "Seat",
+    "SeatHolding",
+    "SeatRenewal",
+    "SeatState",
     "Semantics",
     "SidecarError",
     "SidecarUnavailable",

@@ -46,12 +46,6 @@ def test_a_refusal_does_not_hide_the_other_errors_of_its_document() -> None:
     assert [error.path.rpartition(".")[2] for error in result.errors] == ["amount", "per", "scoop"]
 
 
-def test_warns_of_seats_because_they_are_not_counted_yet() -> None:
-    (warning,) = validated(WORLD + "kind: Plan\nname: p\nfeatures:\n  f: {seats: 5, heartbeat: 60s}\n").warnings
-    assert (warning.line, warning.path.rpartition(".")[2]) == (8, "seats")
-    assert "does not count seats" in warning.message
-
-
 def test_warns_of_an_action_that_is_priced_in_two_currencies() -> None:
     features = "{kind: Feature, name: f}\n---\n{kind: Feature, name: g}\n---\n"
     action = "{kind: Action, name: a, meters: {x: f, y: g}}\n---\n"

@@ -566,8 +566,7 @@ async def test_a_seat_that_cannot_be_recorded_is_not_given(world: World) -> None
 async def test_a_caller_that_left_leaves_no_seat_behind(world: World, sidecar: FakeSidecar) -> None:
     await sidecar.check(action="editor.open", subject={"id": "ada"})
     call = asyncio.ensure_future(acquire(sidecar))
-    while not sidecar.seats.book.tenants or not sidecar.seats.book.of("acme").outstanding:
-        await asyncio.sleep(0)
+    await until(lambda: sidecar.seats.book.of("acme").outstanding)
     call.cancel()
     await until(lambda: call.cancelled() and holders(world) == 0 and not sidecar.seats.book.of("acme").leaving)
     assert not any(kind.startswith("SEAT") for kind, _, _ in events(sidecar))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from licet_control_plane.cli import ask, bundles, fleet, licenses, run, usage
+from licet_control_plane.cli import ask, bundles, fleet, licenses, run, seats, usage
 from licet_control_plane.cli.dev import command as dev
 from licet_control_plane.cli.failure import EXIT_CODES_HELP
 from licet_control_plane.cli.replay import command as replay
@@ -51,6 +51,11 @@ app.command("server", epilog=EXIT_CODES_HELP)(run.server)
 app.command("check", epilog=EXIT_CODES_HELP)(ask.check)
 app.command("replay", epilog=EXIT_CODES_HELP)(replay.replay)
 app.command("status", epilog=EXIT_CODES_HELP)(fleet.status)
+
+_seat = _group("seat", "Seats of features that are sold by the number of their holders.")
+_seat.command("acquire", epilog=EXIT_CODES_HELP)(seats.acquire)
+_seat.command("renew", epilog=EXIT_CODES_HELP)(seats.renew)
+_seat.command("release", epilog=EXIT_CODES_HELP)(seats.release)
 
 _policy = _group("policy", "Plans, policies and the rest of the catalog, kept as files in a directory.")
 _policy.command("validate", epilog=EXIT_CODES_HELP)(bundles.validate)

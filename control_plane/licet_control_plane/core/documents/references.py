@@ -153,13 +153,6 @@ def _check_plan(document: SourceDocument, index: DocumentIndex, findings: Findin
                 f"no action draws on {feature!r}, so that its limits have no effect",
                 f"Add an action with 'feature: {feature}'.",
             )
-        if metering and plan is not None and plan.features[feature].seats:
-            findings.warning(
-                document,
-                ("features", feature, "seats"),
-                "this version does not count seats: checks are answered as if there were no bound on them",
-                "Add a limit in units, or wait for the version that counts seats.",
-            )
     _check_currencies(document, index, findings)
 
 
