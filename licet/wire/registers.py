@@ -32,9 +32,9 @@ field                value
 *Seats of a feature*, sorted set ``licet:{tenant}:seats:<feature>``: holder digest, and when its hold ends, in
 milliseconds, Redis clock; and the member ``*`` without end, so that a set that was made is never missing. Beside it the
 hash ``licet:{tenant}:seats:<feature>#holders``: holder digest, and
-``sidecar|incarnation|op|from|incarnation|op|ends|who``: the sidecar that answers for the seat (``-`` once released) and
-its call that last touched it; the sidecar that the seat moved from, that one's last call, and until when (ms) it may
-not have heard; and whose the seat is (opaque).
+``sidecar|incarnation|op|from|incarnation|op|ends|epoch|run|who``: the sidecar that answers for the seat (``-`` once
+released) and its call that last touched it; the sidecar that the seat moved from, that one's last call, and until when
+(ms) it may not have heard; the pair it was last held under; and whose the seat is (opaque).
 
 Invariants after every script: ``sum = base + Σ g``, ``used = base + Σ (u + h)``, ``u + h ≤ g``; a grant implies
 ``sum ≤ amount``. Numbers are decimal integers below 2^53.

@@ -309,6 +309,26 @@ async def test_another_run_of_the_server_begins_learning(backend: SeatBackend) -
     assert (answer.status, answer.phase) == (SeatStatus.STALE, "learning")
     assert answer.pair != before
     assert await one(Verb.ACQUIRE, BOB) is Result.LEARNING
+    for verb in (Verb.RENEW, Verb.TAKE, Verb.ACQUIRE, Verb.LOOK):
+        assert await one(verb, ADA) is Result.LEARNING  # a failover may have brought her back
+    assert await one(Verb.ASSERT, ADA) is Result.HELD
+    assert await Caller(backend, "two")(Verb.TAKE, ADA) is Result.HELD
+
+
+async def test_who_was_not_asserted_since_a_loss_counts_and_has_a_seat_only_if_there_is_one_for_each(
+    backend: SeatBackend,
+) -> None:
+    await opened(backend, 1)
+    one, two = Caller(backend), Caller(backend, "two")
+    await one(Verb.ACQUIRE, ADA)
+    await backend.restart()
+    assert await two(Verb.ASSERT, BOB) is Result.HELD  # the server, say, is a replica that knows an older state
+    await opened(backend, 1)
+    for verb, result in (
+        (Verb.RENEW, Result.GONE), (Verb.TAKE, Result.GONE), (Verb.ACQUIRE, Result.FULL), (Verb.LOOK, Result.FULL),
+    ):  # fmt: skip
+        assert await one(verb, ADA) is result
+    assert await two(Verb.RELEASE, BOB) is Result.RELEASED
     assert await one(Verb.RENEW, ADA) is Result.HELD
 
 

@@ -35,8 +35,10 @@ TENANT: Final = "acme"
 FEATURE: Final = "editor"
 KEY: Final[LimitKey] = seats_key(FEATURE)
 HEARTBEAT_MS: Final = 20_000
-HOLDERS: Final = [f"user-{number}" for number in range(7)]
-STEPS: Final = 400
+HOLDERS: Final = [f"user-{number}" for number in range(5)]
+STEPS: Final = 600
+WEIGHTS: Final = [(losses, crashes) for losses in (0, 0.3, 1, 3) for crashes in (0, 1, 4)]
+"""How often things are lost in Redis, and how often sidecars crash or are cut off."""
 SILENT_MS: Final = (HOLD_S + HOLD_MARGIN_S) * 1_000
 
 
@@ -69,7 +71,12 @@ class SeatSimulation:
     """One history. ``rule`` takes one of the script's rules out; ``book`` makes the cores."""
 
     def __init__(
-        self, seed: int, *, without: SeatRule | None = None, book: Callable[[int], SeatBook] = SeatBook
+        self,
+        seed: int,
+        *,
+        without: SeatRule | None = None,
+        book: Callable[[int], SeatBook] = SeatBook,
+        weights: tuple[float, float] | None = None,
     ) -> None:
         self.chance = random.Random(seed)
         self.seed = seed
@@ -77,11 +84,15 @@ class SeatSimulation:
         self.boot_ms = 1_000_000
         self.registers = FakeRegisters(now_ms=1_790_000_000_000, run_id="run1")
         self.seats = FakeSeats(self.registers, without=without)
-        self.sidecars = [SimulatedSidecar(name, book(1)) for name in ("one", "two", "three")]
+        self.sidecars = [
+            SimulatedSidecar(name, book(1)) for name in ("one", "two", "three")[: self.chance.choice((2, 3))]
+        ]
+        self.holders = HOLDERS[: self.chance.choice((3, 5))]
         self.late: list[tuple[SimulatedSidecar, int, SeatCall]] = []
         self.snapshot: tuple[object, object] | None = None
         self.number = self.chance.randint(1, 2)
         self.pause_ms = self.chance.choice((2_000, 20_000, 60_000))
+        self.weights = self.chance.choice(WEIGHTS) if weights is None else weights
         self.late_weight = self.chance.choice((3, 20))
         self.lost_share = self.chance.choice((0.02, 0.1, 0.25))
         self.number_max = self.number
@@ -99,15 +110,15 @@ class SeatSimulation:
         Raises:
             Violation: a promise was broken.
         """
-        losses, crashes = self.chance.choice((0, 1, 3, 6)), self.chance.choice((0, 2, 4))
-        steps: list[tuple[Callable[[], None], int]] = [
-            (self.pass_time, 30),
-            (self.acquire, 25),
-            (self.heartbeat, 25),
+        losses, crashes = self.weights
+        steps: list[tuple[Callable[[], None], float]] = [
+            (self.pass_time, 25),
+            (self.acquire, 40),
+            (self.heartbeat, 50),
             (self.release, self.chance.choice((2, 12))),
-            (self.upkeep, 30),
+            (self.upkeep, 60),
             (self.execute_late, self.late_weight),
-            (self.look_after_marks, 12),
+            (self.look_after_marks, 25),
             (self.crash, crashes),
             (self.start_again, crashes),
             (self.cut_off, crashes),
@@ -130,17 +141,21 @@ class SeatSimulation:
 
     def check(self) -> None:
         """Never more holders than seats."""
-        vouched = {
+        vouched = self.vouched()
+        if len(vouched) > self.number_max:
+            raise Violation(
+                f"seed {self.seed}: {len(vouched)} holders of {self.number_max} seats\n" + "\n".join(self.trace[-40:])
+            )
+
+    def vouched(self) -> set[str]:
+        """Holders that some sidecar answers for at this moment."""
+        return {
             seat.holder
             for sidecar in self.sidecars
             if sidecar.alive
             for seat in sidecar.held.seats.values()
             if sidecar.book.vouches(seat, self.boot_ms)
         }
-        if len(vouched) > self.number_max:
-            raise Violation(
-                f"seed {self.seed}: {len(vouched)} holders of {self.number_max} seats\n" + "\n".join(self.trace[-40:])
-            )
 
     def heal(self) -> None:
         """Everything works again and everybody is silent: in the end every seat can be had."""
@@ -175,14 +190,14 @@ class SeatSimulation:
         """Somebody asks a sidecar for a seat."""
         sidecar = self._some_alive()
         if sidecar is not None:
-            self._acquire(sidecar, self.chance.choice(HOLDERS))
+            self._acquire(sidecar, self.chance.choice(self.holders))
 
     def heartbeat(self) -> None:
         """A holder is heard of, mostly where it is known."""
         sidecar = self._some_alive()
         if sidecar is None:
             return
-        who = self.chance.choice(HOLDERS)
+        who = self.chance.choice(self.holders)
         if sidecar.held.seats and self.chance.random() < 0.8:
             who = self.chance.choice(list(sidecar.held.seats.values())).who.subject_id
         seat = sidecar.book.find(TENANT, self._seat_id(who))
@@ -221,6 +236,7 @@ class SeatSimulation:
         """SIGKILL."""
         sidecar = self._some_alive()
         if sidecar is not None:
+            self._hear(sidecar)
             sidecar.alive = False
             self.trace.append(f"{sidecar.name} crash")
 
@@ -233,6 +249,7 @@ class SeatSimulation:
     def cut_off(self) -> None:
         """A sidecar is cut off from Redis, or that ends."""
         sidecar = self.chance.choice(self.sidecars)
+        self._hear(sidecar)
         sidecar.cut_off = not sidecar.cut_off
         self.trace.append(f"{sidecar.name} cut off: {sidecar.cut_off}")
 
@@ -271,7 +288,11 @@ class SeatSimulation:
 
     def change_number(self) -> None:
         """More seats, or fewer: holders keep theirs."""
-        self.number = self.chance.randint(1, 3)
+        self.change_number_to(self.chance.randint(1, 3))
+
+    def change_number_to(self, number: int) -> None:
+        """The plan changes."""
+        self.number = number
         self.number_max = max(self.number_max, self.number)
         self.revision += 1
         self.registers.publish_limits(TENANT, self.revision, {KEY: self.number})
@@ -298,11 +319,10 @@ class SeatSimulation:
             self.trace.append(f"relearn {self.epoch}")
         pair = self._mark_pair()
         for sidecar in self.sidecars:
-            if sidecar.alive and not sidecar.cut_off:
-                sidecar.heard_ms, sidecar.heard_asserted = self.boot_ms, sidecar.asserted
-                if pair not in (sidecar.asserted, sidecar.to_assert):
-                    sidecar.to_assert = pair
-                    sidecar.book.doubt()
+            self._hear(sidecar)
+            if sidecar.alive and not sidecar.cut_off and pair not in (sidecar.asserted, sidecar.to_assert):
+                sidecar.to_assert = pair
+                sidecar.book.doubt()
         mark = self.registers.touch_mark(TENANT)
         assert mark is not None
         waited = self.registers.now_ms - mark.since_ms >= SILENT_MS
@@ -315,7 +335,30 @@ class SeatSimulation:
             self.registers.open(TENANT, pair, self.revision, {KEY: self.number})
             self.trace.append(f"open {pair}")
 
+    # Step by step, and without losses
+
+    def acquire_at(self, sidecar: SimulatedSidecar, who: str) -> None:
+        """Somebody asks."""
+        self._acquire(sidecar, who, lossy=False)
+
+    def upkeep_of(self, sidecar: SimulatedSidecar) -> None:
+        """One round."""
+        self._upkeep(sidecar, lossy=False)
+
+    def start(self, sidecar: SimulatedSidecar) -> None:
+        """With what its log holds."""
+        self._start(sidecar)
+
+    def let_pass(self, ms: int) -> None:
+        """Time."""
+        self._advance(ms)
+
     # Inside
+
+    def _hear(self, sidecar: SimulatedSidecar) -> None:
+        """The control plane hears each second of whoever can be heard: at least whenever that changes."""
+        if sidecar.alive and not sidecar.cut_off:
+            sidecar.heard_ms, sidecar.heard_asserted = self.boot_ms, sidecar.asserted
 
     def _advance(self, ms: int) -> None:
         self.boot_ms += ms
@@ -385,6 +428,7 @@ class SeatSimulation:
         for seat in sidecar.durable.values():
             sidecar.book.restore(Seat(TENANT, FEATURE, seat.holder, seat.who, self.boot_ms), self.boot_ms)
         sidecar.alive, sidecar.to_assert, sidecar.asserted = True, None, NO_PAIR
+        self._hear(sidecar)
         self.trace.append(f"{sidecar.name} start with {[seat.who.subject_id for seat in sidecar.durable.values()]}")
 
     def _known(self, sidecar: SimulatedSidecar, who: str) -> str:

@@ -33,15 +33,15 @@ def test_never_more_holders_than_seats_and_none_stranded(start: int) -> None:
     assert granted  # else nothing was tried
 
 
-class HoldsFromTheAnswer(SeatBook):
-    """Rule 1: counts the hold from when the answer came, and as long as Redis counts the holder."""
+class HoldsTooLong(SeatBook):
+    """Rule 1: answers for longer than Redis counts the holder."""
 
     def end_call(self, held: TenantSeats, call: SeatCall, answer: SeatAnswer, boot_ms: int) -> SeatEnd | None:
         """See ``SeatBook``."""
         end = super().end_call(held, call, answer, boot_ms)
         for seat in held.seats.values():
             if seat.asked_ms == call.sent_boot_ms and seat.hold_until_ms:
-                seat.hold_until_ms = boot_ms + KEPT_MS
+                seat.hold_until_ms = boot_ms + 2 * KEPT_MS
         return end
 
 
@@ -66,15 +66,6 @@ class AssertsWhatItDoesNotAnswerFor(SeatBook):
         return call
 
 
-class NumbersNothing(SeatBook):
-    """Rule 4: every call has the same number."""
-
-    def begin_call(self, held: TenantSeats, *, revision: int, boot_ms: int) -> SeatCall | None:
-        """See ``SeatBook``."""
-        self._op = 0
-        return super().begin_call(held, revision=revision, boot_ms=boot_ms)
-
-
 class SaysItHasAssertedBeforeItHas(SeatBook):
     """After a loss nothing is said again, and the sidecar says it was."""
 
@@ -95,28 +86,47 @@ def _first_violation(first_seed: int, **ablation: Any) -> str:
     ("rule", "first_seed"),
     [
         (SeatRule.WITHIN_SEATS, 0),
-        (SeatRule.CHECK_PAIR, 100),
         (SeatRule.ONLY_OPEN, 0),
-        (SeatRule.FENCE, 600),
+        (SeatRule.FENCE, 0),
         (SeatRule.OWN_RELEASES_ONLY, 0),
         (SeatRule.COUNT_MOVED, 0),
         (SeatRule.MARKERS, 0),
+        (SeatRule.DOUBT_UNASSERTED, 600),
     ],
 )
 def test_each_rule_of_the_script_is_needed(rule: SeatRule, first_seed: int) -> None:
-    # ASSERT_ADDS is missing: without it holders lose their seats in a loss, but nobody gets one too many.
+    # ASSERT_ADDS is missing: without it holders lose their seats in a loss, but nobody gets one too many. CHECK_PAIR
+    # too: it is missed in one history of thousands; the contract suite has it.
     assert "holders of" in _first_violation(first_seed, without=rule)
 
 
 @pytest.mark.parametrize(
     ("book", "first_seed"),
     [
-        (HoldsFromTheAnswer, 100),
+        (HoldsTooLong, 0),
         (AnswersAfterTheRelease, 0),
-        (AssertsWhatItDoesNotAnswerFor, 800),
-        (NumbersNothing, 0),
         (SaysItHasAssertedBeforeItHas, 0),
     ],
 )
 def test_each_rule_of_the_sidecar_is_needed(book: type[SeatBook], first_seed: int) -> None:
     assert "holders of" in _first_violation(first_seed, book=book)
+
+
+@pytest.mark.parametrize("book", [SeatBook, AssertsWhatItDoesNotAnswerFor])
+def test_a_sidecar_that_was_away_asserts_nothing_that_others_may_have_by_now(book: type[SeatBook]) -> None:
+    # Rare among random histories, so step by step.
+    history = SeatSimulation(0, book=book)
+    history.change_number_to(1)
+    one, two = history.sidecars[:2]
+    history.acquire_at(one, "ada")
+    one.alive = False
+    history.let_pass(80_000)
+    history.acquire_at(two, "bob")
+    assert len(history.vouched()) == 1
+    history.restart_redis()
+    history.start(one)
+    for _ in range(3):
+        history.upkeep_of(one)
+        history.upkeep_of(two)
+        history.look_after_marks()
+    assert (len(history.vouched()) == 1) == (book is SeatBook)

@@ -29,7 +29,7 @@ from licet_sidecar.core.seats import (
     Verb,
     Who,
 )
-from tests.support.fake_lease_store import LEARNING, OPEN, FakeMark, FakeRegisters
+from tests.support.fake_lease_store import LEARNING, NEVER, OPEN, FakeMark, FakeRegisters
 
 NOBODY: Final = "-"
 SEVERAL: Final = "*"
@@ -52,6 +52,8 @@ class SeatRule(Enum):
     """A release removes only what its own sidecar answers for."""
     COUNT_MOVED = auto()
     """A released seat counts until the sidecar it moved from has heard of it."""
+    DOUBT_UNASSERTED = auto()
+    """Who was not asserted since the last loss has a seat only when there is one for each that counts."""
     MARKERS = auto()
     """A marker without its set is a loss."""
 
@@ -67,6 +69,7 @@ class FakeHolder:
     moved_from: str = ""
     moved_op: tuple[int, int] = (0, 0)
     moved_ends_ms: int = 0
+    pair: Pair = NEVER
 
 
 @dataclass(slots=True)
@@ -167,22 +170,34 @@ class FakeSeats:
         is_open = mark.phase != LEARNING
         held = one is not None and one.owner != NOBODY
         renewing = ask.verb in (Verb.RENEW, Verb.ASSERT)
-        if ask.verb is Verb.LOOK and held:
-            return Result.HELD
+        seats = mark.amounts.get(seats_key(ask.feature), 0)
+        taken = len(self.live(call.tenant, ask.feature))
         if ask.verb is Verb.ASSERT and not is_open and (held or self.holds(SeatRule.ASSERT_ADDS)):
             return self._hold(call, ask, sidecar, op, one)
+        doubtful = (
+            one is not None
+            and one.pair != mark.pair
+            and ask.verb is not Verb.ASSERT
+            and not (is_open and taken <= seats)
+            and self.holds(SeatRule.DOUBT_UNASSERTED)
+        )
+        if doubtful and not is_open:
+            return Result.LEARNING
         if renewing and one is not None and one.owner != sidecar:
             return Result.MOVED
+        if doubtful:
+            return Result.GONE if renewing or ask.verb is Verb.TAKE else Result.FULL
+        if ask.verb is Verb.LOOK and held:
+            return Result.HELD
         if held or (one is not None and ask.verb is Verb.ACQUIRE):
             return self._hold(call, ask, sidecar, op, one)
         if not is_open and self.holds(SeatRule.ONLY_OPEN):
             return Result.LEARNING
         if renewing or ask.verb is Verb.TAKE:
             return Result.GONE
-        seats = mark.amounts.get(seats_key(ask.feature), 0)
         if mark.revision < call.revision and ask.seats != seats:
             return Result.UNPUBLISHED
-        full = len(self.live(call.tenant, ask.feature)) >= seats and self.holds(SeatRule.WITHIN_SEATS)
+        full = taken >= seats and self.holds(SeatRule.WITHIN_SEATS)
         if full and one is None:
             return Result.FULL
         return Result.FREE if ask.verb is Verb.LOOK else self._hold(call, ask, sidecar, op, one)
@@ -203,7 +218,7 @@ class FakeSeats:
         elif one.moved_from == sidecar:
             one.moved_from = ""
         one.ends_ms = max(one.ends_ms, now_ms + KEPT_MS)
-        one.owner, one.op = sidecar, op
+        one.owner, one.op, one.pair = sidecar, op, self.registers.contents.marks[call.tenant].pair
         if ask.who.heartbeat_ms:
             one.who = ask.who
         return Result.HELD

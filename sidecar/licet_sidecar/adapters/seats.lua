@@ -76,7 +76,7 @@ for i = 1, feature_count do
   features[i] = f
 end
 
-local RECORD = '^([^|]+)|(%d+)|(%d+)|([^|]*)|(%d+)|(%d+)|(%d+)|(.*)$'
+local RECORD = '^([^|]+)|(%d+)|(%d+)|([^|]*)|(%d+)|(%d+)|(%d+)|(%d+|[^|]+)|(.*)$'
 
 -- Whether the call (a, b) was made before the call (c, d): incarnation first, then the number within it.
 local function is_before(a, b, c, d) return a < c or (a == c and b < d) end
@@ -88,10 +88,11 @@ local function record_of(f, holder)
     r.live = r.ends > now_ms
     local packed = r.live and redis.call('HGET', f.holders, holder)
     if packed then
-      local owner, r_incarnation, r_op, from, from_incarnation, from_op, from_ends, who = string.match(packed, RECORD)
+      local owner, r_incarnation, r_op, from, from_incarnation, from_op, from_ends, r_pair, who =
+        string.match(packed, RECORD)
       if owner then -- what cannot be read is nobody's: whoever says first that it answers for it does
         r.owner, r.incarnation, r.op, r.who = owner, tonumber(r_incarnation), tonumber(r_op), who
-        r.from_ends = tonumber(from_ends)
+        r.from_ends, r.pair = tonumber(from_ends), r_pair
         if r.from_ends > now_ms then
           r.from, r.from_incarnation, r.from_op = from, tonumber(from_incarnation), tonumber(from_op)
         end
@@ -116,7 +117,7 @@ local function hold(f, r, who)
   elseif r.from == sidecar then
     r.from = ''
   end
-  r.live = true
+  r.live, r.pair = true, pair
   r.ends = math.max(r.ends, now_ms + kept_ms) -- a late call does not shorten a hold
   r.owner, r.incarnation, r.op = sidecar, incarnation, op
   if who ~= '' or not r.who then r.who = who end
@@ -152,9 +153,14 @@ local function decide(f, r, verb, who)
   if verb == 'release' then return release(f, r) end
   local held = r.live and r.owner ~= NOBODY
   local renewing = verb == 'renew' or verb == 'assert'
-  if verb == 'look' and held then return 'HELD' end
   if verb == 'assert' and not is_open then return hold(f, r, who) end
+  -- A holder whose seat was not used under this pair may be one that a failover brought back after it had left. It
+  -- counts, but has the seat only when there is one for each that counts.
+  local doubtful = r.live and r.pair ~= pair and verb ~= 'assert' and not (is_open and f.count <= f.seats)
+  if doubtful and not is_open then return 'LEARNING' end
   if renewing and r.live and r.owner and r.owner ~= sidecar then return 'MOVED' end
+  if doubtful then return (renewing or verb == 'take') and 'GONE' or 'FULL' end
+  if verb == 'look' and held then return 'HELD' end
   if held or (r.live and verb == 'acquire') then return hold(f, r, who) end
   if not is_open then return 'LEARNING' end
   if renewing or verb == 'take' then return 'GONE' end
@@ -188,7 +194,8 @@ for _, f in ipairs(features) do
       used = true
       redis.call('ZADD', f.set, text(r.ends), holder)
       redis.call('HSET', f.holders, holder, table.concat({r.owner or NOBODY, text(r.incarnation or 0),
-        text(r.op or 0), r.from, text(r.from_incarnation or 0), text(r.from_op or 0), text(r.from_ends), r.who or ''}, '|'))
+        text(r.op or 0), r.from, text(r.from_incarnation or 0), text(r.from_op or 0), text(r.from_ends),
+        r.pair or '0|-', r.who or ''}, '|'))
     else
       redis.call('ZREM', f.set, holder)
       redis.call('HDEL', f.holders, holder)
