@@ -27,7 +27,19 @@ if TYPE_CHECKING:
         SidecarUnavailable,
         Timeout,
     )
-    from licet.client.model import Check, Cost, Decision, Quota, Resource, Semantics, Subject
+    from licet.client.holding import SeatHolding
+    from licet.client.model import (
+        Check,
+        Cost,
+        Decision,
+        Quota,
+        Resource,
+        Seat,
+        SeatRenewal,
+        SeatState,
+        Semantics,
+        Subject,
+    )
     from licet.client.reservations import AsyncReservation, Reservation, ReservationState, Settlement
     from licet.domain.outcomes import Effect, Reason
 
@@ -47,6 +59,10 @@ _HOMES: Final = {
     "Reservation": "licet.client.reservations",
     "ReservationState": "licet.client.reservations",
     "Resource": "licet.client.model",
+    "Seat": "licet.client.model",
+    "SeatHolding": "licet.client.holding",
+    "SeatRenewal": "licet.client.model",
+    "SeatState": "licet.client.model",
     "Semantics": "licet.client.model",
     "Settlement": "licet.client.reservations",
     "SidecarError": "licet.client.errors",
@@ -71,6 +87,10 @@ __all__ = [
     "Reservation",
     "ReservationState",
     "Resource",
+    "Seat",
+    "SeatHolding",
+    "SeatRenewal",
+    "SeatState",
     "Semantics",
     "Settlement",
     "SidecarError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
@@ -15,8 +16,27 @@ from google.protobuf.message import Message
 from licet.client.channel import CHANNEL_OPTIONS, TIMEOUT_DEFAULT_S, resolve_target
 from licet.client.errors import LicetError, from_status
 from licet.client.failure import Fallback, check_fallback, fall_back, pause_before_retry_s
-from licet.client.messages import batch_request, check_request, decision_of, decisions_of
-from licet.client.model import Check, ContextValue, Decision, Resource, Semantics, Subject
+from licet.client.holding import OnLost, SeatHolding
+from licet.client.messages import (
+    batch_request,
+    check_request,
+    decision_of,
+    decisions_of,
+    renewal_of,
+    seat_of,
+    seat_state_of,
+)
+from licet.client.model import (
+    Check,
+    ContextValue,
+    Decision,
+    Resource,
+    Seat,
+    SeatRenewal,
+    SeatState,
+    Semantics,
+    Subject,
+)
 from licet.client.reservations import (
     AsyncReservation,
     ExpiresAfter,
@@ -188,6 +208,76 @@ class AsyncClient:
             call.cancel()
         if malformed:
             raise malformed[0]
+
+    async def acquire_seat(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        idempotency_key: str | None = None,
+        peek: bool = False,
+        timeout: float | None = None,
+        fallback: Fallback | None = None,
+    ) -> Seat:
+        """As ``licet.Client.acquire_seat``."""
+        check = Check(tenant, action, subject, None, None, resource, context, idempotency_key, peek)
+        request = pb.AcquireSeatRequest(check=check_request(check))
+        try:
+            return seat_of(await self._call(self._stub().AcquireSeat, request, timeout))
+        except LicetError as error:
+            decision = fall_back(self._fallback if fallback is None else check_fallback(fallback), check, error)
+            if decision is None:
+                raise
+            return Seat(decision)
+
+    async def renew_seat(self, tenant: str, seat_id: str, *, timeout: float | None = None) -> SeatRenewal:
+        """As ``licet.Client.renew_seat``."""
+        request = pb.RenewSeatRequest(tenant=tenant, seat_id=seat_id)
+        return renewal_of(await self._call(self._stub().RenewSeat, request, timeout))
+
+    async def release_seat(self, tenant: str, seat_id: str, *, timeout: float | None = None) -> SeatState:
+        """As ``licet.Client.release_seat``."""
+        request = pb.ReleaseSeatRequest(tenant=tenant, seat_id=seat_id)
+        return seat_state_of((await self._call(self._stub().ReleaseSeat, request, timeout)).state)
+
+    @asynccontextmanager
+    async def hold_seat(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        on_lost: OnLost | None = None,
+    ) -> AsyncIterator[SeatHolding]:
+        """As ``licet.Client.hold_seat``; renews in a task, which also calls ``on_lost``, a plain function."""
+        seat = await self.acquire_seat(tenant, action, subject=subject, resource=resource, context=context)
+        holding = SeatHolding(seat, on_lost)
+        if not seat.seat_id:
+            yield holding
+            return
+
+        async def renew() -> None:
+            going_on = True
+            while going_on:
+                await asyncio.sleep(holding.pause_s)
+                try:
+                    going_on = holding.renewed(await self.renew_seat(tenant, seat.seat_id))
+                except LicetError:
+                    going_on = holding.unanswered()
+
+        task = asyncio.create_task(renew(), name="licet-seat")
+        try:
+            yield holding
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            with suppress(LicetError):
+                await self.release_seat(tenant, seat.seat_id)
 
     async def _call(
         self,

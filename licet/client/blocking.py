@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self, TypeVar, cast
 
@@ -14,8 +16,27 @@ from google.protobuf.message import Message
 from licet.client.channel import CHANNEL_OPTIONS, TIMEOUT_DEFAULT_S, resolve_target
 from licet.client.errors import LicetError, from_status
 from licet.client.failure import Fallback, check_fallback, fall_back, pause_before_retry_s
-from licet.client.messages import batch_request, check_request, decision_of, decisions_of
-from licet.client.model import Check, ContextValue, Decision, Resource, Semantics, Subject
+from licet.client.holding import OnLost, SeatHolding
+from licet.client.messages import (
+    batch_request,
+    check_request,
+    decision_of,
+    decisions_of,
+    renewal_of,
+    seat_of,
+    seat_state_of,
+)
+from licet.client.model import (
+    Check,
+    ContextValue,
+    Decision,
+    Resource,
+    Seat,
+    SeatRenewal,
+    SeatState,
+    Semantics,
+    Subject,
+)
 from licet.client.reservations import (
     ExpiresAfter,
     Extension,
@@ -235,6 +256,102 @@ class Client:
             call.cancel()
         if malformed:
             raise malformed[0]
+
+    def acquire_seat(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        idempotency_key: str | None = None,
+        peek: bool = False,
+        timeout: float | None = None,
+        fallback: Fallback | None = None,
+    ) -> Seat:
+        """A seat of the feature that ``action`` draws on, for as long as it is renewed.
+
+        Args:
+            tenant, action, subject, resource, context, idempotency_key, peek, timeout, fallback: as for ``check``. The
+                ``subject`` is required: it is the holder, and has one seat of a feature wherever it asks.
+
+        Raises:
+            LicetError: as ``check`` does.
+        """
+        check = Check(tenant, action, subject, None, None, resource, context, idempotency_key, peek)
+        request = pb.AcquireSeatRequest(check=check_request(check))
+        try:
+            return seat_of(self._call(self._stub.AcquireSeat, request, timeout))
+        except LicetError as error:
+            decision = fall_back(self._fallback if fallback is None else check_fallback(fallback), check, error)
+            if decision is None:
+                raise
+            return Seat(decision)
+
+    def renew_seat(self, tenant: str, seat_id: str, *, timeout: float | None = None) -> SeatRenewal:
+        """A heartbeat: keeps a seat. At least one in ``heartbeat``; after two without, the seat is taken back.
+
+        Raises:
+            LicetError: as ``check`` does. ``SidecarUnavailable`` also when nobody can say just now whether it is held.
+        """
+        request = pb.RenewSeatRequest(tenant=tenant, seat_id=seat_id)
+        return renewal_of(self._call(self._stub.RenewSeat, request, timeout))
+
+    def release_seat(self, tenant: str, seat_id: str, *, timeout: float | None = None) -> SeatState:
+        """Gives a seat back. May be repeated.
+
+        Raises:
+            LicetError: as ``check`` does.
+        """
+        request = pb.ReleaseSeatRequest(tenant=tenant, seat_id=seat_id)
+        return seat_state_of((self._call(self._stub.ReleaseSeat, request, timeout)).state)
+
+    @contextmanager
+    def hold_seat(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        on_lost: OnLost | None = None,
+    ) -> Iterator[SeatHolding]:
+        """Holds a seat while the block runs: acquires it, renews it on a thread, and releases it at the end.
+
+        What it yields is true while the seat is held, and false from the start when none was given: its ``decision``
+        says why. Look at it as often as the action should notice a loss, or pass ``on_lost``, which is called with the
+        state, once, on that thread.
+
+        Raises:
+            LicetError: acquiring failed, as ``acquire_seat`` does. At the end nothing is raised: a seat that cannot be
+                released ends by itself.
+        """
+        seat = self.acquire_seat(tenant, action, subject=subject, resource=resource, context=context)
+        holding = SeatHolding(seat, on_lost)
+        if not seat.seat_id:
+            yield holding
+            return
+        done = threading.Event()
+
+        def renew() -> None:
+            going_on = True
+            while going_on and not done.wait(holding.pause_s):
+                try:
+                    going_on = holding.renewed(self.renew_seat(tenant, seat.seat_id))
+                except LicetError:
+                    going_on = holding.unanswered()
+
+        thread = threading.Thread(target=renew, name="licet-seat", daemon=True)
+        thread.start()
+        try:
+            yield holding
+        finally:
+            done.set()
+            thread.join()
+            with suppress(LicetError):
+                self.release_seat(tenant, seat.seat_id)
 
     def _call(
         self,

@@ -12,7 +12,19 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from licet.client.errors import InvalidRequest, SidecarError
-from licet.client.model import Check, ContextValue, Cost, Decision, Quota, Resource, Semantics, Subject
+from licet.client.model import (
+    Check,
+    ContextValue,
+    Cost,
+    Decision,
+    Quota,
+    Resource,
+    Seat,
+    SeatRenewal,
+    SeatState,
+    Semantics,
+    Subject,
+)
 from licet.domain.outcomes import Effect, Reason
 from licet.v1 import approval_pb2 as pb
 
@@ -115,6 +127,46 @@ def decision_of(response: pb.CheckResponse) -> Decision:
 def decisions_of(response: pb.CheckBatchResponse) -> list[Decision]:
     """The decisions of a batch, in the order of its checks; fewer than them when its semantics stopped early."""
     return [decision_of(decision) for decision in response.decisions]
+
+
+def seat_of(response: pb.AcquireSeatResponse) -> Seat:
+    """The seat a response carries.
+
+    Raises:
+        SidecarError: as ``decision_of``.
+    """
+    return Seat(
+        decision=decision_of(response.decision),
+        seat_id=response.seat_id,
+        heartbeat=_timedelta(response.heartbeat) if response.HasField("heartbeat") else None,
+        expires_at=_datetime(response.expires_at) if response.HasField("expires_at") else None,
+        seats=response.seats,
+        taken=response.seats_taken,
+    )
+
+
+def renewal_of(response: pb.RenewSeatResponse) -> SeatRenewal:
+    """The renewal a response carries."""
+    return SeatRenewal(
+        state=seat_state_of(response.state),
+        expires_at=_datetime(response.expires_at) if response.HasField("expires_at") else None,
+        degraded=response.degraded,
+    )
+
+
+def seat_state_of(number: int) -> SeatState:
+    """The state a response carries.
+
+    Raises:
+        SidecarError: it is one that this SDK does not know.
+    """
+    try:
+        return SeatState(number)
+    except ValueError as error:
+        raise SidecarError(
+            f"the sidecar answered with seat state {number}, which this SDK does not know: upgrade licet",
+            code="UNKNOWN_SEAT_STATE",
+        ) from error
 
 
 def units_of(units: int, field: str) -> int:

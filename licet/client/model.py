@@ -63,6 +63,16 @@ class Check:
     peek: bool = False
 
 
+class SeatState(IntEnum):
+    """What became of a seat."""
+
+    HELD = 1
+    RELEASED = 2
+    RECLAIMED = 3
+    """The holder was silent for too long, or nobody could vouch for the seat any more."""
+    UNKNOWN = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Quota:
     """One quota as the sidecar saw it when it answered.
@@ -132,3 +142,38 @@ class Decision:
 
     def __bool__(self) -> bool:
         return self.effect is Effect.APPROVED
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """The answer to a request for a seat. True exactly when its decision is ``APPROVED``.
+
+    ``seat_id`` can be empty in an approval: the deployment only observes, or the sidecar, or the fallback, allows the
+    action without a seat while none can be had. Then there is nothing to renew. ``seats`` says how many there are and
+    ``taken`` how many are held, as last known.
+    """
+
+    decision: Decision
+    seat_id: str = ""
+    heartbeat: timedelta | None = None
+    expires_at: datetime | None = None
+    seats: int = 0
+    taken: int = 0
+
+    def __bool__(self) -> bool:
+        return self.decision.approved
+
+
+@dataclass(frozen=True, slots=True)
+class SeatRenewal:
+    """The answer to a heartbeat. True exactly when the seat is held.
+
+    ``degraded``: Redis could not be asked; the seat is kept for as long as it is certain that nobody else has it.
+    """
+
+    state: SeatState
+    expires_at: datetime | None = None
+    degraded: bool = False
+
+    def __bool__(self) -> bool:
+        return self.state is SeatState.HELD

@@ -51,6 +51,14 @@ class RedisNames:
         """Hash of one quota, ``quota`` being ``<feature>:<limit>[@<scope digest>]:<window start>``."""
         return f"{self.prefix}:{{{tenant}}}:q:{quota}"
 
+    def seats(self, tenant: str, feature: str) -> str:
+        """Sorted set of a feature's seats: holder to the end of its hold (ms, Redis clock)."""
+        return f"{self.prefix}:{{{tenant}}}:seats:{feature}"
+
+    def seat_holders(self, tenant: str, feature: str) -> str:
+        """Hash beside ``seats``: holder to the sidecar that answers for it."""
+        return f"{self.prefix}:{{{tenant}}}:seats:{feature}#holders"
+
     def usage(self, shard: int) -> str:
         """Stream of usage batches."""
         return f"{self.prefix}:usage:{shard}"

@@ -16,6 +16,7 @@ field                                value
                                      window a hash was made for and the start of the one before it (0 for none), in
                                      seconds; and of each the ``since`` of the learning phase in which something was
                                      last said into it (0 for none)
+``s|<feature>``                      marker: ``<epoch>|<run>`` under which the feature's seats were made or last used
 ===================================  =================================================================================
 
 *A quota*, hash ``licet:{tenant}:q:<limit key>[@<scope digest>]:<window start>``:
@@ -35,6 +36,13 @@ implies ``sum ≤ amount``. Numbers are decimal integers below 2^53.
 
 Of a *rate* the registers hold shares, in thousandths of a unit a second: ``g`` is the share, ``u`` and ``h`` are 0, and
 the window is all of time. A share is over, and counts for nobody, ``HOLD_S`` + ``HOLD_MARGIN_S`` after its last call.
+
+*Seats of a feature*, sorted set ``licet:{tenant}:seats:<feature>``: holder digest, and when its hold ends, in
+milliseconds, Redis clock; and the member ``*`` without end, so that a set that was made is never missing. Beside it the
+hash ``licet:{tenant}:seats:<feature>#holders``: holder digest, and
+``sidecar|incarnation|op|from|incarnation|op|ends|epoch|run|who``: the sidecar that answers for the seat (``-`` once
+released) and its call that last touched it; the sidecar that the seat moved from, that one's last call, and until when
+(ms) it may not have heard; the pair it was last held under; and whose the seat is (opaque).
 Source: ``docs/adr/0002-registers-not-tokens.md``.
 """
 
@@ -59,6 +67,9 @@ QUOTA_KEPT_S: Final = 3_600
 LIMIT_FIELD: Final = "l|"
 MARKER_FIELD: Final = "m|"
 REGISTER_FIELD: Final = "r|"
+SEATS_FIELD: Final = "s|"
+SEATS_SENTINEL: Final = "*"
+"""Member of every set of seats, with the score +inf."""
 
 
 RUN_SECTIONS: Final = ("server", "replication")
@@ -117,6 +128,8 @@ class Mark:
     revision: int
     amounts: Mapping[str, int]
     markers: Mapping[str, Marker]
+    seats: frozenset[str] = frozenset()
+    """Features that a set of seats was made for."""
 
     @property
     def is_open(self) -> bool:
@@ -158,12 +171,15 @@ def parse_mark(fields: Mapping[bytes, bytes]) -> Mark | None:
         return None
     amounts: dict[str, int] = {}
     markers: dict[str, Marker] = {}
+    seats: list[str] = []
     for raw_name, raw_value in fields.items():
         name = raw_name.decode()
         if name.startswith(LIMIT_FIELD):
             amounts[name[2:]] = int(raw_value)
         elif name.startswith(MARKER_FIELD):
             markers[name[2:]] = Marker(*map(int, raw_value.split(b"|")))
+        elif name.startswith(SEATS_FIELD):
+            seats.append(name[2:])
     return Mark(
         pair=Pair(int(fields[b"epoch"]), fields[b"run"].decode()),
         phase=fields[b"phase"].decode(),
@@ -171,6 +187,7 @@ def parse_mark(fields: Mapping[bytes, bytes]) -> Mark | None:
         revision=int(fields[b"revision"]),
         amounts=amounts,
         markers=markers,
+        seats=frozenset(seats),
     )
 
 

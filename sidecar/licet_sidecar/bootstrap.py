@@ -19,15 +19,17 @@ from licet.wire.registers import QUOTA_KEPT_S, Pair
 from licet.wire.signing import Verifier
 from licet_sidecar.adapters.redis_lease_store import RedisLeaseStore
 from licet_sidecar.adapters.redis_link import connect
+from licet_sidecar.adapters.redis_seat_store import RedisSeatStore
 from licet_sidecar.adapters.redis_state_source import RedisStateSource
 from licet_sidecar.adapters.redis_usage_sink import RedisUsageSink
 from licet_sidecar.adapters.state_directory import StateDirectory
-from licet_sidecar.adapters.usage_log import LogHeader, Recovered, UsageLog, UsageLogError, floor_record
+from licet_sidecar.adapters.usage_log import LogHeader, Recovered, UsageLog, UsageLogError, floor_record, seat_record
 from licet_sidecar.clock import Clock, SystemClock
 from licet_sidecar.config import Config
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
+from licet_sidecar.core.seats import SeatBook
 from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown, LinkRefused
 from licet_sidecar.services import reservation_records
@@ -36,6 +38,8 @@ from licet_sidecar.services.idempotency import ANSWERS_MAX, RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.metrics import CONTENT_TYPE, Metrics
+from licet_sidecar.services.seat_keeping import SeatKeeper
+from licet_sidecar.services.seats import SeatService
 from licet_sidecar.services.shipping import ShippingService
 from licet_sidecar.services.syncing import SyncService
 from licet_sidecar.services.tally import Tally
@@ -124,6 +128,7 @@ class Sidecar:
                 floor_record(*recovered.floor),
                 *self.leasing.lease_records(),
                 *reservation_records.records_of(self.reservations),
+                *(seat_record(tenant, seat_id, packed) for (tenant, seat_id), packed in recovered.seats.items()),
             ],
         )
         self.shipping = ShippingService(self.log, verifier, self.clock, self.tally)
@@ -155,12 +160,34 @@ class Sidecar:
         self._metrics = Metrics(
             self.engine, self.log, self.shipping, self.link, self.clock, self.tally, self.reservations
         )
+        self.seats = SeatKeeper(
+            self.engine,
+            SeatBook(self.identity.incarnation),
+            RedisSeatStore(
+                self._redis,
+                names,
+                config.redis_url,
+                sidecar=self.identity.sidecar,
+                incarnation=self.identity.incarnation,
+            ),
+            store,
+            self.log,
+            self.clock,
+            self.link,
+            self.tally,
+        )
+        for (tenant, _), packed in recovered.seats.items():
+            self.seats.restore(tenant, packed)
+        seats = SeatService(
+            self.engine, self.seats, self.log, self.clock, self.link, self.sync, self.recent, self.tally
+        )
+        self.service.register(seats.methods())
         self._address = ""
         self._draining = False
         self._turned_ms = boot_ms
         self._stop = asyncio.Event()
         self._pulse_soon = asyncio.Event()
-        self.leasing.on_asserted = self._pulse_soon.set
+        self.leasing.on_asserted = self.seats.on_asserted = self._pulse_soon.set
         self._epoch = 0
         self._exit_reason = ""
         self._retired = False
@@ -194,6 +221,7 @@ class Sidecar:
                     ("pulse", self._pulse_loop()),
                     ("upkeep", self._upkeep_loop()),
                     ("recalls", self._recall_loop()),
+                    ("seats", self._seats_loop()),
                     ("readiness", self._readiness(edge)),
                 )
             ]
@@ -242,6 +270,7 @@ class Sidecar:
                     floor_record(*self.sync.state.floor),
                     *self.leasing.lease_records(),
                     *reservation_records.records_of(self.reservations),
+                    *self.seats.records(),
                 ]
             )
         except UsageLogError as error:
@@ -271,7 +300,7 @@ class Sidecar:
         self.sync.take_head(report)
         if self._epoch:
             # A restarted server is learning until everybody has asserted: do not wait for the head to say so.
-            self.leasing.assert_all(self._epoch, report.run_id)
+            self._assert_all(self._epoch, report.run_id)
 
     async def _upkeep_loop(self) -> None:
         while True:
@@ -281,6 +310,14 @@ class Sidecar:
             self.leasing.urgent.clear()
             await self.service.reserving.upkeep()
             await self.leasing.upkeep()
+
+    async def _seats_loop(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(UPKEEP_S):
+                    await self.seats.urgent.wait()
+            self.seats.urgent.clear()
+            await self.seats.upkeep()
 
     async def _recall_loop(self) -> None:
         while True:
@@ -307,6 +344,7 @@ class Sidecar:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.service.reserving.stop()
         await self.leasing.stop()
+        await self.seats.stop()
         if self.link.up and not self._exit_reason:
             untold = await self.leasing.give_back_all()
             if not untold and not self.reservations.open_count:
@@ -353,7 +391,11 @@ class Sidecar:
     def _head_taken(self, head: Head) -> None:
         self.engine.leases.live = head.live
         self._epoch = head.epoch
-        self.leasing.assert_all(head.epoch, head.run_id)
+        self._assert_all(head.epoch, head.run_id)
+
+    def _assert_all(self, epoch: int, run: str) -> None:
+        self.leasing.assert_all(epoch, run)
+        self.seats.assert_all(epoch, run)
 
     def _replaced(self, why: str) -> None:
         self._directory.renounce_identity()
@@ -365,7 +407,7 @@ class Sidecar:
         self._stop.set()
 
     def _heartbeat(self) -> Heartbeat:
-        asserted: Pair = self.leasing.asserted
+        asserted = self.leasing.asserted if self.leasing.asserted == self.seats.asserted else Pair(0, "")
         return Heartbeat(
             sidecar=self.identity.sidecar,
             incarnation=self.identity.incarnation,

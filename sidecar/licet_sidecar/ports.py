@@ -13,6 +13,7 @@ from typing import Protocol
 
 from licet.wire.registers import Pair
 from licet_sidecar.core.leases import SettleAnswer, SettleCall
+from licet_sidecar.core.seats import SeatAnswer, SeatCall
 
 
 class LinkDown(Exception):
@@ -67,6 +68,13 @@ class LeaseStore(Protocol):
 
     def recalls(self) -> AsyncIterator[tuple[str, list[str]]]:
         """What the other sidecars want: (tenant, quotas), as it comes, until the link breaks."""
+
+
+class SeatStore(Protocol):
+    """Seats."""
+
+    async def call(self, calls: Sequence[SeatCall]) -> list[SeatAnswer | Exception]:
+        """Carries out calls, each atomically; one answer (or what prevented it) for each, in order."""
 
 
 class StateSource(Protocol):

@@ -129,6 +129,24 @@ def test_sidecar_runs_scripts_over_the_quotas_of_a_tenant(sidecar: redis.Redis) 
     assert sidecar.eval(writes, 1, NAMES.quota("acme", "reports:l1:0")) == 1
 
 
+def test_sidecar_runs_scripts_over_the_seats_of_a_tenant(sidecar: redis.Redis, server: redis.Redis) -> None:
+    script = sidecar.register_script((TOP / "sidecar/licet_sidecar/adapters/seats.lua").read_text())
+    run = sidecar.info("server")["run_id"]  # type: ignore[index]  # a dict
+    mark = {"epoch": "1", "run": run, "phase": "open", "since": "0", "revision": "1", "l|editor#seats": "1"}
+    server.hset(NAMES.limits("seated"), mapping=mark)  # type: ignore[arg-type]  # texts
+    keys = [NAMES.limits("seated"), NAMES.seats("seated", "editor"), NAMES.seat_holders("seated", "editor")]
+
+    def call(op: int, verb: str, holder: str, kept_ms: int = 60_000) -> bytes:
+        answer = script(keys, ["one", 1, op, "1", run, 1, kept_ms, 1, "editor", 1, 1, verb, holder, "who"])
+        return answer[-2]  # type: ignore[index,no-any-return]  # a list
+
+    assert call(1, "acquire", "ada", 1) == b"HELD"
+    time.sleep(0.005)  # its hold is over: the next call removes it
+    assert call(2, "acquire", "bob") == b"HELD"
+    assert call(3, "acquire", "ada") == b"FULL"
+    assert call(4, "release", "bob") == b"RELEASED"
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -138,6 +156,7 @@ def test_sidecar_runs_scripts_over_the_quotas_of_a_tenant(sidecar: redis.Redis) 
         ("XADD", NAMES.changes(), "99-0", "kind", "forged"),
         ("HSET", NAMES.acked(), "log", "forged"),
         ("DEL", NAMES.quota("acme", "reports:l1:0")),
+        ("DEL", NAMES.seats("acme", "editor")),
         ("XTRIM", NAMES.usage(0), "MAXLEN", "0"),
         ("XDEL", NAMES.usage(0), "1-0"),
         ("EVAL", "return redis.call('DEL', KEYS[1])", "1", NAMES.limits("acme")),

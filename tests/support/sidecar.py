@@ -17,20 +17,24 @@ from licet.v1 import approval_pb2 as pb
 from licet.wire.signing import SigningKey, Verifier
 from licet.wire.usage import UsageEvent, unpack_event
 from licet_sidecar.adapters.state_directory import StateDirectory
-from licet_sidecar.adapters.usage_log import LogHeader, UsageLog, floor_record
+from licet_sidecar.adapters.usage_log import LogHeader, UsageLog, floor_record, seat_record
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
+from licet_sidecar.core.seats import SeatBook
 from licet_sidecar.ports import LinkDown, PulseReport
 from licet_sidecar.services import reservation_records, syncing
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
+from licet_sidecar.services.seat_keeping import SeatKeeper
+from licet_sidecar.services.seats import SeatService
 from licet_sidecar.services.syncing import SyncService
 from licet_sidecar.services.tally import Tally
 from tests.support.fake_clock import FakeClock
 from tests.support.fake_lease_store import FakeLeaseStore, FakeRegisters
+from tests.support.fake_seat_store import FakeSeats, FakeSeatStore
 from tests.support.fake_state_source import FakePublisher, FakeStateSource
 from tests.support.published import KEY
 
@@ -57,6 +61,7 @@ class World:
         self.source = FakeStateSource()
         self.publisher = FakePublisher(self.source)
         self.registers = FakeRegisters(now_ms=self.clock.us // 1_000, run_id=self.source.run_id)
+        self.seats = FakeSeats(self.registers)
         self._catalog = Catalog()
         self._licenses: dict[str, License] = {}
 
@@ -95,6 +100,7 @@ class FakeSidecar:
         self,
         world: World,
         *,
+        sidecar: str = SIDECAR,
         incarnation: int = 1,
         log_bytes_max: int = 1 << 30,
         tenants_max: int = 1_000,
@@ -103,30 +109,33 @@ class FakeSidecar:
     ) -> None:
         self.world = world
         clock = world.clock
-        self.directory = StateDirectory(world.directory)
+        place = world.directory if sidecar == SIDECAR else world.directory / sidecar
+        place.mkdir(exist_ok=True)
+        self.directory = StateDirectory(place)
         self.tally = Tally()
         self.link = LinkState()
         self.link.succeeded()
-        self.log = UsageLog(world.directory, bytes_max=log_bytes_max)
-        self.recovered = self.log.recover(SIDECAR, incarnation - 1, recent_max=1_000, now_s=clock.us / 1e6)
+        self.log = UsageLog(place, bytes_max=log_bytes_max)
+        self.recovered = self.log.recover(sidecar, incarnation - 1, recent_max=1_000, now_s=clock.us / 1e6)
         self.leases = LeaseBook(incarnation)
         for (tenant, _), lease in self.recovered.leases.items():
             self.leases.restore(tenant, lease, clock.ms)
         self.reservations = ReservationBook()
         reservation_records.recover(self.reservations, self.recovered, self.leases, clock.us, clock.ms)
         self.engine = Engine(self.leases, tenants_max=tenants_max, staleness_us_max=staleness_us_max)
-        self.store = FakeLeaseStore(world.registers, sidecar=SIDECAR, incarnation=incarnation)
+        self.store = FakeLeaseStore(world.registers, sidecar=sidecar, incarnation=incarnation)
         self.replaced: list[str] = []
         self.leasing = LeasingService(
             self.engine, self.store, self.log, clock, self.link, self.tally, on_replaced=self.replaced.append
         )
         prefix = incarnation.to_bytes(8, "big")
         self.log.start(
-            LogHeader(SIDECAR, incarnation, incarnation - 1, 0, prefix, 1),
+            LogHeader(sidecar, incarnation, incarnation - 1, 0, prefix, 1),
             [
                 floor_record(*self.recovered.floor),
                 *self.leasing.lease_records(),
                 *reservation_records.records_of(self.reservations),
+                *(seat_record(*key, packed) for key, packed in self.recovered.seats.items()),
             ],
         )
         self.heads: list[Any] = []
@@ -147,6 +156,21 @@ class FakeSidecar:
         self.service = ApprovalService(
             self.engine, self.log, clock, self.link, self.leasing, self.sync, self.recent, self.tally, self.reservations
         )
+        self.seat_store = FakeSeatStore(world.seats, sidecar=sidecar, incarnation=incarnation)
+        self.seats = SeatKeeper(
+            self.engine,
+            SeatBook(incarnation),
+            self.seat_store,
+            self.store,
+            self.log,
+            clock,
+            self.link,
+            self.tally,
+        )
+        for (tenant, _), packed in self.recovered.seats.items():
+            self.seats.restore(tenant, packed)
+        seats = SeatService(self.engine, self.seats, self.log, clock, self.link, self.sync, self.recent, self.tally)
+        self.service.register(seats.methods())
         self._syncing: asyncio.Task[None] | None = None
         self._ended = False
 
@@ -171,6 +195,7 @@ class FakeSidecar:
         self._ended = True
         await self.service.reserving.stop()
         await self.leasing.stop()
+        await self.seats.stop()
         await cancel(self._syncing)
         self.log.close()
         self.directory.close()
@@ -180,6 +205,7 @@ class FakeSidecar:
         self._ended = True
         await self.service.reserving.stop()
         await self.leasing.stop()
+        await self.seats.stop()
         await cancel(self._syncing)
         self.directory.close()
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from licet_control_plane.cli import ask, bundles, fleet, grants, licenses, quotas, reservations, run, usage
+from licet_control_plane.cli import ask, bundles, fleet, grants, licenses, quotas, reservations, run, seats, usage
 from licet_control_plane.cli.dev import command as dev
 from licet_control_plane.cli.failure import EXIT_CODES_HELP
 from licet_control_plane.cli.replay import command as replay
@@ -57,6 +57,10 @@ _reservation.command("make", epilog=EXIT_CODES_HELP)(reservations.make)
 _reservation.command("commit", epilog=EXIT_CODES_HELP)(reservations.commit)
 _reservation.command("cancel", epilog=EXIT_CODES_HELP)(reservations.cancel)
 _reservation.command("extend", epilog=EXIT_CODES_HELP)(reservations.extend)
+_seat = _group("seat", "Seats of features that are sold by the number of their holders.")
+_seat.command("acquire", epilog=EXIT_CODES_HELP)(seats.acquire)
+_seat.command("renew", epilog=EXIT_CODES_HELP)(seats.renew)
+_seat.command("release", epilog=EXIT_CODES_HELP)(seats.release)
 
 _policy = _group("policy", "Plans, policies and the rest of the catalog, kept as files in a directory.")
 _policy.command("validate", epilog=EXIT_CODES_HELP)(bundles.validate)

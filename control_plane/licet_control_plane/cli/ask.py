@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +14,7 @@ from licet_control_plane.cli.failure import EXIT_NO, EXIT_UNREACHABLE, EXIT_USAG
 from licet_control_plane.cli.output import emit_json, say
 
 if TYPE_CHECKING:
+    import licet
     from licet.client.model import Decision
 
 
@@ -53,24 +56,39 @@ def check(
     resource_type, _, resource_id = resource.rpartition(":")
     if colon and not id_:
         raise bad(f"--subject {subject!r} has no id.", "--subject user:ada")
+    with client_of(target, timeout) as client:
+        decision = client.check(
+            tenant,
+            action,
+            subject=licet.Subject(id_, type=type_, roles=role or ()) if subject or role else None,
+            quantity=quantity,
+            quantities=quantities,
+            context=attributes,
+            resource=licet.Resource(resource_id, type=resource_type) if resource else None,
+            idempotency_key=idempotency_key,
+            peek=peek,
+        )
+    if as_json:
+        emit_json({**decision_as_json(decision), "sidecar": target})
+    else:
+        print_decision(decision)
+    if not decision.approved:
+        raise typer.Exit(EXIT_NO)
+
+
+@contextmanager
+def client_of(target: str, timeout: str) -> Iterator[licet.Client]:
+    """A client of one sidecar; what it raises becomes an error of the command line."""
+    import licet
+
     try:
         with licet.Client(target, timeout=seconds(timeout, "--timeout")) as client:
-            decision = client.check(
-                tenant,
-                action,
-                subject=licet.Subject(id_, type=type_, roles=role or ()) if subject or role else None,
-                quantity=quantity,
-                quantities=quantities,
-                context=attributes,
-                resource=licet.Resource(resource_id, type=resource_type) if resource else None,
-                idempotency_key=idempotency_key,
-                peek=peek,
-            )
+            yield client
     except licet.InvalidRequest as error:
-        name = error.field.removeprefix("context.")
+        name = error.field.removeprefix("check.").removeprefix("context.")
         fix = (
             f"name the type with the value: --context {name}:string=…, or int, double, bool"
-            if name != error.field
+            if "context." in error.field
             else "correct the argument"
         )
         raise CliError(str(error), fix=fix, exit_code=EXIT_USAGE) from error
@@ -84,12 +102,6 @@ def check(
         raise CliError(str(error)) from error
     except ValueError as error:  # the address
         raise bad(str(error), "--sidecar 127.0.0.1:7420") from error
-    if as_json:
-        emit_json({**decision_as_json(decision), "sidecar": target})
-    else:
-        print_decision(decision)
-    if not decision.approved:
-        raise typer.Exit(EXIT_NO)
 
 
 def decision_as_json(decision: Decision) -> dict[str, Any]:

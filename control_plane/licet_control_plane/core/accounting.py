@@ -100,13 +100,16 @@ class Account:
         return dict(self._spend)
 
 
-_STEPS: Final = frozenset((EventKind.CANCEL, EventKind.EXPIRE, EventKind.EXTEND))
+_STEPS: Final = frozenset(
+    (EventKind.CANCEL, EventKind.EXPIRE, EventKind.EXTEND, EventKind.SEAT_RELEASE, EventKind.SEAT_RECLAIM)
+)
 
 
 def is_outcome(event: UsageEvent) -> bool:
     """Whether the event says what became of an action, so that sums count each action once.
 
-    A reservation that was approved is counted when it is committed; making, extending or dropping it is only a step.
+    A reservation that was approved is counted when it is committed; making, extending or dropping it is only a step, and
+    so is the end of a seat.
     """
     return event.kind not in _STEPS and not (event.kind == EventKind.RESERVE and spends_count(event))
 

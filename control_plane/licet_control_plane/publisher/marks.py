@@ -66,13 +66,16 @@ class Opened(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """Ends the learning of one tenant under ``pair``. ``quotas`` are hashes that must exist."""
+    """Ends the learning of one tenant under ``pair``. ``quotas`` are hashes that must exist, ``seats`` the features
+    whose set of seats must.
+    """
 
     tenant: str
     pair: Pair
     revision: int
     limits: Mapping[Any, int]
     quotas: Sequence[KeptQuota] = ()
+    seats: Sequence[str] = ()
 
 
 class RedisMarks:
@@ -144,13 +147,19 @@ class RedisMarks:
         openings = list(openings)
         calls = [
             (
-                [self._limits(one.tenant), *(self._names.quota(one.tenant, quota.name) for quota in one.quotas)],
+                [
+                    self._limits(one.tenant),
+                    *(self._names.quota(one.tenant, quota.name) for quota in one.quotas),
+                    *(self._names.seats(one.tenant, feature) for feature in one.seats),
+                ],
                 [
                     one.pair.epoch,
                     one.pair.run,
                     one.revision,
+                    len(one.quotas),
                     *_counted(one.limits),
                     *(part for quota in one.quotas for part in quota[1:]),
+                    *one.seats,
                 ],
             )
             for one in openings

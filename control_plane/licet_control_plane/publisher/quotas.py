@@ -198,6 +198,7 @@ class Quotas:
                 in_force.revision,  # never another's: a publisher that was paused must not open with older limits
                 limits.get(tenant, {}),
                 quotas_to_keep(mark, server_s),
+                sorted(mark.seats),
             )
             for tenant, mark in (await self._marks.read(tenants)).items()
             if mark is not None

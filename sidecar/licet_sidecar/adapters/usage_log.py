@@ -2,7 +2,7 @@
 
 *Files.* ``usage-<sidecar>-<incarnation>-<first seq>.log`` in the state directory. A file is made whole (header, the
 leases held at that moment, the newest revision acted on) under another name and renamed, so that the newest file
-alone tells what is held. Records follow: length, CRC-32, kind, payload.
+alone tells what is held (leases and seats). Records follow: length, CRC-32, kind, payload.
 
 *Promises.* When ``append`` returns, the records are in the kernel: they survive the process (``logged``). Only records
 below ``synced`` survived ``fdatasync``, and only those may be shipped. A torn tail, which a killed process or a power
@@ -53,6 +53,7 @@ LEASE: Final = 2
 HEADER: Final = 3
 FLOOR: Final = 4
 RESERVATION: Final = 5
+SEAT: Final = 6
 
 _SETTLED: Final = (usage.EventKind.COMMIT, usage.EventKind.CANCEL, usage.EventKind.EXPIRE)
 _SETTLED_MAX: Final = 65_536
@@ -97,6 +98,8 @@ class Recovered:
 
     leases: dict[tuple[str, str], Lease] = field(default_factory=dict)
     """By (tenant, quota)."""
+    seats: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    """Packed seats by (tenant, seat id)."""
     floor: tuple[int, int] = (0, 0)
     """Newest (generation, revision) that was acted on."""
     recent_events: list[tuple[bytes, bytes]] = field(default_factory=list)
@@ -136,6 +139,11 @@ def lease_record(tenant: str, lease: Lease) -> bytes:
             ]
         ),
     )
+
+
+def seat_record(tenant: str, seat_id: str, packed: bytes) -> bytes:
+    """A record of a seat that is answered for from here on; with ``packed`` empty, of one that is not any more."""
+    return frame(SEAT, msgpack.packb([tenant, seat_id, packed]))
 
 
 def floor_record(generation: int, revision: int) -> bytes:
@@ -470,6 +478,11 @@ class UsageLog:
                     lease.over, lease.degraded, epoch, run = later[:4]
                     lease.pair = Pair(epoch, run)
                 recovered.leases[(tenant, lease.quota)] = lease
+            elif kind == SEAT:
+                tenant, seat_id, packed = msgpack.unpackb(payload)
+                recovered.seats.pop((tenant, seat_id), None)
+                if packed:
+                    recovered.seats[(tenant, seat_id)] = packed
             elif kind == FLOOR:
                 generation, revision = msgpack.unpackb(payload)
                 recovered.floor = max(recovered.floor, (generation, revision))
@@ -527,7 +540,7 @@ def _has_record_after(data: bytes, damaged: int) -> bool:
         length, checksum, kind = _FRAME.unpack_from(data, offset)
         start = offset + _FRAME.size
         plausible = (
-            kind in (EVENT, LEASE, FLOOR, RESERVATION)
+            kind in (EVENT, LEASE, FLOOR, RESERVATION, SEAT)
             and 0 < length <= _RECORD_BYTES_MAX
             and start + length <= len(data)
         )

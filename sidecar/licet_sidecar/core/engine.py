@@ -356,6 +356,20 @@ class Engine:
                 decision.observed = True
         return decision
 
+    def decide_access(self, inquiry: Inquiry, *, now_us: int, boot_ms: int, patient: bool) -> Decision | Wait:
+        """As ``decide``, up to the quotas: what an approval then takes is not units, and costs nothing."""
+        inquiry.access_only = True
+        outcome = self.decide(inquiry, now_us=now_us, boot_ms=boot_ms, patient=patient)
+        if type(outcome) is Decision:
+            outcome.units = outcome.feature_costs = _NOTHING
+            outcome.cost_nanos, outcome.currency = 0, ""
+        return outcome
+
+    def entitlement(self, tenant: str, feature: str) -> Entitlement | None:
+        """What a tenant's license, as it was last decided on, grants of a feature."""
+        known = self.tenants.get(tenant)
+        return known.entitlements.get(feature) if known else None
+
     def _without_license(self, rulebook: Rulebook, inquiry: Inquiry, boot_ms: int, patient: bool) -> Decision | Wait:
         absent_until_ms = self._absent_until_ms.get(inquiry.tenant)
         if absent_until_ms is not None and boot_ms < absent_until_ms:
@@ -415,6 +429,8 @@ class Engine:
             shadow = ruling.shadow
             if ruling.effect is not None:
                 decision = Decision(ruling.effect, ruling.reason, ruling.message, ruling.rule)
+        if decision is None and inquiry.access_only:
+            decision = Decision(_APPROVED, _OK)
         if decision is None:
             settled = self._quotas(plan, tenant, inquiry, units, context, now_us, boot_ms, patient)
             if type(settled) is not Decision:

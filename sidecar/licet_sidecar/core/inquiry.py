@@ -31,6 +31,7 @@ class Inquiry:
     """One check. ``quantity`` is ``None`` when absent; ``quantities`` maps meters to units, empty when absent."""
 
     __slots__ = (
+        "access_only",
         "action",
         "context",
         "declared",
@@ -67,6 +68,8 @@ class Inquiry:
         self.context: Mapping[str, AttributeValue] = _NONE
         self.idempotency_key = ""
         self.peek = False
+        self.access_only = False
+        """Decide up to the quotas, and leave those alone."""
         self.prepared_for: object = None
         """The action under which ``units`` (by feature) and ``declared`` (attributes) were read."""
         self.units: Mapping[str, int] = _NONE

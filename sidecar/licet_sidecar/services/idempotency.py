@@ -84,8 +84,8 @@ class RecentAnswers:
         """Takes up (decision prefix, packed event) pairs from the log of an earlier incarnation, oldest first."""
         for prefix, data in events:
             event = usage.unpack_event(data)
-            if not event.idempotency_key:
-                continue
+            if not event.idempotency_key or event.kind not in (usage.EventKind.CHECK, usage.EventKind.RESERVE):
+                continue  # who asks for a seat again gets the one it has
             key = (event.tenant, event.action, event.idempotency_key)
             response = answer_of(prefix, event)
             if event.kind == usage.EventKind.RESERVE:

@@ -100,6 +100,16 @@ class Metrics:
             "Units used beyond a reservation that no limit had room for.",
             lambda: tally.units_unfunded,
         )
+        gauge("licet_seats_held", "Seats this sidecar answers for.", lambda: tally.seats_held)
+        counter("licet_seats_acquired", "Seats given.", lambda: tally.seats_acquired)
+        counter("licet_seats_denied", "Seats denied because all were taken.", lambda: tally.seats_denied)
+        counter("licet_seats_released", "Seats given back by their holders.", lambda: tally.seats_released)
+        counter(
+            "licet_seats_reclaimed",
+            "Seats taken back from silent holders, or that could not be vouched for any more.",
+            lambda: tally.seats_reclaimed,
+        )
+        counter("licet_seat_calls", "Calls to Redis about seats.", lambda: tally.seat_calls)
         gauge("licet_revision", "Revision in force.", lambda: engine.revision)
         gauge(
             "licet_state_age_seconds",

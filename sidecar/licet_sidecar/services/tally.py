@@ -32,6 +32,12 @@ class Tally:
         "recalls",
         "reservations_settled",
         "resyncs",
+        "seat_calls",
+        "seats_acquired",
+        "seats_denied",
+        "seats_held",
+        "seats_reclaimed",
+        "seats_released",
         "settle_calls",
         "settle_failures",
         "stale_answers",
@@ -63,6 +69,12 @@ class Tally:
         self.idempotent_evicted = 0
         self.calls_refused = 0
         self.stale_answers = 0
+        self.seat_calls = 0
+        self.seats_acquired = 0
+        self.seats_denied = 0
+        self.seats_held = 0
+        self.seats_reclaimed = 0
+        self.seats_released = 0
 
     def answered(self, effect: int, reason: int, took_us: int) -> None:
         """Counts one answer."""

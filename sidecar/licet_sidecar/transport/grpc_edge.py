@@ -51,6 +51,9 @@ class GrpcEdge:
             "CancelReservation": grpc.unary_unary_rpc_method_handler(self._unary("CancelReservation")),
             "ExtendReservation": grpc.unary_unary_rpc_method_handler(self._unary("ExtendReservation")),
             "CheckStream": grpc.stream_stream_rpc_method_handler(self._check_stream),
+            "AcquireSeat": grpc.unary_unary_rpc_method_handler(self._unary("AcquireSeat")),
+            "RenewSeat": grpc.unary_unary_rpc_method_handler(self._unary("RenewSeat")),
+            "ReleaseSeat": grpc.unary_unary_rpc_method_handler(self._unary("ReleaseSeat")),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
