@@ -109,7 +109,7 @@ class RedisPublisher:
             mark = self.names.limits(tenant)
             run = self._scripts["begin"](keys=[mark], args=[EPOCH])
             if run:
-                self._scripts["open"](keys=[mark], args=[EPOCH, run, self.revision, *_counted(amounts)])
+                self._scripts["open"](keys=[mark], args=[EPOCH, run, self.revision, 0, *_counted(amounts)])
             else:
                 self._scripts["publish_limits"](keys=[mark], args=[self.revision, *_counted(amounts)])
         self.redis.xadd(self.names.changes(), {"kind": kind, "key": key}, id=f"{self.revision}-0")

@@ -108,8 +108,8 @@ _STEPS: Final = frozenset(
 def is_outcome(event: UsageEvent) -> bool:
     """Whether the event says what became of an action, so that sums count each action once.
 
-    A reservation that was approved is counted when it is committed; making, extending or dropping it is only a step, and
-    so is the end of a seat.
+    A reservation that was approved is counted when it is committed; making, extending or dropping it is only a step, as
+    is the end of a seat.
     """
     return event.kind not in _STEPS and not (event.kind == EventKind.RESERVE and spends_count(event))
 
