@@ -1,12 +1,11 @@
 """The promises about quotas under every fault at once, and the proof that each rule of the protocol is needed.
 
-``LICET_SIM_SEEDS`` says how many histories to run (``make sim SEEDS=1000``). A failure names its seed and the shortest
-set of faults that still shows it, with the end of its trace.
+``LICET_SIM_SEEDS`` says how many histories to run (``make sim SEEDS=1000``; ``make sim SEED=7`` runs one again). A
+failure names its seed and the shortest set of faults that still shows it, with the end of its trace.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
@@ -16,11 +15,11 @@ import pytest
 from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, TenantLeases
 from tests.fault.lease_simulation import Faults, Violation, World
 from tests.support.fake_lease_store import Rule
+from tests.support.seeds import batches
 
 pytestmark = pytest.mark.timeout(300)
 """Hundreds of histories a test; some rules are missed only in one of hundreds."""
 
-SEEDS: Final = int(os.environ.get("LICET_SIM_SEEDS", "100"))
 SEEDS_EACH: Final = 20
 ABLATION_SEEDS: Final = 300
 """As many as fit in a test's time."""
@@ -58,14 +57,13 @@ def shrunk(seed: int, faults: Faults | None) -> tuple[str, World]:
     return found
 
 
-def batches() -> Iterator[Any]:
+def histories() -> Iterator[Any]:
     for name, faults in FAMILIES.items():
-        count = max(1, SEEDS // len(FAMILIES))
-        for start in range(0, count, SEEDS_EACH):
-            yield pytest.param(faults, range(start, min(count, start + SEEDS_EACH)), id=f"{name}-{start}")
+        for seeds in batches(SEEDS_EACH, share=len(FAMILIES)):
+            yield pytest.param(faults, seeds, id=f"{name}-{seeds.start}")
 
 
-@pytest.mark.parametrize(("faults", "seeds"), list(batches()))
+@pytest.mark.parametrize(("faults", "seeds"), list(histories()))
 def test_quotas_are_neither_overspent_nor_stranded(faults: Faults | None, seeds: range) -> None:
     for seed in seeds:
         if fails(seed, faults) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Final
 
 import pytest
@@ -10,15 +9,15 @@ import pytest
 from licet_sidecar.core.leases import RateShare
 from tests.fault.rate_simulation import RateWorld, Violation
 from tests.support.fake_lease_store import Rule
+from tests.support.seeds import batches
 
-SEEDS: Final = int(os.environ.get("LICET_SIM_SEEDS", "100"))
 SEEDS_EACH: Final = 50
 ABLATION_SEEDS: Final = 300
 
 
-@pytest.mark.parametrize("start", range(0, SEEDS, SEEDS_EACH))
-def test_no_more_than_the_rate_and_a_burst_is_approved(start: int) -> None:
-    for seed in range(start, min(SEEDS, start + SEEDS_EACH)):
+@pytest.mark.parametrize("seeds", batches(SEEDS_EACH), ids=lambda seeds: seeds.start)
+def test_no_more_than_the_rate_and_a_burst_is_approved(seeds: range) -> None:
+    for seed in seeds:
         try:
             RateWorld(seed).run()
         except Violation as violation:
