@@ -283,6 +283,8 @@ class Sidecar:
                 reservation.reported |= reservation.quota in told and reservation.made_boot_ms < call.sent_boot_ms
         if not (self.world.may.disks and self.world.random.random() < 0.1):  # else the disk was full at that moment
             self.write([lease for lease, cap in caps.items() if lease.cap != cap])
+        if self.retiring and outcome is not Outcome.REPLACED:
+            return outcome  # goes on with its next step
         if outcome is Outcome.AGAIN:
             self.call()
         elif outcome is Outcome.RECALL:
@@ -306,6 +308,8 @@ class Sidecar:
         return True
 
     def recalled(self, quotas: set[str]) -> None:
+        if self.retiring:
+            return
         for lease in self.held.all():
             if lease.quota in quotas and lease.free > 0:
                 lease.wanted = True

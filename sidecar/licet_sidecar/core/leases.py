@@ -596,6 +596,10 @@ class LeaseBook:
             case Status.EARLY:
                 self._drop(held, call.asks[answer.about].lease)
                 return Outcome.CLOCK
+            case Status.SEALED if call.retiring:
+                # By an earlier call of this kind, whose answer was lost with the server.
+                self._drop(held, call.asks[answer.about].lease)
+                return Outcome.SETTLED
             case Status.SEALED | Status.FENCED:
                 return Outcome.REPLACED
 
