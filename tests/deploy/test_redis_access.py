@@ -130,8 +130,8 @@ def test_sidecar_runs_scripts_over_the_quotas_of_a_tenant(sidecar: redis.Redis) 
 
 
 def test_sidecar_runs_scripts_over_the_seats_of_a_tenant(sidecar: redis.Redis, server: redis.Redis) -> None:
-    script = sidecar.register_script((TOP / "sidecar/licet_sidecar/adapters/seats.lua").read_text())
-    run = sidecar.info("server")["run_id"]  # type: ignore[index]  # a dict
+    script = sidecar.register_script(SERVER_RUN_LUA + (TOP / "sidecar/licet_sidecar/adapters/seats.lua").read_text())
+    run = run_of(sidecar.execute_command("INFO", *RUN_SECTIONS))
     mark = {"epoch": "1", "run": run, "phase": "open", "since": "0", "revision": "1", "l|editor#seats": "1"}
     server.hset(NAMES.limits("seated"), mapping=mark)  # type: ignore[arg-type]  # texts
     keys = [NAMES.limits("seated"), NAMES.seats("seated", "editor"), NAMES.seat_holders("seated", "editor")]

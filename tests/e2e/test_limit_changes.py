@@ -1,7 +1,7 @@
-"""A limit that changes in the middle of its window: raised, lowered, below what is spent, removed, replaced, topped up.
+"""A limit that changes in the middle of its window: raised, lowered below what is spent, removed, replaced, topped up.
 
-With real processes. What was pushed with ``--wait`` is in force on every sidecar; what a sidecar had leased of a lowered
-limit goes back with its next upkeep.
+With real processes. What was pushed with ``--wait`` is in force on every sidecar; what a sidecar had leased of a
+lowered limit goes back with its next upkeep.
 """
 
 from __future__ import annotations

@@ -92,6 +92,7 @@ class Reservation:
     quota: str
     units: int
     made_boot_ms: int
+    lease: Lease
     reported: bool = False
 
 
@@ -164,16 +165,14 @@ class Sidecar:
         self.reserved = [one for one in self.reserved if one.quota in kept]
         for reservation in self.reserved:
             reservation.reported = False
-            self.lease_of(reservation.quota).reserved += reservation.units
+            reservation.lease = next(lease for lease in self.held.all() if lease.quota == reservation.quota)
+            reservation.lease.reserved += reservation.units
         self.log = {lease.quota: _logged(lease) for lease in self.held.all()}
 
     def crash(self) -> None:
         self.running = False
 
     # Checks
-
-    def lease_of(self, quota: str) -> Lease:
-        return next(lease for lease in self.held.all() if lease.quota == quota)
 
     def check(self, asks: dict[LimitKey, int], *, reserve: bool = False, die_at_log: bool = False) -> bool | None:
         """Decides as the engine does: true or false, or ``None`` when leases are needed (and now called for)."""
@@ -196,7 +195,7 @@ class Sidecar:
                 if not self.write([] if lease.logged else [lease]):
                     return False
                 lease.reserved += units
-                self.reserved.append(Reservation(lease.quota, units, self.boot_ms))
+                self.reserved.append(Reservation(lease.quota, units, self.boot_ms, lease))
             else:
                 self.spend(lease, units, die_at_log=die_at_log)
         if die_at_log:
@@ -217,7 +216,7 @@ class Sidecar:
         if not self.reserved:
             return
         reservation = self.reserved.pop(self.world.random.randrange(len(self.reserved)))
-        lease = self.lease_of(reservation.quota)
+        lease = reservation.lease
         lease.reserved -= reservation.units
         lease.unsure = True
         used = self.world.random.choice([0, reservation.units, self.world.random.randint(0, reservation.units)])
@@ -283,7 +282,7 @@ class Sidecar:
                 reservation.reported |= reservation.quota in told and reservation.made_boot_ms < call.sent_boot_ms
         if not (self.world.may.disks and self.world.random.random() < 0.1):  # else the disk was full at that moment
             self.write([lease for lease, cap in caps.items() if lease.cap != cap])
-        if self.retiring and outcome is not Outcome.REPLACED:
+        if self.retiring and outcome in (Outcome.AGAIN, Outcome.RECALL):
             return outcome  # goes on with its next step
         if outcome is Outcome.AGAIN:
             self.call()
@@ -554,6 +553,7 @@ class World:
             choices.append((0.4, self.do_retire))
         if self.may.seals:
             choices.append((0.5, self.do_seal))
+            choices.append((0.5, self.do_forget))
         if self.may.losses or self.may.partial_losses:
             choices.append((0.5, self.do_lose))
             choices.append((0.5, self.do_snapshot))
@@ -668,7 +668,13 @@ class World:
                 spent = self.spent_units.get((quota, sidecar.name), 0)
                 self.unsealable[quota] += max(0, spent - floor)
                 self.sealed_reserved[quota] += max(0, floor - spent)
-            elif register.sealed and self.now_ms - register.time_ms > 75_000:
+
+    def do_forget(self) -> None:
+        """Tombstones older than any call that is still under way are swept."""
+        for (_, quota), found in self.registers.contents.quotas.items():
+            old = [one for one in found.registers.values() if one.sealed and self.now_ms - one.time_ms > 75_000]
+            if old and len(old) == sum(one.sealed for one in found.registers.values()):
+                self.note(f"tombstones of {quota} are swept")
                 self.registers.forget_sealed(TENANT, quota)
 
     def do_cut(self) -> None:
@@ -899,7 +905,7 @@ class World:
         dead = {name: self.registered(one, quota) for name, one in self.sidecars.items() if one.dead or one.retired}
         held_by_dead = sum(max(0, registered - spent[name]) for name, registered in dead.items())
         if not self.lost:
-            return sum(spent.values()) + held_by_dead + self.sealed_reserved[quota] - self.unsealable[quota]
+            return sum(spent.values()) + held_by_dead + self.sealed_reserved[quota]
         # What is counted twice after a loss is not missed here: the base does not tell whose units it holds.
         found = self.registers.contents.quotas.get((TENANT, quota))
         counted = sum(units for name, units in spent.items() if name not in dead)
@@ -973,9 +979,8 @@ class World:
             sidecar.revision, sidecar.amounts = self.revision, dict(self.amounts)
             if sidecar.running:
                 for reservation in sidecar.reserved:
-                    lease = sidecar.lease_of(reservation.quota)
-                    lease.reserved -= reservation.units
-                    lease.unsure = True
+                    reservation.lease.reserved -= reservation.units
+                    reservation.lease.unsure = True
                 sidecar.reserved.clear()
         self.reopen()
         for limit in LIMITS:
@@ -1050,7 +1055,7 @@ class World:
                 self.into_window()
                 self.spend_all(sidecar, limit)
                 return
-        missing = sum(gap for (_, one), gap in self.allowance.items() if one == quota)
+        missing = sum(gap for (_, one), gap in self.allowance.items() if one == quota) + self.unsealable[quota]
         if not expected <= had <= expected + missing:
             raise Violation(f"P2: {sidecar.name} could spend {had} of {quota}, expected {expected} (of {amount})")
 

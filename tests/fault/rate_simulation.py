@@ -101,8 +101,8 @@ class RateWorld:
     def step(self) -> None:
         node = self.random.choice(self.nodes)
         action = self.random.choices(
-            [self.do_check, self.do_upkeep, self.do_deliver, self.do_time, self.do_cut, self.do_crash],
-            [30, 12, 30, 14, 0.5, 0.5],
+            [self.do_check, self.do_upkeep, self.do_deliver, self.do_time, self.do_cut, self.do_crash, self.do_head],
+            [30, 12, 30, 14, 0.5, 0.5, 2],
         )[0]
         action(node)
 
@@ -125,6 +125,10 @@ class RateWorld:
         node.incarnation += 1
         node.book = LeaseBook(node.incarnation)
         self.begin(node)
+
+    def do_head(self, node: Node) -> None:
+        """News of how many there are, right or not."""
+        node.book.live = self.random.randint(1, len(self.nodes))
 
     def do_check(self, node: Node) -> bool:
         """As the engine decides: takes from the bucket, or says what it would need."""

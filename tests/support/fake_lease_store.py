@@ -357,7 +357,9 @@ class FakeRegisters:
             if entry.short and self._has(Rule.WITHIN_AMOUNT):
                 continue
             if ask.kind is Kind.RATE:
-                entry.grant = min(remaining, max(ask.want, ask.min))
+                entry.grant = max(ask.want, ask.min)
+                if self._has(Rule.WITHIN_AMOUNT):
+                    entry.grant = min(remaining, entry.grant)
                 entry.lacks = entry.grant < ask.want
                 continue
             if ask.kind is Kind.SOFT and remaining < ask.want:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from licet.domain.catalog import (
@@ -193,7 +193,7 @@ def test_what_is_only_half_understood_is_refused(wire: dict[str, Any]) -> None:
         document_from_wire(wire)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.lists(documents, max_size=8))
 def test_a_catalog_survives_being_cut_into_chunks(bundle: list[Document]) -> None:
     catalog = Catalog.of(bundle)
@@ -201,7 +201,7 @@ def test_a_catalog_survives_being_cut_into_chunks(bundle: list[Document]) -> Non
     assert catalog_of_chunks(chunks, [digest_of(chunk) for chunk in chunks]) == catalog
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.lists(documents, max_size=8), st.randoms(use_true_random=False))
 def test_chunks_do_not_depend_on_the_order_of_documents(bundle: list[Document], random: Any) -> None:
     distinct = list(Catalog.of(bundle).documents())

@@ -417,7 +417,7 @@ class LeaseBook:
             lease = self._lease_of_window(held, lease, limit_key, scope, start, end, terms)
         lease.end = end
         if lease.terms is not terms:
-            # Of a lowered limit nothing is held back: what is not spent is given back, and leased again if there is any.
+            # Of a lowered limit nothing is held back: what is not spent goes back, and is leased again if there is any.
             lease.wanted |= terms.amount < lease.amount
             lease.adopt(terms)
         return lease
