@@ -48,9 +48,12 @@ Source: ``docs/adr/0002-registers-not-tokens.md``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
+
+from licet.domain.ids import LimitKey
 
 HOLD_S: Final = 60
 """How long a sidecar may spend a lease after it *sent* its last answered call (boot-time clock)."""
@@ -64,6 +67,7 @@ WINDOW_GRACE_S: Final = 30
 QUOTA_KEPT_S: Final = 3_600
 """How long a quota hash outlives its window's grace, to be looked at; it holds nothing the ledger does not."""
 
+_DIGEST: Final = re.compile(r"[0-9a-f]{16}")
 LIMIT_FIELD: Final = "l|"
 MARKER_FIELD: Final = "m|"
 REGISTER_FIELD: Final = "r|"
@@ -159,6 +163,12 @@ def quota_name(limit_key: str, scope: str, window_start: int) -> str:
 def marker_name(limit_key: str, scope: str) -> str:
     """The part of a marker's field after ``m|``."""
     return f"{limit_key}@{scope}" if scope else limit_key
+
+
+def parts_of_marker(name: str) -> tuple[LimitKey, str]:
+    """(limit key, scope digest) of ``marker_name``. A limit key may hold an ``@`` itself: ``reports:day@subject``."""
+    key, _, scope = name.rpartition("@")
+    return (LimitKey(key), scope) if key and _DIGEST.fullmatch(scope) else (LimitKey(name), "")
 
 
 def parse_mark(fields: Mapping[bytes, bytes]) -> Mark | None:

@@ -10,7 +10,7 @@ from licet.domain.catalog import Catalog, Entitlement, Grant, License, Limit, Pl
 from licet.domain.ids import LimitKey
 from licet.domain.windows import FOREVER_S, Anchor, Period, Window
 from licet.wire.names import scope_digest
-from licet.wire.registers import Marker
+from licet.wire.registers import Marker, marker_name, parts_of_marker
 from licet_control_plane.core.counting import Counting, Kind, limits_by_key, scope_values
 from tests.support.usage import event
 
@@ -27,6 +27,7 @@ LIMITS = (
     Limit(LimitKey("calls:term"), 100, Period.TERM),
     Limit(LimitKey("calls:second"), 5, Period.SECOND),
     Limit(LimitKey("calls:spend"), 10**9, Period.DAY, currency="USD"),
+    Limit(LimitKey("calls:day@context.a+subject"), 7, Period.DAY, ("context.a", "subject")),
 )
 CATALOG = Catalog.of(
     [
@@ -34,7 +35,8 @@ CATALOG = Catalog.of(
         Plan("old", {"calls": Entitlement(limits=(Limit(LimitKey("calls:hour"), 9, Period.HOUR),))}),
     ]
 )
-LICENSE = License("acme", "pro", starts_s=START, ends_s=END, grants=(GRANT,))
+OF_SCOPED = Grant("g2", LimitKey("calls:day@context.a+subject"), 50, at("2026-03-05"), at("2026-04-07"))
+LICENSE = License("acme", "pro", starts_s=START, ends_s=END, grants=(GRANT, OF_SCOPED))
 
 
 @pytest.fixture
@@ -50,6 +52,8 @@ def counting() -> Counting:
         ("calls:term", START, Window(START, END)),
         ("calls:second", 0, Window(0, FOREVER_S)),
         ("calls:spend", at("2026-03-02"), Window(at("2026-03-02"), at("2026-03-03"))),
+        ("calls:day@context.a+subject", at("2026-03-02"), Window(at("2026-03-02"), at("2026-03-03"))),
+        ("calls:day@context.a+subject+g2", OF_SCOPED.starts_s, Window(OF_SCOPED.starts_s, OF_SCOPED.ends_s)),
         ("calls:month+g1", GRANT.starts_s, Window(GRANT.starts_s, GRANT.ends_s)),
         (
             "calls:hour",
@@ -107,3 +111,17 @@ def test_scopes_are_found_by_doing_again_what_a_sidecar_did() -> None:
     assert found[scope_digest(("blue", "3"))] == {"context.team": "blue", "context.n": "3"}
     assert found[scope_digest(("", ""))] == {"context.team": "", "context.n": ""}
     assert scope_values([], events) == {}
+
+
+@pytest.mark.parametrize("key", ["calls:month", "calls:day@subject", "calls:day@context.a+subject", "calls:month+g1"])
+@pytest.mark.parametrize("scope", ["", scope_digest(("user/ada",))])
+def test_a_marker_names_its_limit_and_scope(key: str, scope: str) -> None:
+    assert parts_of_marker(marker_name(LimitKey(key), scope)) == (key, scope)
+
+
+def test_a_grant_that_is_gone_still_tops_up_its_limit(counting: Counting) -> None:
+    found = counting.limit("calls:day@context.a+subject+gone")
+    assert found is not None
+    assert found.key == OF_SCOPED.limit
+    assert not counting.ends_for_good("calls:day@context.a+subject+gone")
+    assert counting.ends_for_good("calls:day@context.a+subject")

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict
 
 from licet.domain.windows import FOREVER_S
+from licet.wire.registers import parts_of_marker
 from licet_control_plane.api.auth import Caller, authenticate, plane_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s
@@ -74,7 +75,7 @@ async def list_quotas(
     touched = {limit_key_of(one.marker) for one in open_now.values()}
     for name, state in zip(page, states, strict=True):
         _, _, marker_name, start = open_now[name]
-        limit_key, _, digest = marker_name.partition("@")
+        limit_key, digest = parts_of_marker(marker_name)
         window = counting.window(limit_key, start, mark.markers.get(marker_name))
         seen = (
             view(state.base, state.sum, state.registers, plane.fleet.sidecars, now_s)
@@ -185,9 +186,8 @@ async def _pages(plane: ControlPlane, sidecar: str, body: ReclaimOrder, *, by: s
 
 async def _scopes(plane: ControlPlane, tenant: str, names: list[str], counting: Counting) -> dict[str, dict[str, str]]:
     """What the digests of these quotas stand for, as far as the newest events tell."""
-    scopes = {
-        limit.scope for name in names if "@" in name and (limit := counting.limit(name.partition("@")[0])) is not None
-    }
+    scoped = (key for key, digest in map(parts_of_marker, names) if digest)
+    scopes = {limit.scope for key in scoped if (limit := counting.limit(key)) is not None}
     if not scopes:
         return {}
     events = await plane.database.read(ledger.newest_events, tenant, limit=SCOPE_EVENTS_MAX)

@@ -13,7 +13,7 @@ from licet.domain.entitlements import entitlements_of
 from licet.domain.ids import LimitKey
 from licet.domain.windows import Period, Window, window_of
 from licet.wire.names import scope_digest
-from licet.wire.registers import Marker
+from licet.wire.registers import Marker, parts_of_marker
 from licet.wire.usage import UsageEvent
 
 
@@ -44,8 +44,7 @@ class Counting:
     def limit(self, key: str) -> Limit | None:
         """The limit of a key, or the one that the key's grant tops up. Also of another plan: a tenant may return to
         the plan that it left."""
-        grant = self._grants.get(key)
-        name = grant.limit if grant else key.partition("+")[0]
+        name = self._topped_up(key)
         return self._limits.get(name) or self._of_plans.get(name)
 
     def kind(self, key: str) -> Kind | None:
@@ -59,7 +58,7 @@ class Counting:
     def ends_for_good(self, key: str) -> bool:
         """Whether a window of a limit that is over stays over. The end of a term or of a grant can be moved."""
         limit = self.limit(key)
-        return limit is not None and "+" not in key and limit.per is not Period.TERM
+        return limit is not None and self._topped_up(key) == key and limit.per is not Period.TERM
 
     def window(self, key: str, start: int, marker: Marker | None) -> Window | None:
         """The window of a quota that starts at ``start`` (seconds).
@@ -84,11 +83,22 @@ class Counting:
         for grant in self._grants.values():
             yield grant.starts_s
 
+    def _topped_up(self, key: str) -> str:
+        """The limit that a grant's key tops up, also of a grant that is not there any more; any other key is its own.
+
+        A limit's own key may hold a ``+``: ``reports:day@context.team+subject``.
+        """
+        if (grant := self._grants.get(key)) is not None:
+            return grant.limit
+        if key in self._limits or key in self._of_plans:
+            return key
+        return key.rpartition("+")[0] or key
+
     def _derived(self, key: str, start: int) -> Window | None:
         if (grant := self._grants.get(key)) is not None:
             return Window(grant.starts_s, grant.ends_s)
         limit = self.limit(key)
-        if limit is None or "+" in key:
+        if limit is None or self._topped_up(key) != key:
             return None
         starts_s, ends_s = (self._license.starts_s, self._license.ends_s) if self._license else (0, 0)
         if limit.per is Period.TERM and self._license is None:
@@ -110,8 +120,8 @@ def limits_by_key(catalog: Catalog) -> dict[str, Limit]:
 
 
 def limit_key_of(marker_name: str) -> LimitKey:
-    """The limit key of a marker's name, ``<limit key>[@<scope digest>]``."""
-    return LimitKey(marker_name.partition("@")[0])
+    """The limit key of a marker's name."""
+    return parts_of_marker(marker_name)[0]
 
 
 def scope_values(scopes: Iterable[tuple[str, ...]], events: Iterable[UsageEvent]) -> dict[str, dict[str, str]]:
