@@ -23,6 +23,9 @@ from licet_control_plane.store.database import Database
 SAVE_S_MIN: Final = 5.0
 """How often heartbeats alone are written to the database; news is written at once."""
 
+FORGET_S: Final = 600.0
+"""How often sidecars that are gone for good are dropped: pods come and go, and a registry must not grow with them."""
+
 GAP_S_MAX: Final = HOLD_MARGIN_S
 """A registry that could not look for longer than this may have missed a sidecar that Redis then forgot."""
 
@@ -39,6 +42,7 @@ class Fleet:
         self._unsaved: set[str] = set()
         self._complete_since_s = -math.inf
         self._watched_since_s = math.inf
+        self._forgot_s = -math.inf
 
     async def load(self) -> None:
         """Take up what is remembered."""
@@ -115,6 +119,8 @@ class Fleet:
         self._looked_s = now_s
         if self._unsaved and (news or now_s - self._saved_s >= SAVE_S_MIN):
             await self.save(now_s)
+        if now_s - self._forgot_s >= FORGET_S:
+            await self._forget_gone(now_s)
         forgotten = [
             name
             for name in heartbeats
@@ -125,6 +131,20 @@ class Fleet:
             # That its heartbeat is gone next time is our doing: it said no goodbye, and may have left units behind.
             del self._seen_under[name]
         return forgotten
+
+    async def _forget_gone(self, now_s: float) -> None:
+        """Those that left a day ago: they hold nothing, and what they spent is counted in the base of its quota."""
+        self._forgot_s = now_s
+        gone = [
+            name
+            for name, one in self.sidecars.items()
+            if one.gone and name not in self._unsaved and now_s - one.last_heard_s >= GONE_S_MIN
+        ]
+        if gone:
+            await self._database.write(store.forget, gone)
+            for name in gone:
+                del self.sidecars[name]
+                self._seen_under.pop(name, None)
 
     async def save(self, now_s: float) -> None:
         """Write what changed to the database."""

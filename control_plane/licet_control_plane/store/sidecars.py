@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, delete, select
 
 from licet.wire.documents import Heartbeat
 from licet.wire.envelope import EnvelopeError
@@ -13,6 +13,7 @@ from licet_control_plane.store.database import upsert
 from licet_control_plane.store.schema import sidecars
 
 _US = 1_000_000
+_DELETED_AT_ONCE = 500
 
 
 def load(connection: Connection) -> list[Sidecar]:
@@ -24,6 +25,13 @@ def load(connection: Connection) -> list[Sidecar]:
         except EnvelopeError:
             continue
     return found
+
+
+def forget(connection: Connection, names: Collection[str]) -> None:
+    """Remember these sidecars no more."""
+    for start in range(0, len(names), _DELETED_AT_ONCE):
+        some = list(names)[start : start + _DELETED_AT_ONCE]
+        connection.execute(delete(sidecars).where(sidecars.c.sidecar.in_(some)))
 
 
 def save(connection: Connection, changed: Collection[Sidecar]) -> None:
