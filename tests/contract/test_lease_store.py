@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from licet.domain.ids import LimitKey
-from licet.wire.registers import QUOTA_KEPT_S, WINDOW_GRACE_S, Pair
-from licet_sidecar.core.leases import Ask, Granted, Lease, SettleAnswer, SettleCall, Status, Terms
+from licet.domain.windows import FOREVER_S
+from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Pair
+from licet_sidecar.core.leases import Ask, Granted, Kind, Lease, RateShare, SettleAnswer, SettleCall, Status, Terms
 from licet_sidecar.ports import CallRefused
 from tests.support.lease_backends import TENANT, Backend, FakeBackend, RealBackend, real_backend
 from tests.support.valkey import ValkeyProcess
@@ -60,14 +61,14 @@ class Caller:
         self.store = backend.store(name, incarnation)
 
     async def __call__(
-        self, *asks: Ask, op: int = 0, revision: int = REVISION, pair: Pair | None = None
+        self, *asks: Ask, op: int = 0, revision: int = REVISION, pair: Pair | None = None, retiring: bool = False
     ) -> SettleAnswer:
         """One call under the mark's pair; ``op`` repeats an earlier one."""
         if pair is None:
             state = await self.backend.touch()
             pair = state[0] if state else Pair(0, "")
         self.op = op or self.op + 1
-        (answer,) = await self.send(SettleCall(TENANT, self.op, pair, revision, asks, 0))
+        (answer,) = await self.send(SettleCall(TENANT, self.op, pair, revision, asks, 0, retiring=retiring))
         if isinstance(answer, Exception):
             raise answer
         assert (answer.incarnation, answer.op) == (self.incarnation, self.op)
@@ -89,11 +90,11 @@ class Caller:
             assert quota.sum == quota.base + sum(one.granted for one in held)
             assert quota.used == quota.base + sum(one.used + one.reserved for one in held)
             assert all(one.used + one.reserved <= one.granted for one in held)
-            if isinstance(answer, SettleAnswer) and answer.granted:
+            if isinstance(answer, SettleAnswer) and answer.granted and not call.retiring:
                 granted = answer.granted[position]
                 assert (granted.sum, granted.used) == (quota.sum, quota.used)
                 assert (granted.g, granted.u) == (quota.registers[self.name].granted, quota.registers[self.name].used)
-                assert granted.d == 0 or granted.sum <= granted.amount
+                assert granted.d == 0 or granted.sum <= granted.amount or ask.kind is Kind.SOFT
 
 
 def ask(lease: Lease, *, cap: int = 0, used: int = 0, reserved: int = 0, want: int = 0, min: int = 0) -> Ask:  # noqa: A002  # as in Ask
@@ -800,3 +801,109 @@ async def test_markers_of_older_programs_are_understood(real: RealBackend) -> No
     assert (await Caller(real, "three")(ask(lease, cap=2, used=1))).granted[0].g == 2
     await real.lose_quota(lease)
     assert not await real.open(state[0], 1, {CALLS: 100}, [lease])
+
+
+# Soft limits
+
+
+def softly(one: Ask) -> Ask:
+    return one._replace(kind=Kind.SOFT)
+
+
+async def test_a_soft_limit_is_leased_past_its_amount(backend: Backend) -> None:
+    lease = await month(backend)
+    await opened(backend, lease)
+    one = Caller(backend)
+    first = (await one(softly(ask(lease, min=90)))).granted[0]
+    assert (first.d, first.sum, first.wanted) == (90, 90, False)
+    second = (await one(softly(ask(lease, cap=90, used=90, min=40)))).granted[0]
+    assert (second.d, second.sum, second.amount) == (40, 130, 100)
+    assert (await Caller(backend, "two")(ask(lease, min=1))).granted[0].d == 0, "hard, for whoever takes it so"
+
+
+# Rates
+
+
+async def share(backend: Backend) -> RateShare:
+    terms = Terms(10_000, Kind.RATE, burst=10)
+    return RateShare(LimitKey("calls:second"), "", 0, FOREVER_S, terms)
+
+
+def of_rate(lease: RateShare, *, cap: int = 0, want: int = 0, least: int = 0, known: bool = False) -> Ask:
+    return Ask(lease, cap, 0, 0, max(want, least), least, lease.amount, Kind.RATE, known)
+
+
+async def test_shares_never_sum_to_more_than_the_rate(backend: Backend) -> None:
+    rate = await share(backend)
+    await opened(backend, rate)
+    one, two = Caller(backend), Caller(backend, "two")
+    assert (await one(of_rate(rate, want=7_000, least=1_000))).granted[0].g == 7_000
+    second = (await two(of_rate(rate, want=7_000, least=1_000))).granted[0]
+    assert (second.g, second.sum, second.wanted) == (3_000, 10_000, True)
+    third = (await Caller(backend, "three")(of_rate(rate, want=2_000, least=1_000))).granted[0]
+    assert (third.g, third.wanted) == (0, True)
+    assert (await one(of_rate(rate, cap=2_000, known=True))).granted[0].sum == 5_000
+    assert (await two(of_rate(rate, cap=3_000, want=4_000, known=True))).granted[0].g == 7_000
+
+
+async def test_a_share_that_ended_is_taken_back_and_not_raised_again(backend: Backend) -> None:
+    rate = await share(backend)
+    await opened(backend, rate)
+    one, two = Caller(backend), Caller(backend, "two")
+    await one(of_rate(rate, want=9_000, least=9_000))
+    await backend.age(rate, "one", HOLD_S + HOLD_MARGIN_S + 1)
+    assert (await two(of_rate(rate, want=8_000, least=8_000))).granted[0].g == 8_000
+    late = (await one(of_rate(rate, cap=9_000, known=True))).granted[0]
+    assert (late.g, late.sum) == (0, 8_000)
+
+
+async def test_a_live_share_is_not_taken_back(backend: Backend) -> None:
+    rate = await share(backend)
+    await opened(backend, rate)
+    await Caller(backend)(of_rate(rate, want=9_000, least=9_000))
+    await backend.age(rate, "one", HOLD_S)
+    assert (await Caller(backend, "two")(of_rate(rate, want=8_000, least=8_000))).granted[0].g == 0
+
+
+# Retiring, and what is left of a register
+
+
+async def test_what_a_retired_sidecar_spent_is_counted_in_the_base(backend: Backend) -> None:
+    lease = await month(backend)
+    await opened(backend, lease)
+    one = Caller(backend)
+    await one(ask(lease, min=40))
+    before = await one(ask(lease, cap=25, used=25))
+    final = await one(ask(lease, cap=25, used=25)._replace(known=True), retiring=True)
+    assert final.status is Status.OK
+    quota = await backend.quota(lease)
+    assert quota is not None
+    assert (quota.base, quota.sum, quota.used) == (25, 25, 25)
+    assert (await one(ask(lease, cap=25, used=25)._replace(known=True), op=final.op, retiring=True)).status is Status.OK
+    # An earlier call that arrives late brings nothing back.
+    assert (await one(ask(lease, cap=25, used=25), op=before.op)).status is Status.SEALED
+    assert await backend.quota(lease) == quota
+    assert (await Caller(backend, "two")(ask(lease, min=75))).granted[0].d == 75
+
+
+async def test_a_reservation_keeps_its_register_when_the_sidecar_retires(backend: Backend) -> None:
+    lease = await month(backend)
+    await opened(backend, lease)
+    one = Caller(backend)
+    await one(ask(lease, min=10))
+    await one(ask(lease, cap=7, used=3, reserved=4)._replace(known=True), retiring=True)
+    quota = await backend.quota(lease)
+    assert quota is not None
+    assert (quota.base, quota.registers["one"].granted, quota.registers["one"].reserved) == (0, 7, 4)
+
+
+async def test_a_register_that_must_be_there_was_sealed(backend: Backend) -> None:
+    lease = await month(backend)
+    await opened(backend, lease)
+    one = Caller(backend)
+    await one(ask(lease, min=10))
+    await backend.fold(lease, "one", 4)  # and its tombstone was swept
+    assert (await one(ask(lease, cap=4, used=4)._replace(known=True))).status is Status.SEALED
+    quota = await backend.quota(lease)
+    assert quota is not None
+    assert quota.sum == 4, "not counted twice"

@@ -75,6 +75,8 @@ class Backend(Protocol):
     async def mark(self) -> Mark | None: ...
     async def quota(self, lease: Lease) -> Quota | None: ...
     async def seal(self, lease: Lease, sidecar: str) -> None: ...
+    async def age(self, lease: Lease, sidecar: str, seconds: int) -> None: ...
+    async def fold(self, lease: Lease, sidecar: str, units: int) -> None: ...
     async def lose_quota(self, lease: Lease) -> None: ...
     async def lose_mark(self) -> None: ...
     async def restart(self) -> None: ...
@@ -144,6 +146,16 @@ class FakeBackend:
 
     async def seal(self, lease: Lease, sidecar: str) -> None:
         self.registers.contents.quotas[(TENANT, lease.quota)].registers[sidecar].sealed = True
+
+    async def age(self, lease: Lease, sidecar: str, seconds: int) -> None:
+        """As if the register's last call was so long ago."""
+        self.registers.contents.quotas[(TENANT, lease.quota)].registers[sidecar].time_ms -= 1_000 * seconds
+
+    async def fold(self, lease: Lease, sidecar: str, units: int) -> None:
+        """A register became part of the base, and its tombstone is gone."""
+        quota = self.registers.contents.quotas[(TENANT, lease.quota)]
+        del quota.registers[sidecar]
+        quota.base += units
 
     async def lose_quota(self, lease: Lease) -> None:
         self.registers.lose_quota(TENANT, lease.quota)
@@ -235,6 +247,18 @@ class RealBackend:
         fields = (await self._redis.hget(self._key(lease), f"r|{sidecar}")).split(b"|")
         fields[8] = b"1"
         await self._redis.hset(self._key(lease), f"r|{sidecar}", b"|".join(fields))
+
+    async def age(self, lease: Lease, sidecar: str, seconds: int) -> None:
+        fields = (await self._redis.hget(self._key(lease), f"r|{sidecar}")).split(b"|")
+        fields[7] = str(int(fields[7]) - 1_000 * seconds).encode()
+        await self._redis.hset(self._key(lease), f"r|{sidecar}", b"|".join(fields))
+
+    async def fold(self, lease: Lease, sidecar: str, units: int) -> None:
+        granted, used, reserved, *_ = (await self._redis.hget(self._key(lease), f"r|{sidecar}")).split(b"|")
+        await self._redis.hdel(self._key(lease), f"r|{sidecar}")
+        await self._redis.hincrby(self._key(lease), "base", units)
+        await self._redis.hincrby(self._key(lease), "sum", units - int(granted))
+        await self._redis.hincrby(self._key(lease), "used", units - int(used) - int(reserved))
 
     async def write_marker(self, lease: Lease, value: str) -> None:
         """As another program wrote it."""
