@@ -220,7 +220,7 @@ class Sidecar:
         lease.reserved -= reservation.units
         lease.unsure = True
         used = self.world.random.choice([0, reservation.units, self.world.random.randint(0, reservation.units)])
-        if used and (reservation.reported or self.boot_ms < lease.hold_until_ms or self.world.commits_anything):
+        if used and (reservation.reported or self.boot_ms < lease.hold_until_ms):
             self.spend(lease, used, committed=True)
 
     def retire(self) -> None:
@@ -451,7 +451,6 @@ class World:
     log_before_return: bool = True
     verbatim: bool = True
     hasty: bool = False
-    commits_anything: bool = False
     trace: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
