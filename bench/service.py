@@ -98,7 +98,7 @@ def service() -> Iterator[tuple[ApprovalService, Engine]]:
         link, tally = LinkState(), Tally()
         link.succeeded()
         stand_ins: Any = (_NoLeasing(), _Synced())
-        yield ApprovalService(engine, log, clock, link, *stand_ins, RecentAnswers(tally), tally), engine
+        yield ApprovalService(engine, log, clock, link, *stand_ins, RecentAnswers(log, tally), tally), engine
         log.close()
 
 

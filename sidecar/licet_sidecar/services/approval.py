@@ -19,6 +19,7 @@ from licet.domain.catalog import UnavailableMode
 from licet.domain.outcomes import Effect, Reason
 from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
+from licet.wire.usage import UsageEvent
 from licet_sidecar.adapters.usage_log import EVENT, UsageLog, UsageLogError, frame
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import BucketWait, Decision, Engine, LeaseWait, LoadWait, Wait, prepare
@@ -26,7 +27,7 @@ from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers, varint
-from licet_sidecar.services.idempotency import Key, RecentAnswers
+from licet_sidecar.services.idempotency import Key, RecentAnswers, is_recorded_as
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.requests import parse_check
@@ -301,15 +302,16 @@ class ApprovalService:
                 records.append(self._record(question.inquiry, decision, seq, now_us))
                 seq += 1
         trouble = ""
+        position = 0
         if records:
             try:
-                log.append(records[0] if len(records) == 1 else b"".join(records), len(records))
+                position = log.append(records[0] if len(records) == 1 else b"".join(records), len(records))
             except UsageLogError as error:
                 trouble = str(error)
                 self._tally.log_failures += 1
         responses = []
         seq = first_seq
-        tally, boot_ms = self._tally, self._clock.boot_ms()
+        tally = self._tally
         took_us = (time.perf_counter_ns() - started_ns) // (1_000 * len(decided))
         for question, decision in decided:
             decision_id = ""
@@ -318,10 +320,12 @@ class ApprovalService:
                     decision = self._unlogged(question.inquiry, decision, trouble)
                 else:
                     decision_id = f"{self._id_prefix}{seq:016x}"
-                    seq += 1
             response = self._answers.encode(decision, decision_id)
-            if question.key is not None and decision_id:
-                self._recent.remember(question.key, question.data, response, boot_ms)
+            if decision_id:
+                if question.key is not None:
+                    self._recent.remember(question.key, question.data, response, seq, position)
+                position += len(records[seq - first_seq])
+                seq += 1
             responses.append(response)
             tally.answered(decision.effect, decision.reason, took_us)
             if decision.stale:
@@ -394,10 +398,20 @@ class ApprovalService:
         earlier = self._recent.find(question.key)
         if earlier is None:
             return None
-        data, answer = earlier
-        if data and data != question.data and not _same_request(data, question.data):
+        request, answer = earlier
+        if isinstance(request, UsageEvent):
+            if not self._is_recorded_as(request, question.inquiry):
+                raise Malformed(_KEY_REUSED)
+        elif request != question.data and not _same_request(request, question.data):
             raise Malformed(_KEY_REUSED)
         return answer
+
+    def _is_recorded_as(self, event: UsageEvent, inquiry: Inquiry) -> bool:
+        assert self._engine.rulebook is not None
+        try:
+            return is_recorded_as(event, inquiry, self._engine.rulebook)
+        except InvalidInquiry as error:
+            raise Malformed(str(error)) from error
 
     def _require_ready(self) -> None:
         if not self._sync.ready.is_set():
