@@ -105,8 +105,9 @@ class AnswerIndex:
         self._swept = (self._swept + SWEPT_AT_ONCE) & _MASK
         if self._swept == 0:
             self.entries, self._counted = self._counted, 0
-            if self.entries > ENTRIES_MAX:
-                self._oldest_kept = next((one for one in ordinals if one > self._oldest_kept), self._oldest_kept)
+            if self.entries > ENTRIES_MAX and ordinals:
+                dropped = max(self._oldest_kept, ordinals[0])
+                self._oldest_kept = next((one for one in ordinals if one > dropped), dropped)
         return early
 
     @property

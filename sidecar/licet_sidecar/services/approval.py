@@ -235,7 +235,7 @@ class ApprovalService:
         while position < len(questions) and not stopped:
             question = questions[position]
             if question.key is not None:
-                if question.key in keys:
+                if question.key in keys and decided:
                     responses.extend(self._conclude(decided, started_ns))  # so that the repeat finds its answer
                     decided = []
                     keys.clear()
