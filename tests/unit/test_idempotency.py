@@ -173,6 +173,13 @@ class History:
     def advance(self, seconds: float) -> None:
         self.world.advance(seconds)
 
+    async def again_after(self, key: str, seconds: float) -> None:
+        """A call, its acknowledgement, and the same call so much later: what chance alone brings about too rarely."""
+        await self.call(key, 1, "free")
+        self.acknowledge(0)
+        self.advance(seconds)
+        await self.call(key, 1, "free")
+
 
 STEPS = st.one_of(
     st.tuples(st.just("call"), st.sampled_from("abc"), st.integers(0, 2), st.sampled_from(["free", "typed"])),
@@ -181,6 +188,7 @@ STEPS = st.one_of(
     st.tuples(st.just("acknowledge"), st.integers(0, 3)),
     st.tuples(st.just("restart"), st.booleans()),
     st.tuples(st.just("advance"), st.sampled_from([0.001, 1, 300, RETAINED_S - 1, RETAINED_S])),
+    st.tuples(st.just("again_after"), st.sampled_from("abc"), st.sampled_from([1, RETAINED_S - 1, RETAINED_S])),
     st.tuples(st.just("batch"), st.lists(st.sampled_from("abc"), max_size=4)),
 )
 
