@@ -74,7 +74,7 @@ class Metrics:
         counter("licet_events_resent", "Events handed over again.", lambda: tally.events_resent)
         counter("licet_idempotent_repeats", "Calls answered from an earlier answer.", lambda: tally.idempotent_repeats)
         counter(
-            "licet_idempotent_evicted", "Answers forgotten early for want of room.", lambda: tally.idempotent_evicted
+            "licet_idempotent_evicted", "Keys forgotten early for want of room.", lambda: tally.idempotent_evicted
         )
         gauge("licet_revision", "Revision in force.", lambda: engine.revision)
         gauge(
