@@ -100,7 +100,7 @@ def service() -> Iterator[tuple[ApprovalService, Engine]]:
         link.succeeded()
         stand_ins: Any = (_NoLeasing(), _Synced())
         yield (
-            ApprovalService(engine, log, clock, link, *stand_ins, RecentAnswers(tally), tally, ReservationBook()),
+            ApprovalService(engine, log, clock, link, *stand_ins, RecentAnswers(log, tally), tally, ReservationBook()),
             engine,
         )
         log.close()

@@ -148,6 +148,10 @@ class ControlPlane:
         metrics.gauge("licet_revision", "Last published revision.", lambda: status.revision)
         metrics.gauge("licet_outbox_revisions", "Revisions waiting to be published.", lambda: self.publisher.lag)
         metrics.gauge("licet_publisher_up", "1 while heads are published.", lambda: float(status.state == "publishing"))
+        metrics.gauge("licet_redis_evicts", "1 when Redis evicts.", lambda: float(status.keeping.evicts))
+        metrics.gauge(
+            "licet_redis_append_only", "1 with an append-only file.", lambda: float(status.keeping.append_only)
+        )
         metrics.counter("licet_heads", "Signed heads published.", lambda: status.heads)
         metrics.gauge("licet_epoch", "Newest epoch of quota registers.", lambda: self.quotas.epoch)
         metrics.gauge("licet_sidecars_live", "Sidecars heard of lately.", lambda: self.fleet.live_count(self.now_s()))

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisError, ResponseError
+
+from licet.wire.redis_replies import ERROR_REPLIES, error_code, meaning_of, plain_text
 
 Redis = Any
 """``redis.asyncio.Redis``: its own annotations unite synchronous and asynchronous answers, which helps nobody."""
@@ -32,7 +32,11 @@ BACKOFF_S_MAX: Final = 2.0
 
 
 class RedisUnavailable(Exception):
-    """Redis cannot be reached or does not answer. Passes by itself."""
+    """Redis cannot be reached, or answers that it cannot serve just now. Passes by itself; ``fix`` is what may help."""
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message)
+        self.fix = fix or "Start Redis there, or set LICET_REDIS_URL; the server keeps trying."
 
 
 class RedisRefused(Exception):
@@ -66,30 +70,30 @@ def redis_errors() -> Iterator[None]:
     """Turns the client's errors into ours.
 
     Raises:
-        RedisUnavailable: no connection, or no answer in time.
-        RedisRefused: wrong password, or a command that is not allowed, or any other refusal.
+        RedisUnavailable: no connection, no answer in time, or a refusal that passes: loading, a replica, out of memory.
+        RedisRefused: wrong password, a command that is not allowed, or any other refusal.
     """
     try:
         yield
-    except AuthenticationError as error:
-        raise RedisRefused(
-            f"Redis refuses the login: {error}",
+    except (RedisError, OSError) as error:
+        raise _failure_of(error) from error
+
+
+def _failure_of(error: Exception) -> RedisUnavailable | RedisRefused:
+    text = plain_text(str(error))
+    code = (error.status_code if isinstance(error, RedisError) else None) or error_code(text)
+    if isinstance(error, AuthenticationError | AuthorizationError):
+        return RedisRefused(
+            f"Redis refuses the login: {text}",
             "Set LICET_REDIS_URL to redis://user:password@host:port/0 with the password that Redis has.",
-        ) from error
-    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-        raise RedisUnavailable(str(error) or type(error).__name__) from error
-    except NoPermissionError as error:
-        raise RedisRefused(
-            f"Redis does not allow a command: {error}",
-            "Give the user of LICET_REDIS_URL the access rules in deploy/k8s/base/secret.example.yaml.",
-        ) from error
-    except ResponseError as error:
-        fix = "Look at the Redis server: its answer says why."
-        if str(error).startswith("OOM"):
-            fix = "Redis is full: raise its maxmemory. It must run with maxmemory-policy noeviction."
-        raise RedisRefused(f"Redis refuses a command: {error}", fix) from error
-    except RedisError as error:
-        raise RedisUnavailable(str(error)) from error
+        )
+    if not isinstance(error, ResponseError) and code not in ERROR_REPLIES:
+        return RedisUnavailable(text or type(error).__name__)
+    meaning = meaning_of(code, text)
+    if code and not text.startswith(code):
+        text = f"{code} {text}"
+    failure = RedisUnavailable if meaning.passes else RedisRefused
+    return failure(f"Redis refuses a command: {text}", f"{meaning.fix[0].upper()}{meaning.fix[1:]}.")
 
 
 def backoff_s(failures: int) -> float:

@@ -34,7 +34,7 @@ from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown, LinkRefused
 from licet_sidecar.services import reservation_records
 from licet_sidecar.services.approval import ApprovalService
-from licet_sidecar.services.idempotency import ANSWERS_MAX, RecentAnswers
+from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.metrics import CONTENT_TYPE, Metrics
@@ -73,12 +73,7 @@ class Sidecar:
         self.tally = Tally()
         self.link = LinkState()
         self.log = UsageLog(config.state_dir, bytes_max=config.log_bytes_max)
-        recovered = self.log.recover(
-            self.identity.sidecar,
-            self.identity.previous,
-            recent_max=ANSWERS_MAX,
-            now_s=self._started_us / 1e6,
-        )
+        recovered = self.log.recover(self.identity.sidecar, self.identity.previous)
         for damage in recovered.damaged:
             self._logger.error("the usage log is damaged", what=damage)
         if self.identity.previous and not recovered.intact:
@@ -87,7 +82,7 @@ class Sidecar:
             self._logger.error("the end of the usage log is lost; taking a new id", instead_of=self.identity.sidecar)
             self._directory.renounce_identity()
             self.identity = self._directory.claim_identity()
-            recovered = Recovered(recent_events=recovered.recent_events)
+            recovered = Recovered()
         leases = LeaseBook(self.identity.incarnation)
         boot_ms = self.clock.boot_ms()
         for (tenant, _), lease in recovered.leases.items():
@@ -144,8 +139,8 @@ class Sidecar:
             on_head=self._head_taken,
         )
         self.sync.restore(recovered.floor)
-        self.recent = RecentAnswers(self.tally)
-        self.recent.recover(recovered.recent_events, boot_ms)
+        self.recent = RecentAnswers(self.log, self.tally)
+        self.recent.recover()
         self.service = ApprovalService(
             self.engine,
             self.log,
@@ -223,6 +218,7 @@ class Sidecar:
                     ("recalls", self._recall_loop()),
                     ("seats", self._seats_loop()),
                     ("readiness", self._readiness(edge)),
+                    ("answers", self.recent.recover_older()),
                 )
             ]
             await self._stop.wait()
@@ -254,7 +250,7 @@ class Sidecar:
             started = time.monotonic()
             await self._pulse()
             await self.sync.save_snapshot()
-            self.recent.expire(self.clock.boot_ms())
+            self.recent.expire()
             if self.log.wants_rotation:
                 self._rotate()
             self._pulse_soon.clear()

@@ -724,6 +724,24 @@ async def test_a_sum_that_doubles_cannot_count_is_refused(backend: Backend) -> N
     assert (await one(ask(lease, cap=1, used=1))).granted[0].sum == 6, "a return gets through"
 
 
+async def test_a_soft_limit_leases_as_far_as_doubles_count(backend: Backend) -> None:
+    now_s = await backend.now_s()
+    lease = Lease(CALLS, "", now_s - 86_400, now_s + 86_400, Terms(UNITS_MAX, Kind.SOFT))
+    pair = await opened(backend, lease)
+    one, used = Caller(backend), UNITS_MAX - 5
+
+    def soft(cap: int, want: int, least: int) -> Ask:
+        return Ask(lease, cap, min(cap, used), 0, want, least, UNITS_MAX, Kind.SOFT)
+
+    assert (await one(soft(0, used, used))).granted[0].g == used
+    assert (await one(soft(used, 100, 2))).granted[0].g == UNITS_MAX, "ahead of need, only what there is room for"
+    (answer,) = await one.send(SettleCall(TENANT, 9, pair, REVISION, (soft(UNITS_MAX, 100, 1),), 0))
+    assert isinstance(answer, CallRefused)
+    assert "2^53 - 1" in str(answer)
+    kept = (await one(soft(UNITS_MAX, 100, 0), op=10)).granted[0]
+    assert (kept.g, kept.d, kept.u) == (UNITS_MAX, 0, used), "nothing was lost, and reports get through"
+
+
 async def test_one_bad_call_of_several_does_not_spoil_the_others(backend: Backend) -> None:
     lease = await month(backend)
     pair = await opened(backend, lease)

@@ -208,7 +208,7 @@ async def test_an_entry_of_somebody_else_is_no_change(real: RedisShelf, fields: 
 
 async def test_a_key_of_another_type_is_trouble_that_names_redis(real: RedisShelf) -> None:
     await real.redis.lpush(NAMES.bundle(), "x")
-    with pytest.raises(LinkDown, match="WRONGTYPE"):
+    with pytest.raises(LinkRefused, match=r"WRONGTYPE.*LICET_REDIS_PREFIX"):
         await real.source.read_manifest()
 
 

@@ -412,6 +412,27 @@ def test_a_killed_process_keeps_its_id_and_its_count(sidecar: Sidecar, publisher
     assert (publisher.registers("acme"), publisher.bases("acme")) == ({}, [AMOUNT])
 
 
+def test_a_call_repeated_after_kill_gets_its_answer_and_takes_nothing(
+    sidecar: Sidecar, publisher: RedisPublisher
+) -> None:
+    asked = [ask(idempotency_key=f"k{number}", quantity=number % 3) for number in range(60)]
+    first = [sidecar.check(request) for request in asked[:30]]
+    sidecar.program.kill()
+    sidecar.start()
+    first += [sidecar.check(request) for request in asked[30:]]
+    sidecar.program.kill()
+    sidecar.start()
+    for request, answer in zip(asked, first, strict=True):
+        again = sidecar.check(request)
+        assert (again.decision_id, again.effect, again.reason) == (answer.decision_id, answer.effect, answer.reason)
+    with pytest.raises(grpc.RpcError) as caught:
+        sidecar.check(idempotency_key="k1", quantity=2)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "idempotency_key: it was used for another request" in caught.value.details()
+    taken = sum(number % 3 for number in range(60))
+    assert sidecar.approved(AMOUNT) == AMOUNT - taken
+
+
 def test_a_start_that_failed_in_between_forgets_nothing(
     sidecar: Sidecar, publisher: RedisPublisher, tmp_path: Path
 ) -> None:

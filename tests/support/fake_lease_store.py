@@ -363,7 +363,10 @@ class FakeRegisters:
                 entry.lacks = entry.grant < ask.want
                 continue
             if ask.kind is Kind.SOFT and remaining < ask.want:
-                entry.grant = max(ask.min, ask.want)
+                room = UNITS_MAX - entry.others - entry.register.g
+                entry.grant = max(ask.min, min(ask.want, room))
+                if entry.grant > room:
+                    raise CallRefused("LICET: all sidecars together would hold more than 2^53 - 1 units")
                 continue
             generous = max(ask.want, remaining // (GENEROUS_SHARE * live))
             share = max(ask.min, min(generous, remaining // (FAIR_SHARE * live)))

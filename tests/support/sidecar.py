@@ -116,7 +116,7 @@ class FakeSidecar:
         self.link = LinkState()
         self.link.succeeded()
         self.log = UsageLog(place, bytes_max=log_bytes_max)
-        self.recovered = self.log.recover(sidecar, incarnation - 1, recent_max=1_000, now_s=clock.us / 1e6)
+        self.recovered = self.log.recover(sidecar, incarnation - 1)
         self.leases = LeaseBook(incarnation)
         for (tenant, _), lease in self.recovered.leases.items():
             self.leases.restore(tenant, lease, clock.ms)
@@ -151,8 +151,8 @@ class FakeSidecar:
             on_head=self.heads.append,
         )
         self.sync.restore(self.recovered.floor)
-        self.recent = RecentAnswers(self.tally)
-        self.recent.recover(self.recovered.recent_events, clock.ms)
+        self.recent = RecentAnswers(self.log, self.tally)
+        self.recent.recover()
         self.service = ApprovalService(
             self.engine, self.log, clock, self.link, self.leasing, self.sync, self.recent, self.tally, self.reservations
         )

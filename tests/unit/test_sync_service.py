@@ -16,7 +16,7 @@ from licet.v1 import approval_pb2 as pb
 from licet.wire import documents, envelope
 from licet.wire.documents import Manifest
 from licet_sidecar.adapters.usage_log import UsageLogError
-from licet_sidecar.ports import Change
+from licet_sidecar.ports import Change, LinkRefused
 from licet_sidecar.services import syncing
 from licet_sidecar.services.syncing import SNAPSHOT_FILE
 from tests.support.fake_state_source import FakePublisher, FakeStateSource
@@ -580,6 +580,17 @@ async def test_the_trouble_before_the_first_state_is_told(world: World) -> None:
     await sidecar.synced()
     assert sidecar.sync.problem == ""
     await sidecar.stop()
+
+
+async def test_a_license_that_may_not_be_read_counts_as_redis_away(sidecar: FakeSidecar, world: World) -> None:
+    world.license("globex")
+    await sidecar.synced()
+    world.source.fail(LinkRefused("Redis lacks a permission for this user"))
+    assert await reason(sidecar, "globex") == "DEGRADED_DENY"
+    assert sidecar.tally.documents_rejected == 0
+    world.source.fail(None)
+    sidecar.link.succeeded()
+    assert await reason(sidecar, "globex") == "OK"
 
 
 async def test_a_revision_that_cannot_be_noted_is_not_acted_on(

@@ -60,7 +60,7 @@ def started(
 ) -> UsageLog:
     directory.mkdir(exist_ok=True)
     log = UsageLog(directory, bytes_max=bytes_max)
-    log.recover(sidecar, incarnation - 1, recent_max=100, now_s=NOW_S)
+    log.recover(sidecar, incarnation - 1)
     log.start(header(incarnation, sidecar=sidecar), records)
     return log
 
@@ -80,11 +80,9 @@ def filled(log: UsageLog) -> None:
         log.append(record(seq), 1)
 
 
-def recovered(
-    directory: Path, incarnation: int = 1, *, sidecar: str = ME, recent_max: int = 100
-) -> tuple[UsageLog, Recovered]:
+def recovered(directory: Path, incarnation: int = 1, *, sidecar: str = ME) -> tuple[UsageLog, Recovered]:
     log = UsageLog(directory, bytes_max=1 << 30)
-    return log, log.recover(sidecar, incarnation, recent_max=recent_max, now_s=NOW_S)
+    return log, log.recover(sidecar, incarnation)
 
 
 def seqs(
@@ -263,26 +261,12 @@ def test_a_new_id_takes_up_no_lease_but_earlier_answers(tmp_path: Path) -> None:
     log.close()
     again, report = recovered(tmp_path, incarnation=0, sidecar=OTHER)
     assert (report.leases, report.floor, report.intact) == ({}, (0, 0), False)
-    assert len(report.recent_events) == 1, "whoever repeats a call does not know of ids"
     assert [(one.sidecar, last) for one, last in again.logs()] == [(ME, 1)]
 
 
 def test_an_id_whose_log_is_gone_is_not_trusted(tmp_path: Path) -> None:
     _, report = recovered(tmp_path, incarnation=4)
     assert (report.intact, report.incarnation) == (False, 0)
-
-
-def test_the_latest_events_are_known_again(tmp_path: Path) -> None:
-    written(tmp_path, 5)
-    _, report = recovered(tmp_path, recent_max=3)
-    assert [(prefix, event_seq(one)) for prefix, one in report.recent_events] == [(b"prefix00", n) for n in (3, 4, 5)]
-
-
-def test_events_past_the_retention_are_not_recent(tmp_path: Path) -> None:
-    written(tmp_path, 5)
-    os.utime(only_file(tmp_path), (NOW_S - RETAINED_S - 1,) * 2)
-    _, report = recovered(tmp_path)
-    assert report.recent_events == []
 
 
 def test_logs_without_events_go_once_a_new_one_begins(tmp_path: Path) -> None:
@@ -339,7 +323,7 @@ def test_any_history_is_known_after_any_restart(
                         file.write(record(999)[:number])
                 log.close()
                 log = UsageLog(directory, bytes_max=1 << 30)
-                report = log.recover(ME, incarnation, recent_max=100, now_s=NOW_S)
+                report = log.recover(ME, incarnation)
                 assert (report.damaged, report.intact, report.floor) == ([], True, floor)
                 assert (report.incarnation, report.last_seq) == (incarnation, last_seq[incarnation])
                 (one,) = report.leases.values()
@@ -429,8 +413,7 @@ def test_space_that_was_released_can_be_used_again(tmp_path: Path) -> None:
         filled(log)
     log.rotate([])
     last = log.last_seq
-    os.utime(log.segments[0].path, (NOW_S - RETAINED_S,) * 2)
-    log.release(ME, 1, last, NOW_S)
+    log.release(ME, 1, last, 0.0)
     log.append(record(last + 1), 1)
     assert seqs(log, last + 1) == [last + 1]
     log.close()
@@ -607,13 +590,17 @@ def test_segments_of_a_copied_directory_are_read_in_the_order_they_were_written(
 # Releasing
 
 
+def released(log: UsageLog, watermark: int, *, sidecar: str = ME) -> None:
+    """Acknowledged so far, and past the retention."""
+    log.release(sidecar, 1, watermark, 0.0)
+    log.release(sidecar, 1, watermark, RETAINED_S)
+
+
 def test_a_segment_is_kept_until_all_of_it_is_acknowledged(tmp_path: Path) -> None:
     log = _rotated(tmp_path, 4, 3)
-    for segment in log.segments:
-        os.utime(segment.path, (NOW_S - RETAINED_S,) * 2)
-    log.release(ME, 1, 3, NOW_S)
+    released(log, 3)
     assert seqs(log, 1) == list(range(1, 13))
-    log.release(ME, 1, 7, NOW_S)
+    released(log, 7)
     assert seqs(log, 5) == list(range(5, 13))
     assert len(list(tmp_path.glob("usage-*.log"))) == 2
     log.close()
@@ -622,17 +609,48 @@ def test_a_segment_is_kept_until_all_of_it_is_acknowledged(tmp_path: Path) -> No
 def test_an_acknowledged_segment_is_kept_for_repeats(tmp_path: Path) -> None:
     log = _rotated(tmp_path, 4, 2)
     path = log.segments[0].path
-    written_s = path.stat().st_mtime
-    log.release(ME, 1, 8, written_s + RETAINED_S - 1)
+    os.utime(path, (0, 0))  # however long ago it was written: the control plane may have been away
+    log.release(ME, 1, 4, 1_000.0)
+    log.release(ME, 1, 7, 1_000.0 + RETAINED_S - 0.001)
     assert path.exists()
-    log.release(ME, 1, 8, written_s + RETAINED_S + 1)
+    assert not log.is_past(log.header, 4)
+    log.release(ME, 1, 7, 1_000.0 + RETAINED_S)
     assert not path.exists()
+    assert log.is_past(log.header, 4)
+    assert not log.is_past(log.header, 5)
+    log.close()
+
+
+def test_each_event_is_past_ten_minutes_after_its_own_acknowledgement(tmp_path: Path) -> None:
+    log = _rotated(tmp_path, 9, 1)
+    for second in range(RETAINED_S + 9):
+        log.release(ME, 1, min(9, second), float(second))
+    assert [seq for seq in range(1, 10) if log.is_past(log.header, seq)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    log.close()
+
+
+def test_what_a_restored_ledger_lost_is_not_past(tmp_path: Path) -> None:
+    log = _rotated(tmp_path, 9, 1)
+    released(log, 9)
+    log.release(ME, 1, 3, RETAINED_S + 1.0)
+    assert [seq for seq in range(1, 10) if log.is_past(log.header, seq)] == [1, 2, 3]
+    log.release(ME, 1, 9, RETAINED_S + 2.0)
+    log.release(ME, 1, 9, 2.0 * RETAINED_S)
+    assert not log.is_past(log.header, 4)
+    log.close()
+
+
+def test_what_is_acknowledged_makes_room_when_the_log_is_half_full(tmp_path: Path, monkeypatch: Any) -> None:
+    log = _rotated(tmp_path, 4, 4)
+    monkeypatch.setattr(log, "_bytes_max", 2 * log.total_bytes - 1)
+    log.release(ME, 1, 15, 0.0)
+    assert [one.header.first_seq for one in log.segments] == [5, 9, 13], "oldest first, and no more than it takes"
     log.close()
 
 
 def test_the_segment_in_use_is_never_released(tmp_path: Path) -> None:
     log = _rotated(tmp_path, 4, 1)
-    log.release(ME, 1, 4, NOW_S * 2)
+    released(log, 4)
     log.append(record(5), 1)
     assert seqs(log, 1) == [1, 2, 3, 4, 5]
     log.close()
@@ -642,7 +660,7 @@ def test_an_acknowledgement_frees_only_its_own_log(tmp_path: Path) -> None:
     written(tmp_path, 3, sidecar=OTHER)
     written(tmp_path, 3)
     log = started(tmp_path, 2)
-    log.release(OTHER, 1, 10, NOW_S * 2)
+    released(log, 10, sidecar=OTHER)
     assert seqs(log, 1, sidecar=OTHER) == []
     assert seqs(log, 1, incarnation=1) == [1, 2, 3]
     log.close()
@@ -650,7 +668,7 @@ def test_an_acknowledgement_frees_only_its_own_log(tmp_path: Path) -> None:
 
 def test_events_that_are_gone_are_skipped_and_not_renumbered(tmp_path: Path) -> None:
     log = _rotated(tmp_path, 4, 2)
-    log.release(ME, 1, 4, NOW_S * 2)
+    released(log, 4)
     assert seqs(log, 1) == [5, 6, 7, 8]
     assert seqs(log, 1, events_max=2) == [5, 6]
     log.close()
@@ -659,7 +677,7 @@ def test_events_that_are_gone_are_skipped_and_not_renumbered(tmp_path: Path) -> 
 def test_the_total_is_the_size_of_all_files(tmp_path: Path) -> None:
     log = _rotated(tmp_path, 3, 3)
     assert log.total_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
-    log.release(ME, 1, 3, NOW_S * 2)
+    released(log, 3)
     assert log.total_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     log.close()
     again, _ = recovered(tmp_path)

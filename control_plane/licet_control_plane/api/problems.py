@@ -93,10 +93,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RedisUnavailable)
     async def _redis(_request: Request, error: RedisUnavailable) -> JSONResponse:
-        detail = f"Redis cannot be reached: {error}."
-        return response(
-            503, detail, "Try again; `licet status` says how Redis is.", headers={"Retry-After": RETRY_AFTER_S}
-        )
+        return response(503, f"Redis does not serve: {error}.", error.fix, headers={"Retry-After": RETRY_AFTER_S})
 
     @app.exception_handler(RedisRefused)
     async def _refused(_request: Request, error: RedisRefused) -> JSONResponse:

@@ -40,6 +40,8 @@ async def readyz(request: Request) -> JSONResponse:
     checks["redis"] = {"ok": status.connected}
     if not status.connected:
         checks["redis"] |= {"reason": status.reason, "fix": status.fix}
+    elif status.keeping.warning:
+        checks["redis"] |= {"warning": status.keeping.warning}
     publishing = status.state == "publishing" and plane.now_s() - status.heads_at_s < HEAD_AGE_S_MAX
     checks["publisher"] = {"ok": publishing, "state": status.state, "revision": status.revision}
     if not publishing:
@@ -68,7 +70,11 @@ async def status(request: Request) -> dict[str, Any]:
         "deployment": row.deployment,
         "generation": row.generation,
         "revision": publisher.revision,
-        "redis": {"connected": publisher.connected, "run_id": publisher.run_id},
+        "redis": {
+            "connected": publisher.connected,
+            "run_id": publisher.run_id,
+            "warning": publisher.keeping.warning or None,
+        },
         "epoch": row.epoch,
         "sidecars_live": plane.fleet.live_count(plane.now_s()),
         "drain": {"backlog": sum(plane.drain.backlog.values())},

@@ -27,6 +27,38 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class Keeping:
+    """How a server keeps what it is told. ``eviction_policy`` is its ``maxmemory-policy``, empty when it says none."""
+
+    eviction_policy: str = ""
+    memory_bytes_max: int = 0
+    append_only: bool = True
+
+    @property
+    def evicts(self) -> bool:
+        """Whether it throws data away when its memory is full, instead of refusing more."""
+        return self.memory_bytes_max > 0 and self.eviction_policy not in ("", "noeviction")
+
+    @property
+    def warning(self) -> str:
+        """What is wrong with that and what to do, for people; empty when nothing is.
+
+        No promise hangs on it: what was evicted or not kept is missed, and learned again. But leasing stops meanwhile.
+        """
+        if self.evicts:
+            return (
+                f"Redis evicts data when its memory is full (maxmemory-policy {self.eviction_policy}): each evicted"
+                " quota stops leasing for its tenant until it was learned again. Set maxmemory-policy noeviction."
+            )
+        if not self.append_only:
+            return (
+                "Redis keeps no append-only file: each restart of it loses all quotas, and leasing stops until they"
+                " were learned again. Set appendonly yes."
+            )
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
 class Expected:
     """What should be there. ``revision`` is the last published one, ``revision_allocated`` the last of the database.
 

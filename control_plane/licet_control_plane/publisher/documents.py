@@ -13,7 +13,7 @@ from licet.wire.documents import Heartbeat
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import RedisNames
 from licet.wire.registers import RUN_SECTIONS, SERVER_RUN_LUA, run_of
-from licet_control_plane.core.contents import Found
+from licet_control_plane.core.contents import Found, Keeping
 from licet_control_plane.redis_link import Redis, redis_errors
 from licet_control_plane.store.revisions import Revision
 
@@ -23,6 +23,7 @@ CHANGES_MAX: Final = 10_000
 CHUNK_KEPT_S: Final = 3_600
 """How long a chunk outlives the last two manifests: a sidecar that reads slowly may still be at it."""
 _PIPELINE_MAX: Final = 1_000
+_KEEPING_SECTIONS: Final = ("memory", "persistence")
 
 
 class ChangeRefused(Exception):
@@ -34,6 +35,7 @@ class Look:
     """One look at a server: its contents, and the heartbeats, by sidecar, read in the same instant."""
 
     found: Found
+    keeping: Keeping
     heartbeats: Mapping[str, Heartbeat]
     unreadable: int
 
@@ -52,7 +54,7 @@ class RedisDocuments:
         names = self._names
         with redis_errors():
             async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.execute_command("INFO", *RUN_SECTIONS)
+                pipe.execute_command("INFO", *RUN_SECTIONS, *_KEEPING_SECTIONS)
                 pipe.get(names.epoch())
                 pipe.xrevrange(names.changes(), count=1)
                 pipe.exists(names.bundle())
@@ -74,7 +76,12 @@ class RedisDocuments:
             last_revision=int(last[0][0].partition(b"-")[0]) if last else 0,
             has_manifest=bool(has_manifest),
         )
-        return Look(found, heartbeats, unreadable)
+        keeping = Keeping(
+            eviction_policy=str(server.get("maxmemory_policy", "")),
+            memory_bytes_max=int(server.get("maxmemory", 0)),
+            append_only=bool(server.get("aof_enabled", True)),
+        )
+        return Look(found, keeping, heartbeats, unreadable)
 
     async def set_documents(self, deployment: str, revisions: Sequence[Revision]) -> None:
         """Store documents, each unless a newer one is there."""

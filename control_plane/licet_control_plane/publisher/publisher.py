@@ -29,7 +29,7 @@ from licet.domain.catalog import Catalog
 from licet.wire.documents import HEAD, HEAD_KEY, Head
 from licet.wire.registers import Pair
 from licet.wire.signing import SigningKey, Statement
-from licet_control_plane.core.contents import Contents, Expected, Found, assess
+from licet_control_plane.core.contents import Contents, Expected, Found, Keeping, assess
 from licet_control_plane.publisher import generation
 from licet_control_plane.publisher.asks import AsksReader
 from licet_control_plane.publisher.documents import ChangeRefused, Look, RedisDocuments
@@ -73,6 +73,7 @@ class PublisherStatus:
     heads: int = 0
     heads_at_s: float = 0.0
     heartbeats_unreadable: int = 0
+    keeping: Keeping = field(default_factory=Keeping)
     waited_for: list[str] = field(default_factory=list)
 
 
@@ -197,6 +198,9 @@ class Publisher:
         self._looked_s = _clock_s()
         self.status.run_id = look.found.run_id
         self.status.heartbeats_unreadable = look.unreadable
+        if look.keeping != self.status.keeping and look.keeping.warning:
+            log.warning("Redis may lose what it is told", redis=self._location, what=look.keeping.warning)
+        self.status.keeping = look.keeping
         if look.found.epoch != self._quotas.epoch:
             await self._documents.set_sentinel(self._meta.deployment, self._quotas.epoch, only_present=True)
         pair = Pair(self._quotas.epoch, look.found.run_id)
@@ -304,9 +308,7 @@ class Publisher:
         if about_redis:
             self.status.connected = False
         reason = f"Redis at {self._location}: {error}" if about_redis else f"{error}"
-        fix = error.fix if isinstance(error, RedisRefused) else ""
-        if isinstance(error, RedisUnavailable):
-            fix = "Start Redis there, or set LICET_REDIS_URL; the server keeps trying."
+        fix = "" if isinstance(error, DatabaseUnavailable) else error.fix
         if (self.status.state, self.status.reason) != ("waiting", reason):
             report = log.warning if isinstance(error, RedisUnavailable) else log.error
             report("publishing waits", reason=reason, fix=fix)

@@ -12,9 +12,9 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from licet.wire.names import RedisNames
 from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, QUOTA_KEPT_S, SERVER_RUN_LUA, WINDOW_GRACE_S, Pair
-from licet_sidecar.adapters.redis_link import decoded, failure_of, is_refusal_of_script, translated, without_password
+from licet_sidecar.adapters.redis_link import decoded, failure_of_call, translated, without_password
 from licet_sidecar.core.leases import Granted, LeaseBook, SettleAnswer, SettleCall, Status
-from licet_sidecar.ports import CallRefused, Unconfirmed
+from licet_sidecar.ports import CallRefused, LinkDown, Unconfirmed
 
 CALLS_PER_PIPELINE_MAX: Final = 512
 """One round of upkeep is one round trip; the server serves others in between, as it reads 16 KB of one at a time."""
@@ -93,12 +93,13 @@ class RedisLeaseStore:
             arguments = [self._arguments(call, live) for call in calls]
             replies, doubt = await self._evaluate([("EVALSHA", _SCRIPT_SHA, *each) for each in arguments], durable)
             if any(isinstance(reply, NoScriptError) for reply in replies):
-                # The server was restarted or its scripts flushed. Calls may be repeated, so all are sent again.
+                # The server was restarted or its scripts flushed, before the first call or between two. Calls may be
+                # repeated, so all are sent again.
                 replies, doubt = await self._evaluate([("EVAL", _SCRIPT, *each) for each in arguments], durable)
         answers: list[SettleAnswer | Exception] = []
         for call, reply in zip(calls, replies, strict=True):
             if isinstance(reply, Exception):
-                answers.append(failure_of(reply, self._url))
+                answers.append(failure_of_call(reply, self._url))
             else:
                 answers.append(doubt if call.durable and doubt else _answer(reply, len(call.asks)))
         return answers
@@ -107,11 +108,8 @@ class RedisLeaseStore:
         """Replies, and why what they granted may still be lost (``None``: it may not, or nobody asked)."""
         if not durable:
             return await self._replies(commands), None
-        replies = await self._replies([*commands, ("WAITAOF", 1, self._replicas, CONFIRM_MS)])
-        if len(replies) == 1:
-            return replies, None  # the script is not there
-        *replies, reached = replies
-        if isinstance(reached, ResponseError) and "appendonly" in str(reached):
+        *replies, reached = await self._replies([*commands, ("WAITAOF", 1, self._replicas, CONFIRM_MS)])
+        if isinstance(reached, Exception) and "appendonly" in str(reached):
             if not self._replicas:
                 return replies, CallRefused(
                     f"a limit is durable, and Redis at {without_password(self._url)} has no append-only file; set"
@@ -119,9 +117,11 @@ class RedisLeaseStore:
                 )
             # Not the same connection, perhaps: the calls are repeated, and write again, before the wait.
             *replies, reached = await self._replies([*commands, ("WAIT", self._replicas, CONFIRM_MS)])
-            reached = [1, reached]
+            reached = reached if isinstance(reached, Exception) else [1, reached]
         if isinstance(reached, Exception):
-            raise reached
+            failure = failure_of_call(reached, self._url)
+            # Only what is durable waits for this: other limits go on.
+            return replies, failure if isinstance(failure, LinkDown) else CallRefused(f"a limit is durable: {failure}")
         on_disk, on_replicas = reached
         if on_disk >= 1 and on_replicas >= self._replicas:
             return replies, None
@@ -130,20 +130,18 @@ class RedisLeaseStore:
         )
 
     async def _replies(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """One reply or error for each command."""
         if len(commands) == 1:
             try:
                 return [await self._redis.execute_command(*commands[0])]  # type: ignore[no-untyped-call]  # untyped there
-            except ResponseError as error:
-                if isinstance(error, NoScriptError) or is_refusal_of_script(error):
-                    return [error]
-                raise
+            except RedisError as error:
+                if error.status_code is None and not isinstance(error, ResponseError):
+                    raise  # no reply, but a connection that broke
+                return [error]
         pipeline = self._redis.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
         replies: list[Any] = await pipeline.execute(raise_on_error=False)
-        for reply in replies:
-            if isinstance(reply, RedisError) and "NOSCRIPT" in str(reply):
-                return [NoScriptError(str(reply))]
         return replies
 
     def _arguments(self, call: SettleCall, live: int) -> list[Any]:

@@ -11,14 +11,9 @@ from typing import Any, Final
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    NoPermissionError,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisError, ResponseError
 
+from licet.wire.redis_replies import ERROR_REPLIES, error_code, meaning_of, plain_text
 from licet.wire.registers import RUN_SECTIONS, run_of
 from licet_sidecar.ports import CallRefused, LinkDown, LinkRefused
 
@@ -32,10 +27,6 @@ CONNECTIONS_MAX: Final = 8
 POOL_WAIT_S: Final = 5.0
 """How long a call waits for one of them. Longer than any check waits: many cold tenants at once are a queue, and not
 an outage."""
-
-_TRANSIENT_CODES: Final = re.compile(
-    r"^(READONLY|LOADING|OOM|MISCONF|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|MOVED|ASK|BUSY|NOREPLICAS|UNKILLABLE)\b"
-)
 
 
 def connect(url: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> Redis:
@@ -78,25 +69,8 @@ async def translated(url: str) -> AsyncIterator[None]:
     round_trips.total += 1
     try:
         yield
-    except (AuthenticationError, AuthorizationError) as error:
-        raise LinkRefused(
-            f"Redis at {without_password(url)} refuses the login: {error}; check user and password in LICET_REDIS_URL"
-        ) from error
-    except NoPermissionError as error:
-        raise LinkRefused(
-            f"Redis at {without_password(url)} lacks a permission for this user: {error}; see the shipped ACL rules"
-        ) from error
-    except ResponseError as error:
-        text = str(error)
-        if "NOAUTH" in text or "WRONGPASS" in text or "invalid username-password" in text:
-            raise LinkRefused(
-                f"Redis at {without_password(url)} refuses the login: {text}; check LICET_REDIS_URL"
-            ) from error
-        raise LinkDown(f"Redis at {without_password(url)} answers: {text}") from error
     except (RedisError, OSError, TimeoutError) as error:
-        raise LinkDown(
-            f"Redis at {without_password(url)} cannot be reached: {str(error) or type(error).__name__}"
-        ) from error
+        raise failure_of(error, url) from error
     except RuntimeError as error:
         # What uvloop raises, and redis-py lets through, when the server closed the connection just before a write.
         if "closed" not in str(error):
@@ -104,23 +78,34 @@ async def translated(url: str) -> AsyncIterator[None]:
         raise LinkDown(f"Redis at {without_password(url)} closed the connection") from error
 
 
-def failure_of(error: Exception, url: str) -> Exception:
-    """The translated form of an error that a pipeline returned as one of its results."""
-    if isinstance(error, NoPermissionError | AuthenticationError):
-        return LinkRefused(f"Redis at {without_password(url)}: {error}; see the shipped ACL rules")
+def failure_of(error: Exception, url: str) -> LinkDown | LinkRefused:
+    """What an error of redis-py means for everybody: ``LinkDown`` when it may pass by itself."""
+    where, text = without_password(url), plain_text(str(error))
+    code = (error.status_code if isinstance(error, RedisError) else None) or error_code(text)
+    if isinstance(error, AuthenticationError | AuthorizationError) and code not in ERROR_REPLIES:
+        code = "WRONGPASS"
+    if not isinstance(error, ResponseError) and code not in ERROR_REPLIES:
+        return LinkDown(f"Redis at {where} cannot be reached: {text or type(error).__name__}")
+    meaning = meaning_of(code, text)
+    if code and not text.startswith(code):
+        text = f"{code} {text}"
+    failure = LinkDown if meaning.passes else LinkRefused
+    return failure(f"Redis at {where} answers {text!r}: {meaning.fix}")
+
+
+def failure_of_call(error: Exception, url: str) -> LinkDown | LinkRefused:
+    """The same for one call of a script: what is wrong with its keys or arguments costs only that call."""
     if is_refusal_of_script(error):
         return CallRefused(f"Redis at {without_password(url)} holds or was sent what a script refuses: {error}")
-    return LinkDown(f"Redis at {without_password(url)} answers: {error}")
+    failure = failure_of(error, url)
+    code = error.status_code if isinstance(error, RedisError) else None
+    concerns_all = isinstance(failure, LinkDown) or code in ERROR_REPLIES
+    return failure if concerns_all else CallRefused(str(failure))
 
 
 def is_refusal_of_script(error: Exception) -> bool:
     """Whether one of our scripts refused a call, without any effect: the same call will be refused again."""
     return isinstance(error, ResponseError) and str(error).startswith("LICET ")
-
-
-def is_transient(text: str) -> bool:
-    """Whether an error reply is one that passes by itself (failover, loading, memory)."""
-    return bool(_TRANSIENT_CODES.match(text))
 
 
 def without_password(url: str) -> str:

@@ -234,7 +234,7 @@ if granting then
         q.grant = math.min(remaining, math.max(q.want, q.min))
         q.short = q.grant < q.want -- whoever has more than a fair share is asked for it
       elseif remaining < q.want and q.soft then
-        q.grant = math.max(q.min, q.want)
+        q.grant = math.max(q.min, math.min(q.want, UNITS_MAX - q.sum))
       else
         local share = math.max(q.want, math.floor(remaining / (GENEROUS_SHARE * live)))
         share = math.min(share, math.floor(remaining / (FAIR_SHARE * live)))

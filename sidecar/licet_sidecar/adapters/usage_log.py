@@ -19,6 +19,7 @@ import os
 import re
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +36,18 @@ SEGMENT_BYTES: Final = 16 * 1024 * 1024
 """When a segment is closed. About 80,000 events: small enough that acknowledged space comes back soon."""
 
 RETAINED_S: Final = 600
-"""How long an acknowledged segment stays, so that a repeated call with the same idempotency key is still answered."""
+"""How long an event stays past its acknowledgement, so that a repeated call with the same idempotency key is still
+answered. A restart, which does not know when that was, begins it again."""
+
+RETAINED_SHARE_MAX: Final = 0.5
+"""Of the log's size. Beyond it what is acknowledged makes room at once: what is not must have some."""
 
 RESERVED_BYTES: Final = 1024 * 1024
 """Kept beyond ``bytes_max`` for what is not an event: without it a full log could neither return leases nor note a
 new revision. A note takes 30 bytes and a lease 100, so this outlasts any outage."""
+
+POSITION_BITS: Final = 32
+"""Of a position, for the offset in a segment; the bits above are its ordinal."""
 
 _FRAME: Final = struct.Struct("<IIB")
 _NAME: Final = re.compile(r"usage-([0-9a-f]{32})-(\d{10})-(\d{16})\.log")
@@ -78,13 +86,17 @@ class LogHeader:
 
 @dataclass(slots=True)
 class Segment:
-    """One file. ``last_seq`` is ``first_seq - 1`` while it holds no event. ``size`` ends at the last whole record."""
+    """One file. ``last_seq`` is ``first_seq - 1`` while it holds no event. ``size`` ends at the last whole record.
+
+    ``ordinal`` grows from segment to segment, in the order they were written, as far as that is known.
+    """
 
     path: Path
     header: LogHeader
     size: int
     last_seq: int
     damaged: bool = False
+    ordinal: int = 0
 
 
 @dataclass(slots=True)
@@ -102,12 +114,10 @@ class Recovered:
     """Packed seats by (tenant, seat id)."""
     floor: tuple[int, int] = (0, 0)
     """Newest (generation, revision) that was acted on."""
-    recent_events: list[tuple[bytes, bytes]] = field(default_factory=list)
-    """(decision prefix, packed event) of the latest events, for idempotency keys; oldest first."""
     reservations: dict[str, list[Any]] = field(default_factory=dict)
     """Open reservations as they were logged, by id. What they hold is not in ``leases`` yet."""
     settled: list[tuple[bytes, bytes]] = field(default_factory=list)
-    """(decision prefix, packed event) of reservations settled lately, by any incarnation of this id; oldest first."""
+    """(decision prefix, packed event) of reservations settled lately, by any incarnation; oldest first."""
     last_seq: int = 0
     """Where the log of ``incarnation`` ends."""
     damaged: list[str] = field(default_factory=list)
@@ -176,13 +186,16 @@ class UsageLog:
         self._head_bytes = 0  # of the present segment
         self._unsyncable = ""
         self._resume: dict[Path, tuple[int, int]] = {}  # where the last reading ended: (next seq, offset)
+        self._ordinals = 0
+        self._acks: dict[tuple[str, int], deque[tuple[int, float]]] = {}  # (watermark, boot time), by log
+        self._past: dict[tuple[str, int], int] = {}  # what was acknowledged RETAINED_S ago, by log
 
     # Starting
 
-    def recover(self, sidecar: str, incarnation: int, *, recent_max: int, now_s: float) -> Recovered:
+    def recover(self, sidecar: str, incarnation: int) -> Recovered:
         """Reads what is there: older logs to ship, and the leases of the newest incarnation up to ``incarnation``.
 
-        Cuts torn tails off. ``recent_max`` bounds ``recent_events``. ``incarnation`` 0: a new id, nothing is taken up.
+        Cuts torn tails off. ``incarnation`` 0: a new id, nothing is taken up.
 
         Raises:
             UsageLogError: a file cannot be read, or was written by a newer program.
@@ -199,14 +212,7 @@ class UsageLog:
             if mine and mine[-1].header.first_seq == newest[2] and not mine[-1].damaged:
                 recovered.intact = True
                 self._recover_leases(mine[-1], recovered)
-        # Also of ids that were retired: a caller repeats its call to whoever serves here now.
-        recent_after = now_s - RETAINED_S
-        self._recover_settled(self.segments, recovered, recent_after)
-        for segment in self.segments:
-            if segment.path.stat().st_mtime >= recent_after:
-                prefix = segment.header.decision_prefix
-                recovered.recent_events.extend((prefix, event) for event, _ in _events(segment))
-                del recovered.recent_events[:-recent_max]
+        self._recover_settled(recovered)
         self._total_bytes = sum(segment.size for segment in self.segments)
         return recovered
 
@@ -233,10 +239,11 @@ class UsageLog:
 
     # Writing
 
-    def append(self, records: bytes, events: int) -> None:
+    def append(self, records: bytes, events: int) -> int:
         """Appends framed records, ``events`` of which are usage events numbered on from ``last_seq``.
 
-        All or nothing: on failure the log is as before.
+        All or nothing: on failure the log is as before. Returns the position of the first record, for ``event_at``;
+        that of a later one is as many bytes further.
 
         Raises:
             UsageLogError: the log or the disk is full, or the disk failed.
@@ -255,10 +262,12 @@ class UsageLog:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, segment.size)
             raise UsageLogError("the usage log cannot be written: the disk is full")
+        position = segment.ordinal << POSITION_BITS | segment.size
         segment.size += written
         self._total_bytes += written
         self.last_seq += events
         segment.last_seq = self.last_seq
+        return position
 
     @property
     def wants_rotation(self) -> bool:
@@ -356,18 +365,59 @@ class UsageLog:
                 self._resume[segment.path] = (seq, end)
         return found
 
-    def release(self, sidecar: str, incarnation: int, watermark: int, now_s: float) -> None:
-        """Deletes segments the ledger has committed up to ``watermark``, once they are past the retention."""
+    def release(self, sidecar: str, incarnation: int, watermark: int, boot_s: float) -> None:
+        """Takes an acknowledgement up to ``watermark``; deletes segments that are past the retention.
+
+        To be called again and again, at growing times. A watermark may go back, when the ledger was restored.
+        """
+        log = (sidecar, incarnation)
+        acks = self._acks.setdefault(log, deque())
+        if acks and watermark < acks[-1][0]:
+            acks.clear()
+            self._past[log] = min(watermark, self._past.get(log, 0))
+        if not acks or watermark > acks[-1][0]:
+            acks.append((watermark, boot_s))
+        while acks and acks[0][1] + RETAINED_S <= boot_s:
+            self._past[log] = max(self._past.get(log, 0), acks[0][0])
+            if len(acks) == 1:
+                break  # what was acknowledged last is still to be compared with
+            acks.popleft()
+        past = self._past.get(log, 0)
         for segment in list(self.segments):
             header = segment.header
-            if (header.sidecar, header.incarnation) != (sidecar, incarnation) or segment.last_seq > watermark:
+            if (header.sidecar, header.incarnation) != log or segment.last_seq > watermark:
                 continue
             if segment is self.segments[-1] and self._header is not None:
                 continue
-            with contextlib.suppress(OSError):
-                if now_s - segment.path.stat().st_mtime < RETAINED_S:
-                    continue
-            self._delete(segment)
+            if segment.last_seq <= past or self._total_bytes > RETAINED_SHARE_MAX * self._bytes_max:
+                self._delete(segment)
+
+    # Looking back
+
+    def event_at(self, position: int) -> tuple[LogHeader, bytes] | None:
+        """The packed event at a position, and whose log it is in; ``None`` when it is gone or damaged."""
+        ordinal, offset = position >> POSITION_BITS, position & ((1 << POSITION_BITS) - 1)
+        segment = next((one for one in reversed(self.segments) if one.ordinal == ordinal), None)
+        if segment is None:
+            return None
+        try:
+            with segment.path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                length, checksum, kind = _FRAME.unpack(file.read(_FRAME.size))
+                payload = file.read(length)
+        except (OSError, struct.error):
+            return None
+        intact = kind == EVENT and len(payload) == length and zlib.crc32(payload, kind) == checksum
+        return (segment.header, payload) if intact else None
+
+    def is_past(self, header: LogHeader, seq: int) -> bool:
+        """Whether an event was acknowledged so long ago that nobody is to be answered from it."""
+        return seq <= self._past.get((header.sidecar, header.incarnation), 0)
+
+    def positions(self, segment: Segment) -> Iterator[tuple[bytes, int]]:
+        """(packed event, position) of each event of a segment, oldest first."""
+        for event, end in _events(segment):
+            yield event, segment.ordinal << POSITION_BITS | end - len(event) - _FRAME.size
 
     @property
     def total_bytes(self) -> int:
@@ -396,6 +446,10 @@ class UsageLog:
         self.segments.remove(segment)
         self._resume.pop(segment.path, None)
         self._total_bytes -= segment.size
+        log = (segment.header.sidecar, segment.header.incarnation)
+        if all((one.header.sidecar, one.header.incarnation) != log for one in self.segments):
+            self._acks.pop(log, None)
+            self._past.pop(log, None)
 
     def _open_segment(self, header: LogHeader, records: Sequence[bytes]) -> None:
         path = self._directory / f"usage-{header.sidecar}-{header.incarnation:010d}-{header.first_seq:016d}.log"
@@ -435,9 +489,14 @@ class UsageLog:
             self.segments.remove(replaced)
             self._total_bytes -= replaced.size
         self._resume.pop(path, None)
-        self.segments.append(Segment(path, header, len(data), header.first_seq - 1))
+        segment = Segment(path, header, len(data), header.first_seq - 1, ordinal=self._next_ordinal())
+        self.segments.append(segment)
         self._head_bytes = len(data)
         self._total_bytes += len(data)
+
+    def _next_ordinal(self) -> int:
+        self._ordinals += 1
+        return self._ordinals
 
     def _recover_segment(self, path: Path, recovered: Recovered) -> None:
         try:
@@ -465,7 +524,7 @@ class UsageLog:
             recovered.damaged.append(f"{path}: bytes {end:,} to {len(data):,} are damaged; events before are kept")
         elif end < len(data):
             os.truncate(path, end)
-        self.segments.append(Segment(path, header, end, last_seq, damaged))
+        self.segments.append(Segment(path, header, end, last_seq, damaged, self._next_ordinal()))
 
     def _recover_leases(self, segment: Segment, recovered: Recovered) -> None:
         data = segment.path.read_bytes()[: segment.size]
@@ -502,10 +561,8 @@ class UsageLog:
         unfinished = usage.decision_id(segment.header.decision_prefix, segment.last_seq + 1)
         recovered.reservations.pop(unfinished, None)
 
-    def _recover_settled(self, segments: Sequence[Segment], recovered: Recovered, recent_after: float) -> None:
-        for segment in segments:
-            if segment.path.stat().st_mtime < recent_after:
-                continue
+    def _recover_settled(self, recovered: Recovered) -> None:
+        for segment in self.segments:
             prefix = segment.header.decision_prefix
             for data, _ in _events(segment):
                 if usage.has_kind(data) and usage.unpack_event(data).kind in _SETTLED:

@@ -19,6 +19,7 @@ from licet.domain.catalog import UnavailableMode
 from licet.domain.outcomes import Effect, Reason
 from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
+from licet.wire.usage import UsageEvent
 from licet_sidecar.adapters.usage_log import EVENT, UsageLog, UsageLogError, frame
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import BucketWait, Decision, Engine, LeaseWait, LoadWait, Wait, prepare
@@ -28,7 +29,7 @@ from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers, varint
 from licet_sidecar.services.events import flags_of
-from licet_sidecar.services.idempotency import KEY_REUSED, RESERVE, Key, RecentAnswers, key_of
+from licet_sidecar.services.idempotency import KEY_REUSED, RESERVE, Key, RecentAnswers, is_recorded_as, key_of
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.refusals import Malformed, NotReady
@@ -245,7 +246,7 @@ class ApprovalService:
         while position < len(questions) and not stopped:
             question = questions[position]
             if question.key is not None:
-                if question.key in keys:
+                if question.key in keys and decided:
                     responses.extend(self._conclude(decided, started_ns))  # so that the repeat finds its answer
                     decided = []
                     keys.clear()
@@ -312,15 +313,16 @@ class ApprovalService:
                 records.append(self._record(question.inquiry, decision, seq, now_us))
                 seq += 1
         trouble = ""
+        position = 0
         if records:
             try:
-                log.append(records[0] if len(records) == 1 else b"".join(records), len(records))
+                position = log.append(records[0] if len(records) == 1 else b"".join(records), len(records))
             except UsageLogError as error:
                 trouble = str(error)
                 self._tally.log_failures += 1
         responses = []
         seq = first_seq
-        tally, boot_ms = self._tally, self._clock.boot_ms()
+        tally = self._tally
         took_us = (time.perf_counter_ns() - started_ns) // (1_000 * len(decided))
         for question, decision in decided:
             decision_id = ""
@@ -329,10 +331,12 @@ class ApprovalService:
                     decision = self.unlogged(question.inquiry, decision, trouble)
                 else:
                     decision_id = f"{self._id_prefix}{seq:016x}"
-                    seq += 1
             response = self._answers.encode(decision, decision_id)
-            if question.key is not None and decision_id:
-                self._recent.remember(question.key, question.data, response, boot_ms)
+            if decision_id:
+                if question.key is not None:
+                    self._recent.remember(question.key, question.data, response, seq, position)
+                position += len(records[seq - first_seq])
+                seq += 1
             responses.append(response)
             tally.answered(decision.effect, decision.reason, took_us)
             if decision.stale:
@@ -401,10 +405,25 @@ class ApprovalService:
         earlier = self._recent.find(question.key)
         if earlier is None:
             return None
-        data, answer = earlier
-        if data and data != question.data and (data[:1] == RESERVE or not _same_request(data, question.data)):
+        request, answer = earlier
+        if isinstance(request, UsageEvent):
+            if request.kind != usage.EventKind.CHECK or not self.is_recorded_as(request, question.inquiry):
+                raise Malformed(KEY_REUSED)
+        elif request != question.data and (request[:1] == RESERVE or not _same_request(request, question.data)):
             raise Malformed(KEY_REUSED)
         return answer
+
+    def is_recorded_as(self, event: UsageEvent, inquiry: Inquiry) -> bool:
+        """Whether the inquiry is the one that an event with its key records.
+
+        Raises:
+            Malformed: it does not fit its action.
+        """
+        assert self._engine.rulebook is not None
+        try:
+            return is_recorded_as(event, inquiry, self._engine.rulebook)
+        except InvalidInquiry as error:
+            raise Malformed(str(error)) from error
 
     def require_ready(self) -> None:
         """Raises ``NotReady`` while there is nothing to decide from."""

@@ -293,8 +293,6 @@ class LeasingService:
             self._tally.settle_failures += 1
             if isinstance(answer, CallRefused):
                 self._refused(held, call, answer)
-            elif not isinstance(answer, Unconfirmed):
-                self._link.failed(answer, refused=isinstance(answer, LinkRefused))
             raise answer
         return self._take(held, call, answer)
 
@@ -338,11 +336,18 @@ class LeasingService:
             answers = await self._store.settle(calls, self._book.live)
         except (LinkDown, LinkRefused) as error:
             self._tally.settle_failures += 1
-            if self._link.failed(error, refused=isinstance(error, LinkRefused)):
-                self._logger.warning("Redis does not answer; leases and cache carry on", error=str(error))
+            self._link_failed(error)
             raise
-        self._link.succeeded()
+        failures = [answer for answer in answers if isinstance(answer, Exception) and _concerns_the_link(answer)]
+        if failures:
+            self._link_failed(failures[0])
+        else:
+            self._link.succeeded()
         return answers
+
+    def _link_failed(self, error: Exception) -> None:
+        if self._link.failed(error, refused=isinstance(error, LinkRefused)):
+            self._logger.warning("Redis does not answer; leases and cache carry on", error=str(error))
 
     def _begin(
         self, held: TenantLeases, boot_ms: int, *, giving_back: bool = False, retiring: bool = False
@@ -419,3 +424,8 @@ class LeasingService:
             await call
         except (LinkDown, LinkRefused) as error:
             self._link.failed(error)
+
+
+def _concerns_the_link(error: Exception) -> bool:
+    """Whether an answer says that Redis cannot serve, and not only that this call has to be repeated or given up."""
+    return isinstance(error, LinkDown | LinkRefused) and not isinstance(error, Unconfirmed | CallRefused)

@@ -81,9 +81,7 @@ class Metrics:
         counter("licet_batches_shipped", "Batches of usage events handed over.", lambda: tally.batches_shipped)
         counter("licet_events_resent", "Events handed over again.", lambda: tally.events_resent)
         counter("licet_idempotent_repeats", "Calls answered from an earlier answer.", lambda: tally.idempotent_repeats)
-        counter(
-            "licet_idempotent_evicted", "Answers forgotten early for want of room.", lambda: tally.idempotent_evicted
-        )
+        counter("licet_idempotent_evicted", "Keys forgotten early for want of room.", lambda: tally.idempotent_evicted)
         gauge("licet_reservations_open", "Open reservations.", lambda: reservations.open_count)
         meter.create_observable_counter(
             "licet_reservations_settled",

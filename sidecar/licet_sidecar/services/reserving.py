@@ -96,6 +96,9 @@ class Deciding(Protocol):
     ) -> Decision:
         """See ``ApprovalService``."""
 
+    def is_recorded_as(self, event: usage.UsageEvent, inquiry: Inquiry) -> bool:
+        """See ``ApprovalService``."""
+
 
 class Reserving:
     """Makes and settles reservations."""
@@ -152,7 +155,7 @@ class Reserving:
             raise Malformed(f"check.{error}") from error
         expires_after_us = _expires_after_us(request.expires_after) if request.HasField("expires_after") else 0
         key = key_of(inquiry)
-        if key is not None and (answer := self._earlier(key, data)) is not None:
+        if key is not None and (answer := self._earlier(key, data, inquiry)) is not None:
             self._tally.idempotent_repeats += 1
             return answer
         try:
@@ -187,6 +190,7 @@ class Reserving:
         boot_ms = self._clock.boot_ms()
         reservation: Reservation | None = None
         decision_id = ""
+        position = 0
         if not inquiry.peek:
             if self._book.is_full and decision.effect is Effect.APPROVED:
                 decision = self._refused(decision)
@@ -195,7 +199,7 @@ class Reserving:
                 # None in observe mode for an action that does not exist: there is nothing to hold or to price.
                 reservation = self._reservation(decision_id, inquiry, decision, expires_after_us, boot_ms)
             try:
-                self._log_reserve(inquiry, decision, reservation)
+                position = self._log_reserve(inquiry, decision, reservation)
             except UsageLogError as error:
                 self._tally.log_failures += 1
                 decision = self._deciding.unlogged(inquiry, decision, str(error), give_back=unhold)
@@ -209,7 +213,7 @@ class Reserving:
             response.expires_at.FromMicroseconds(reservation.expires_us)
         answer = response.SerializeToString()
         if key is not None and decision_id:
-            self._recent.remember(key, RESERVE + data, answer, boot_ms)
+            self._recent.remember(key, RESERVE + data, answer, self._log.last_seq, position)
         took_us = (time.perf_counter_ns() - started_ns) // 1_000
         self._tally.answered(decision.effect, decision.reason, took_us)
         self._tally.stale_answers += decision.stale
@@ -251,7 +255,8 @@ class Reserving:
         reservation.reported = not reservation.holds
         return reservation
 
-    def _log_reserve(self, inquiry: Inquiry, decision: Decision, reservation: Reservation | None) -> None:
+    def _log_reserve(self, inquiry: Inquiry, decision: Decision, reservation: Reservation | None) -> int:
+        """The event's position in the log."""
         record = b""
         if reservation is not None:
             record = reservation_record(to_wire(reservation))
@@ -265,17 +270,21 @@ class Reserving:
                 units_held=dict(reservation.units),
                 expires_us=reservation.expires_us,
             )
-        self._log.append(record + frame(EVENT, usage.pack_event(event)), 1)
+        return self._log.append(record + frame(EVENT, usage.pack_event(event)), 1) + len(record)
 
-    def _earlier(self, key: Key, data: bytes) -> Answer | None:
+    def _earlier(self, key: Key, data: bytes, inquiry: Inquiry) -> Answer | None:
         earlier = self._recent.find(key)
         if earlier is None:
             return None
         kept, answer = earlier
-        if kept[:1] != RESERVE:
-            raise Malformed(f"check.{KEY_REUSED}")
-        request = kept[1:]  # empty when it was answered before a restart
-        if request and request != data and pb.ReserveRequest.FromString(request) != pb.ReserveRequest.FromString(data):
+        if isinstance(kept, usage.UsageEvent):
+            same = kept.kind == EventKind.RESERVE and self._deciding.is_recorded_as(kept, inquiry)
+        else:
+            request = kept[1:]
+            same = kept[:1] == RESERVE and (
+                request == data or pb.ReserveRequest.FromString(request) == pb.ReserveRequest.FromString(data)
+            )
+        if not same:
             raise Malformed(f"check.{KEY_REUSED}")
         return answer
 

@@ -95,7 +95,8 @@ class SeatService:
         if key is not None:
             earlier = self._recent.find(key)
             if earlier is not None:
-                if earlier[0] != data and pb.AcquireSeatRequest.FromString(earlier[0]) != request:
+                asked = earlier[0]
+                if not isinstance(asked, bytes) or pb.AcquireSeatRequest.FromString(asked) != request:
                     raise Malformed(_KEY_REUSED)
                 if not isinstance(earlier[1], bytes) or self._stands(inquiry.tenant, earlier[1]):
                     self._tally.idempotent_repeats += 1
@@ -225,13 +226,14 @@ class SeatService:
     ) -> bytes:
         """Logs and encodes an answer. The seat, if any, is the answer's."""
         decision_id = ""
+        seq = position = 0
         if not inquiry.peek:
             seq = self._log.last_seq + 1
             records = self._keeper.event(inquiry, decision, EventKind.SEAT_ACQUIRE, seat, seq)
             if seat is not None:
                 records += record_of(seat)
             try:
-                self._log.append(records, 1)
+                position = self._log.append(records, 1)
                 decision_id = usage.decision_id(self._log.header.decision_prefix, seq)
             except UsageLogError as error:
                 self._tally.log_failures += 1
@@ -249,7 +251,7 @@ class SeatService:
             response.seats, response.seats_taken = room.seats, room.taken
         encoded: bytes = response.SerializeToString()
         if key is not None and decision_id:
-            self._recent.remember(key, data, encoded, self._clock.boot_ms())
+            self._recent.remember(key, data, encoded, seq, position)
         self._tally.answered(decision.effect, decision.reason, (time.perf_counter_ns() - started_ns) // 1_000)
         self._tally.stale_answers += decision.stale
         self._keeper.count()

@@ -106,7 +106,7 @@ class ShippingService:
 
     def take_acks(self, report: PulseReport) -> None:
         """Believes acknowledgements that the control plane signed for exactly these logs, and frees what they cover."""
-        now_us, boot_ms = self._clock.now_us(), self._clock.boot_ms()
+        boot_ms = self._clock.boot_ms()
         for log, data in report.acks.items():
             delivery = self._deliveries.get(log)
             if delivery is None:
@@ -129,7 +129,7 @@ class ShippingService:
                 delivery.acked = watermark
                 delivery.shipped = max(delivery.shipped, watermark)
                 delivery.moved_ms = boot_ms
-            self._log.release(delivery.header.sidecar, delivery.header.incarnation, delivery.acked, now_us / 1e6)
+            self._log.release(delivery.header.sidecar, delivery.header.incarnation, delivery.acked, boot_ms / 1e3)
 
     def _delivery(self, header: LogHeader, last_seq: int) -> Delivery:
         log = log_id(header.sidecar, header.incarnation)

@@ -114,7 +114,7 @@ class SyncService:
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.shield(task)
-        except (Inconsistent, ValueError, KeyError, TypeError) as error:
+        except (LinkRefused, Inconsistent, ValueError, KeyError, TypeError) as error:
             raise LinkDown(str(error)) from error
 
     # For upkeep
@@ -484,7 +484,9 @@ class SyncService:
     def _loaded(self, tenant: str, task: asyncio.Task[None]) -> None:
         self._loads.pop(tenant, None)
         self._dirty.discard(tenant)
-        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, LinkDown):
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, LinkDown | LinkRefused):
             self._reject(error)
 
     def _reject(self, error: BaseException) -> None:
