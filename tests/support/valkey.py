@@ -35,12 +35,24 @@ def free_port() -> int:
 class ValkeyProcess:
     """One server. ``url`` is what both programs take as ``LICET_REDIS_URL``."""
 
-    def __init__(self, data_dir: Path, *, port: int = 0, appendonly: bool = True, password: str = "") -> None:
-        """``appendonly`` keeps the data over ``stop`` and ``restart`` (and, each second, over ``kill``)."""
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        port: int = 0,
+        appendonly: bool = True,
+        password: str = "",
+        options: tuple[str, ...] = (),
+    ) -> None:
+        """``appendonly`` keeps the data over ``stop`` and ``restart`` (and, each second, over ``kill``).
+
+        ``options`` are more of the server's own, such as ``("--appendfsync", "always")``.
+        """
         self.data_dir = data_dir
         self.port = port or free_port()
         self.appendonly = appendonly
         self.password = password
+        self.options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -64,6 +76,7 @@ class ValkeyProcess:
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.data_dir)),
             *("--appendonly", "yes" if self.appendonly else "no", "--save", ""),
             *("--maxmemory-policy", "noeviction", "--loglevel", "warning", "--shutdown-timeout", "0"),
+            *self.options,
         ]
         if self.password:
             command += ["--requirepass", self.password]
@@ -98,14 +111,15 @@ class ValkeyProcess:
         shutil.rmtree(self.data_dir, ignore_errors=True)
         self.start()
 
-    def command(self, *words: str) -> None:
-        """Carry out one command, such as FLUSHALL."""
+    def command(self, *words: str) -> str:
+        """Carry out one command, such as FLUSHALL; its answer as the server writes it, at most 64 KB of it."""
         request = f"*{len(words)}\r\n" + "".join(f"${len(word)}\r\n{word}\r\n" for word in words)
         with socket.create_connection(("127.0.0.1", self.port), timeout=STOP_S_MAX) as connection:
             connection.sendall(request.encode())
-            answer = connection.recv(1024)
+            answer = connection.recv(65_536)
         if answer.startswith(b"-"):
             raise RuntimeError(answer.decode())
+        return answer.decode()
 
     def pause(self) -> None:
         """Freeze it: connections stay, nothing answers (SIGSTOP)."""
