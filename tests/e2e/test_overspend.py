@@ -67,20 +67,26 @@ class Race:
     fleet: Fleet
     records: dict[str, Record]
     chance: random.Random = field(default_factory=lambda: random.Random(1))
-    kills: int = 0
     gone: set[int] = field(default_factory=set)
     """Sidecars that do not come back."""
     _over: threading.Event = field(default_factory=threading.Event)
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, faults: Callable[[Race], None], *, kills_min: int = 8) -> None:
-        """Races until ``faults`` is through, every limit is spent, and so many sidecars were killed; 0 for never."""
-        asyncio.run(self._run(faults, kills_min))
+    def run(self, faults: Callable[[Race], None], *, kills: bool = True) -> None:
+        """Races until ``faults`` is through; meanwhile with ``kills`` a sidecar dies each second, and is restarted."""
+        asyncio.run(self._run(faults, kills))
 
     def wait_spent(self, units: int, *tenants: str) -> None:
         """Waits until clients were approved so many units of each of the tenants, or of all."""
         wait_until(
             f"{units} units are spent", lambda: all(self.records[one].units >= units for one in tenants or self.records)
+        )
+
+    def wait_exhausted(self) -> None:
+        """Waits until clients were told that a limit is spent."""
+        wait_until(
+            "the limits are spent",
+            lambda: all("QUOTA_EXHAUSTED" in one.refused.values() for one in self.records.values()),
         )
 
     def lose(self, number: int) -> None:
@@ -90,7 +96,7 @@ class Race:
             self.fleet.sidecars[number].kill()
             shutil.rmtree(self.fleet.directory / f"sidecar-{number}")
 
-    async def _run(self, faults: Callable[[Race], None], kills_min: int) -> None:
+    async def _run(self, faults: Callable[[Race], None], kills: bool) -> None:
         until = asyncio.Event()
         clients = [
             asyncio.create_task(
@@ -107,19 +113,11 @@ class Race:
             )
             for tenant, record in self.records.items()
         ]
-        if not kills_min:
+        if not kills:
             self._over.set()
         killing = asyncio.create_task(asyncio.to_thread(self._kill_sidecars))
         try:
             await asyncio.to_thread(faults, self)
-            await asyncio.to_thread(
-                wait_until,
-                "the limits are spent",
-                lambda: (
-                    self.kills >= kills_min
-                    and all("QUOTA_EXHAUSTED" in one.refused.values() for one in self.records.values())
-                ),
-            )
         finally:
             self._over.set()
             await killing
@@ -132,7 +130,6 @@ class Race:
                 number = self.chance.choice([one for one in range(self.fleet.count) if one not in self.gone])
                 self.fleet.sidecars[number].kill()
                 self.fleet.sidecars[number].start()
-            self.kills += 1
 
 
 class Redundant:
@@ -218,6 +215,7 @@ def test_the_limit_and_no_unit_more_is_spent_when_redis_is_restarted(eight: Site
         for spent in (LIMIT // 4, LIMIT // 2):
             race.wait_spent(spent)
             eight.servers.primary.restart()
+        race.wait_exhausted()
 
     eight.license("restarted", "plain")
     race = Race(eight.fleet, {"restarted": Record()})
@@ -240,6 +238,7 @@ def test_the_limit_and_no_unit_more_is_spent_when_redis_loses_its_last_writes(ei
             shutil.rmtree(valkey.data_dir)
             earlier.rename(valkey.data_dir)
             valkey.start()
+        race.wait_exhausted()
 
     eight.license("robbed", "plain")
     race = Race(eight.fleet, {"robbed": Record()})
@@ -275,7 +274,9 @@ def test_what_is_lost_of_a_lost_sidecar_is_the_only_excess_and_there_is_none_of_
     def lose_it(race: Race) -> None:
         nonlocal lost
         race.wait_spent(LIMIT // 5)
+        three.fleet.server.pause()  # so that what is spent now is in no ledger
         servers.replication.hold()
+        race.wait_spent(LIMIT // 3, PLAIN)
         wait_until(
             "a lease is not on the replica",
             lambda: granted(servers.primary, PLAIN, name[1]) > granted(servers.replica, PLAIN, name[1]),
@@ -283,13 +284,20 @@ def test_what_is_lost_of_a_lost_sidecar_is_the_only_excess_and_there_is_none_of_
         race.lose(last)
         servers.fail_over()
         lost = granted(servers.replica, PLAIN, name[1]) - granted(servers.primary, PLAIN, name[1])
+        three.fleet.server.resume()
         servers.follow()
 
     three.license(PLAIN, "plain")
     three.license(DURABLE, "durable")
     race = Race(three.fleet, {PLAIN: Record(), DURABLE: Record()})
-    race.run(lose_it, kills_min=0)
+    race.run(lose_it, kills=False)
     assert lost > 0
+    for tenant in (PLAIN, DURABLE):
+        asyncio.run(spend_the_rest(three.fleet.addresses[0], tenant=tenant, action="report.export"))
+    wait_until(
+        "the others have shipped everything",
+        lambda: not any(three.fleet.metric(number, "licet_log_events_unacknowledged") for number in range(last)),
+    )
     for tenant, most in ((PLAIN, LIMIT + lost), (DURABLE, LIMIT)):
         # What the lost one answered and did not ship is in the clients' record only.
         approved = race.records[tenant].approved | approved_units(three.fleet, tenant)

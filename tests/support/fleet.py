@@ -54,6 +54,16 @@ class Program:
         """As an orchestrator would (SIGTERM); the exit status."""
         return self._end(signal.SIGTERM)
 
+    def pause(self) -> None:
+        """Freezes it (SIGSTOP)."""
+        if self._process:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undoes ``pause``."""
+        if self._process:
+            self._process.send_signal(signal.SIGCONT)
+
     @property
     def running(self) -> bool:
         """Whether it was started and has not ended."""
@@ -72,6 +82,7 @@ class Program:
         process, self._process = self._process, None
         if process is None:
             return 0
+        process.send_signal(signal.SIGCONT)  # a paused process would not take a SIGTERM
         process.send_signal(how)
         try:
             return process.wait(WAIT_S_MAX)
