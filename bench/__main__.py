@@ -78,6 +78,9 @@ def _print_processes(results: Any, out: Any) -> None:
         f" ({results.check.cpu_us / results.echo.cpu_us:.2f} times it)",
         file=out,
     )
+    for quotas, per_s in results.round_trips_per_s.items():
+        print(f"  {quotas:5,} quotas in use: {per_s:.2f} Redis round trips a second", file=out)
+    print(f"  promised: at most {ROUND_TRIPS_PER_S_MAX:.0f}", file=out)
     footprint = results.footprint
     print(
         f"  resident: {footprint.idle_mb:.1f} MB idle, {footprint.loaded_mb:.1f} MB with 1,000 tenants and 100 rules"
