@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ CHECK_BATCH = "/licet.v1.ApprovalService/CheckBatch"
 TENANTS = 1_000
 RULES = 100
 CLIENTS = 16
+QUOTAS = (10, 100, TENANTS)
+QUOTAS_PER_S = 250
+QUOTAS_WARM_S = 4
+QUOTAS_S = 10
+
+_numbers = count()
+"""Makes idempotency keys of requests that are sent one by one."""
 
 CATALOG = """\
 kind: Feature
@@ -78,6 +86,8 @@ class Results:
     open_loop: Transported
     open_loop_echo: Transported
     footprint: Footprint
+    round_trips_per_s: dict[int, float]
+    """By how many quotas are spent from."""
 
 
 def run() -> Results:
@@ -89,6 +99,7 @@ def run() -> Results:
             fleet.push(CATALOG)
             fleet.licet("license", "create", "acme", "--plan", "pro")
             footprint = _footprint(fleet)
+            round_trips = {quotas: _round_trips_per_s(fleet, quotas) for quotas in QUOTAS}
             pid = _pid(fleet)
             singles = [plain(number).SerializeToString() for number in range(60_000)]
             batches = [
@@ -102,7 +113,7 @@ def run() -> Results:
             measured = asyncio.run(_measure(address, pid, echo_address, echo_pid, singles, batches))
         finally:
             fleet.stop()
-    return Results(*measured, footprint)
+    return Results(*measured, footprint, round_trips)
 
 
 async def _measure(
@@ -159,6 +170,26 @@ rules:
     loaded_mb = resident_mb_of(_pid(fleet))
     fleet.push(CATALOG)
     return Footprint(idle_mb, loaded_mb, ready_s, ready_cpu_s, idle_share)
+
+
+def _round_trips_per_s(fleet: Fleet, quotas: int) -> float:
+    """Redis round trips a second of a sidecar that is asked about so many tenants, one quota each, in turn."""
+    with grpc.insecure_channel(fleet.addresses[0]) as channel:
+        check = channel.unary_unary(CHECK)
+
+        def ask(seconds: float) -> None:
+            started = time.monotonic()
+            for number in range(round(seconds * QUOTAS_PER_S)):
+                if (early_s := started + number / QUOTAS_PER_S - time.monotonic()) > 0:
+                    time.sleep(early_s)
+                request = plain(2 * 10**8 + next(_numbers))
+                request.tenant = f"tenant-{number % quotas}"
+                check(request.SerializeToString(), timeout=10)
+
+        ask(max(QUOTAS_WARM_S, quotas / QUOTAS_PER_S))
+        before, started = fleet.metric(0, "licet_redis_round_trips_total"), time.monotonic()
+        ask(QUOTAS_S)
+        return (fleet.metric(0, "licet_redis_round_trips_total") - before) / (time.monotonic() - started)
 
 
 def _licenses(fleet: Fleet) -> None:

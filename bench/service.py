@@ -67,15 +67,27 @@ def _catalog() -> Catalog:
         limit = Limit(LimitKey(f"{feature}:month"), CAP, Period.MONTH)
         return Entitlement(Price(8 * 10**9, 10**6, "USD", "context.model", {"small": 10**9}), (limit,))
 
-    features = ("llm.input_tokens", "llm.output_tokens", "llm.tokens", "reports")
+    four = tuple(
+        Limit(LimitKey(f"llm.words:{period.value}"), CAP, period)
+        for period in (Period.MONTH, Period.WEEK, Period.DAY, Period.YEAR)
+    )
+    features = ("llm.input_tokens", "llm.output_tokens", "llm.tokens", "reports", "llm.words")
     attributes = {"model": Attribute(AttributeType.STRING), "region": Attribute(AttributeType.STRING, "")}
     return Catalog.of(
         [
             *(Feature(name) for name in features),
             Action("report.view", {"": "reports"}),
             Action("llm.complete", {"": "llm.tokens"}),
+            Action("llm.rewrite", {"": "llm.words"}),
             Action("llm.generate", {"input": "llm.input_tokens", "output": "llm.output_tokens"}, attributes),
-            Plan("pro", {**{name: entitlement(name) for name in features[:3]}, "reports": Entitlement()}),
+            Plan(
+                "pro",
+                {
+                    **{name: entitlement(name) for name in features[:3]},
+                    "reports": Entitlement(),
+                    "llm.words": Entitlement(entitlement("llm.tokens").price, four),
+                },
+            ),
             Policy(
                 "embargo",
                 ("llm.generate",),
@@ -114,6 +126,11 @@ def plain(number: int, action: str = "llm.complete") -> pb.CheckRequest:
     )
 
 
+def four_limits(number: int) -> pb.CheckRequest:
+    """The same as ``plain`` against four limits."""
+    return plain(number, "llm.rewrite")
+
+
 def rich(number: int) -> pb.CheckRequest:
     """The same with two meters, two limits, two attributes, a price by model and a condition."""
     request = plain(number, "llm.generate")
@@ -133,6 +150,7 @@ def run() -> dict[str, Cost]:
         kinds = {
             "unmetered": lambda number: plain(number, "report.view"),
             "one limit": plain,
+            "four limits": four_limits,
             "two meters, condition": rich,
         }
         for name, make in kinds.items():
@@ -158,7 +176,7 @@ def run() -> dict[str, Cost]:
 def _fill_leases(engine: Engine) -> None:
     """Makes the leases that the checks will spend from, as large as they need to be."""
     clock = SystemClock()
-    for make in (plain, rich):
+    for make in (plain, four_limits, rich):
         engine.decide(parse_check(make(0)), now_us=clock.now_us(), boot_ms=clock.boot_ms(), patient=True)
     for held in engine.leases.tenants.values():
         for lease in held.all():

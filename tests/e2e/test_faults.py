@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-import licet
 from tests.support.fleet import Fleet, wait_until
 from tests.support.ledger import recorded_decisions
-from tests.support.load import Record, drive
+from tests.support.load import Record, drive, spend_the_rest
 
 LIMIT = 40_000
 CATALOG = f"""\
@@ -134,7 +133,7 @@ def test_answers_hold_under(fleet: Fleet, faults: list[Callable[[Fleet, random.R
     spent = sum(units for effect, units in ledger.values() if effect == APPROVED)
     assert record.units <= spent <= LIMIT
 
-    rest = asyncio.run(spend_the_rest(fleet, LIMIT - spent))
+    rest = asyncio.run(spend_the_rest(fleet.addresses[0], tenant="acme", action="report.export"))
     assert spent + rest == LIMIT
     wait_until("the ledger is consistent", lambda: fleet.licet("ledger", "verify")["ok"])
 
@@ -170,22 +169,3 @@ def test_no_answer_changes_while_redis_is_away_and_leases_last(fleet: Fleet) -> 
     assert {name: ledger[name] for name in record.approved} == {
         name: (APPROVED, units) for name, units in record.approved.items()
     }
-
-
-async def spend_the_rest(fleet: Fleet, units: int) -> int:
-    """Asks one sidecar for all that is left, in shrinking steps, until it is gone or time is up; what was got."""
-    deadline = time.monotonic() + 90  # learning after a loss may take as long as a lease lives
-    got = 0
-    async with licet.AsyncClient(fleet.addresses[0]) as client:
-        step = 1_000
-        while got <= units and time.monotonic() < deadline:
-            decision = await client.check("acme", "report.export", quantity=step, timeout=5.0)
-            if decision.approved:
-                got += step
-            elif decision.reason is not licet.Reason.QUOTA_EXHAUSTED:
-                await asyncio.sleep(0.1)
-            elif step > 1:
-                step = max(1, step // 4)
-            else:
-                break
-    return got

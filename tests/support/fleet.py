@@ -54,6 +54,16 @@ class Program:
         """As an orchestrator would (SIGTERM); the exit status."""
         return self._end(signal.SIGTERM)
 
+    def pause(self) -> None:
+        """Freezes it (SIGSTOP)."""
+        if self._process:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undoes ``pause``."""
+        if self._process:
+            self._process.send_signal(signal.SIGCONT)
+
     @property
     def running(self) -> bool:
         """Whether it was started and has not ended."""
@@ -72,6 +82,7 @@ class Program:
         process, self._process = self._process, None
         if process is None:
             return 0
+        process.send_signal(signal.SIGCONT)  # a paused process would not take a SIGTERM
         process.send_signal(how)
         try:
             return process.wait(WAIT_S_MAX)
@@ -83,17 +94,33 @@ class Program:
 class Fleet:
     """A control plane and ``count`` sidecars on one Valkey."""
 
-    def __init__(self, directory: Path, *, count: int = 3, server_flags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        count: int = 3,
+        server_flags: tuple[str, ...] = (),
+        sidecar_flags: tuple[str, ...] = (),
+        valkey: ValkeyProcess | None = None,
+        redis_url: str = "",
+        prelude: str = "",
+    ) -> None:
+        """``redis_url``: where all of them reach ``valkey``, when not directly. ``prelude``: Python that each process
+        runs before anything of ours is imported.
+        """
         self.directory = directory
-        self.valkey = ValkeyProcess(directory / "valkey")
+        self.valkey = valkey or ValkeyProcess(directory / "valkey")
+        self.redis_url = redis_url or self.valkey.url
+        self.sidecar_flags = sidecar_flags
+        self.prelude = prelude
         self.server_url = f"http://127.0.0.1:{free_port()}"
         self.server = Program(
             "server",
             [
-                *LICET,
+                *self._module(LICET),
                 "server",
                 *("--listen", self.server_url.removeprefix("http://")),
-                *("--state-dir", str(directory / "server"), "--redis-url", self.valkey.url),
+                *("--state-dir", str(directory / "server"), "--redis-url", self.redis_url),
                 *server_flags,
             ],
             directory,
@@ -114,10 +141,11 @@ class Fleet:
             Program(
                 f"sidecar-{number}",
                 [
-                    *SIDECAR,
+                    *self._module(SIDECAR),
                     *("--listen", self.addresses[number], "--http-listen", self.pages[number]),
-                    *("--state-dir", str(self.directory / f"sidecar-{number}"), "--redis-url", self.valkey.url),
+                    *("--state-dir", str(self.directory / f"sidecar-{number}"), "--redis-url", self.redis_url),
                     *("--public-key-file", str(self.directory / "server" / "public-key.txt"), "--drain-grace", "20s"),
+                    *self.sidecar_flags,
                 ],
                 self.directory,
             )
@@ -128,6 +156,13 @@ class Fleet:
         for number in range(self.count):
             self.wait_ready(number)
         return self
+
+    def _module(self, command: list[str]) -> list[str]:
+        if not self.prelude:
+            return command
+        python, _, module = command
+        run = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        return [python, "-c", f"{self.prelude}; {run}"]
 
     def wait_ready(self, number: int) -> None:
         """Waits until a sidecar is ready."""

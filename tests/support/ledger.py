@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 
+from licet.domain.outcomes import Effect
 from licet.wire.usage import decision_id
 from tests.support.fleet import Fleet
 
@@ -19,3 +20,11 @@ def recorded_decisions(fleet: Fleet) -> dict[str, tuple[int, int]]:
     path = fleet.directory / "server" / "licet.db"
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database:
         return {decision_id(prefix, seq): (effect, units) for prefix, seq, effect, units in database.execute(_QUERY)}
+
+
+def approved_units(fleet: Fleet, tenant: str) -> dict[str, int]:
+    """Units of every recorded approval of a tenant, by its decision id."""
+    path = fleet.directory / "server" / "licet.db"
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database:
+        found = database.execute(f"{_QUERY} WHERE events.tenant = ? AND events.effect = ?", (tenant, Effect.APPROVED))
+        return {decision_id(prefix, seq): units for prefix, seq, _, units in found}

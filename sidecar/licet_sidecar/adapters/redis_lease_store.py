@@ -18,8 +18,11 @@ from licet_sidecar.ports import CallRefused, LinkDown, Unconfirmed
 
 CALLS_PER_PIPELINE_MAX: Final = 512
 """One round of upkeep is one round trip; the server serves others in between, as it reads 16 KB of one at a time."""
-CONFIRM_MS: Final = 500
-"""How long one try waits for the disk and the replicas; shorter than the client's timeout."""
+CONFIRM_MS: Final = (10, 100, 500)
+"""How long one try waits for the disk and the replicas; each part is shorter than the client's timeout. In parts, since
+each asks the replicas anew: asked along with what they have to write, they answer before it is on their disk, and by
+themselves only once a second.
+"""
 ASKS_MAX: Final = 10_000
 LISTEN_S: Final = 5.0
 _FIELDS_BEFORE: Final = 8
@@ -108,7 +111,9 @@ class RedisLeaseStore:
         """Replies, and why what they granted may still be lost (``None``: it may not, or nobody asked)."""
         if not durable:
             return await self._replies(commands), None
-        *replies, reached = await self._replies([*commands, ("WAITAOF", 1, self._replicas, CONFIRM_MS)])
+        waits = [("WAITAOF", 1, self._replicas, wait_ms) for wait_ms in CONFIRM_MS]
+        replies = await self._replies([*commands, *waits])
+        replies, reached = replies[: len(commands)], replies[-1]
         if isinstance(reached, Exception) and "appendonly" in str(reached):
             if not self._replicas:
                 return replies, CallRefused(
@@ -116,7 +121,7 @@ class RedisLeaseStore:
                     " appendonly yes there, or LICET_DURABLE_REPLICAS here"
                 )
             # Not the same connection, perhaps: the calls are repeated, and write again, before the wait.
-            *replies, reached = await self._replies([*commands, ("WAIT", self._replicas, CONFIRM_MS)])
+            *replies, reached = await self._replies([*commands, ("WAIT", self._replicas, CONFIRM_MS[-1])])
             reached = reached if isinstance(reached, Exception) else [1, reached]
         if isinstance(reached, Exception):
             failure = failure_of_call(reached, self._url)

@@ -318,6 +318,8 @@ class LeasingService:
                 await self._quietly(self._store.ask(held.tenant, held.why))
             elif outcome is Outcome.AGAIN:
                 self._refills.add(held.tenant)
+                if self._to_assert is not None:
+                    self.urgent.set()
 
     @contextmanager
     def _marked_sending(self, tenants: Sequence[TenantLeases]) -> Iterator[None]:
