@@ -412,7 +412,7 @@ class ControlPlane:
         counted_in_base: set[tuple[str, str]] = set()
         for (quota, sidecar), units in spent.items():
             found = registers.contents.quotas.get((TENANT, quota))
-            if in_base(world.state_of(sidecar), registered(found, sidecar), hash_exists=found is not None):
+            if in_base(world.state_of(sidecar), registered(found, sidecar)):
                 gone[quota] += units
                 counted_in_base.add((quota, sidecar))
                 continue

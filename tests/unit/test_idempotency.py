@@ -98,8 +98,16 @@ class History:
         self.sidecar = FakeSidecar(self.world, incarnation=self.incarnation)
         self.sidecar.start()
         await self.sidecar.synced()
+        # What was past and deleted is gone; of the rest nobody wrote down when it was acknowledged.
+        self.calls = {name: call for name, call in self.calls.items() if self._is_logged(call) or self.known(name)}
         for call in self.calls.values():
-            call.acknowledged_ms = None  # nobody wrote down when that was
+            call.acknowledged_ms = None
+
+    def _is_logged(self, call: Call) -> bool:
+        return any(
+            segment.header.incarnation == call.incarnation and segment.header.first_seq <= call.seq <= segment.last_seq
+            for segment in self.sidecar.log.segments
+        )
 
     def known(self, name: str) -> Call | None:
         """The call that a repeat must get the answer of."""

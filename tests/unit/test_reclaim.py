@@ -102,23 +102,19 @@ def test_what_is_free(held: Register, ledger: int, counted: int, freed: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("state", "held", "hash_exists", "expected"),
+    ("state", "held", "expected"),
     [
-        (HolderState.LIVE, register(5), True, False),
-        (HolderState.GONE, register(5), True, False),  # it left with reservations
-        (HolderState.LIVE, register(0, sealed=True), True, True),
-        (HolderState.GONE, None, True, True),
-        (HolderState.GONE, None, False, True),
-        (HolderState.UNKNOWN, None, False, True),
-        (HolderState.DEAD, None, True, True),
-        (HolderState.DEAD, None, False, False),  # it may come back and say so itself
-        (HolderState.SILENT, None, True, False),
+        (HolderState.LIVE, register(5), False),
+        (HolderState.GONE, register(5), False),  # it left with reservations
+        (HolderState.LIVE, register(0, sealed=True), True),
+        (HolderState.GONE, None, True),
+        (HolderState.UNKNOWN, None, True),
+        (HolderState.DEAD, None, False),  # lost: who is folded is gone
+        (HolderState.SILENT, None, False),
     ],
 )
-def test_whose_spend_is_counted_in_the_base(
-    state: HolderState, held: Register | None, hash_exists: bool, expected: bool
-) -> None:
-    assert in_base(state, held, hash_exists=hash_exists) is expected
+def test_whose_spend_is_counted_in_the_base(state: HolderState, held: Register | None, expected: bool) -> None:
+    assert in_base(state, held) is expected
 
 
 def test_a_view_adds_up() -> None:

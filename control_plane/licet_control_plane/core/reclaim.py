@@ -73,17 +73,15 @@ def holder_state(sidecar: Sidecar | None, now_s: float) -> HolderState:
     return HolderState.SILENT if silent_s > LIVE_S_MAX else HolderState.LIVE
 
 
-def in_base(state: HolderState, register: Register | None, *, hash_exists: bool) -> bool:
+def in_base(state: HolderState, register: Register | None) -> bool:
     """Whether what a sidecar spent of a quota is to be counted in the base, as of one that is no holder any more.
 
-    ``register``: its own, if there is one. Without one, in a hash that is there, a dead sidecar's was folded; when the
-    whole hash is lost, a dead one may still come back and say itself what it spent.
+    ``register``: its own, if there is one. A dead sidecar without one lost it, and gets it back from the ledger: it was
+    not folded, or it would be gone. The hash itself may have been made anew by others since.
     """
     if register is not None:
         return register.sealed
-    if state in (HolderState.GONE, HolderState.UNKNOWN):
-        return True
-    return hash_exists and state is HolderState.DEAD
+    return state in (HolderState.GONE, HolderState.UNKNOWN)
 
 
 def reclaim_wait_s(sidecar: Sidecar | None, *, watched_s: float, now_s: float) -> float:

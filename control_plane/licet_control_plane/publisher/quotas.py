@@ -255,7 +255,7 @@ class Quotas:
             retired: list[Fill] = []
             for fill in mine:
                 state = holder_state(self._fleet.sidecars.get(fill.sidecar), now_s)
-                is_retired = in_base(state, there[quota].registers.get(fill.sidecar), hash_exists=there[quota].exists)
+                is_retired = in_base(state, there[quota].registers.get(fill.sidecar))
                 (retired if is_retired else result).append(fill)
             if retired:
                 result.append(replace(retired[0], sidecar="", units=sum(fill.units for fill in retired)))
