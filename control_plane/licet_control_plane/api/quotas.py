@@ -186,7 +186,8 @@ async def _pages(plane: ControlPlane, sidecar: str, body: ReclaimOrder, *, by: s
 
 async def _scopes(plane: ControlPlane, tenant: str, names: list[str], counting: Counting) -> dict[str, dict[str, str]]:
     """What the digests of these quotas stand for, as far as the newest events tell."""
-    scoped = (key for key, digest in map(parts_of_marker, names) if digest)
+    markers = (parts_of_marker(name.rpartition(":")[0]) for name in names)
+    scoped = (key for key, digest in markers if digest)
     scopes = {limit.scope for key in scoped if (limit := counting.limit(key)) is not None}
     if not scopes:
         return {}
