@@ -28,7 +28,8 @@ field                value
 ``sum``              ``base`` + Σ g of all registers
 ``used``             ``base`` + Σ (u + h) of all registers, as last reported
 ``wanted``           milliseconds, Redis clock, until when idle holders are asked to return units
-``r|<sidecar>``      ``g|u|h|incarnation|op|epoch|run|time|sealed|d``: one register; d is the last call's grant
+``r|<sidecar>``      ``g|u|h|incarnation|op|epoch|run|time|sealed|d``: one register; d is the last call's grant,
+                     of a sealed one what became part of ``base``
 ===================  =================================================================================================
 
 Invariants after every script: ``sum = base + Σ g``, ``used = base + Σ (u + h)``, ``u + h ≤ g``; a grant of a hard limit
@@ -153,6 +154,8 @@ class Register:
     pair: Pair
     time_ms: int
     sealed: bool
+    folded: int = 0
+    """Of one that is sealed: what of it became part of the base."""
 
 
 def quota_name(limit_key: str, scope: str, window_start: int) -> str:
@@ -207,7 +210,7 @@ def parse_register(value: bytes) -> Register:
     Raises:
         ValueError: not of its form; someone else wrote it.
     """
-    granted, used, reserved, incarnation, op, epoch, run, time_ms, sealed, _ = value.decode().split("|")
+    granted, used, reserved, incarnation, op, epoch, run, time_ms, sealed, d = value.decode().split("|")
     return Register(
         granted=int(granted),
         used=int(used),
@@ -217,4 +220,5 @@ def parse_register(value: bytes) -> Register:
         pair=Pair(int(epoch), run),
         time_ms=int(time_ms),
         sealed=sealed == "1",
+        folded=int(d) if sealed == "1" else 0,
     )

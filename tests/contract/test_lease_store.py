@@ -627,6 +627,26 @@ async def test_a_fill_keeps_units_that_a_register_holds_unspent(backend: Backend
     assert (quota.sum, quota.used) == (30, 8)
 
 
+async def test_what_nobody_holds_of_a_register_is_freed_while_learning(backend: Backend) -> None:
+    lease = await month(backend)
+    pair = await opened(backend, lease)
+    await Caller(backend)(ask(lease, min=30))
+    await Caller(backend, "two")(ask(lease, min=5))
+    assert not await backend.release(pair, lease, "one"), "not while open"
+    await backend.relearn(pair.epoch, 2)
+    pair = Pair(2, pair.run)
+    assert await backend.fill(pair, lease, "one", 8)
+    assert not await backend.release(Pair(3, pair.run), lease, "one"), "another pair"
+    assert await backend.release(pair, lease, "one")
+    assert not await backend.release(pair, lease, "one"), "once"
+    assert not await backend.release(pair, lease, "nobody")
+    await Caller(backend, "two", 2)(ask(lease, cap=4, used=1))
+    assert not await backend.release(pair, lease, "two"), "it said what it holds"
+    quota = await backend.quota(lease)
+    assert quota is not None
+    assert (quota.sum, quota.used) == (12, 9)
+
+
 async def test_a_closed_window_is_not_filled(backend: Backend) -> None:
     now_s = await backend.now_s()
     over = Lease(CALLS, "", now_s - 3_600, now_s - WINDOW_GRACE_S - 1, Terms(100))

@@ -143,7 +143,7 @@ class History:
         state = await self.real.touch()
         await self.model.touch()
         pair = state[0] if state else Pair(1, "none")
-        choice = self.random.randrange(4)
+        choice = self.random.randrange(5)
         if choice == 0:
             self.epoch += 1
             await self.tell("begin", "begin", self.epoch)
@@ -153,6 +153,8 @@ class History:
         elif choice == 2:
             self.revision += self.random.choice([0, 1, -1])
             await self.tell("publish", "publish_limits", self.revision, self.amounts())
+        elif choice == 3:
+            await self.tell("release", "release", pair, self.random.choice(self.leases), self.random.choice(SIDECARS))
         else:
             lease = self.random.choice(self.leases)
             units = self.random.randint(0, 20)

@@ -91,6 +91,12 @@ def test_a_limit_follows_the_plan_in_the_middle_of_its_window(fleet: Fleet) -> N
     fleet.push(catalog())  # removed
     assert spendable(fleet, 0, 30) == 30
 
+    fleet.push(catalog("amount: 4, per: day", "amount: 1_000, per: month"))  # replaced: each counts for itself
+    assert spendable(fleet, 1, 20) == 4
+    shown = fleet.licet("quota", "show", "acme")["items"]
+    used = {quota["limit"]: quota["used"] for quota in shown if not quota["limit"].startswith("reports:month+")}
+    assert used == {"reports:day": 4, "reports:month": 84}
+
 
 def _held(fleet: Fleet) -> int:
     """Units of the month that are spent, or held by sidecars."""

@@ -21,8 +21,16 @@ from typing import Final
 
 from licet.domain.ids import LimitKey
 from licet.wire.registers import HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Mark, Marker, Pair, Register
-from licet_control_plane.core.learning import WAIT_S_MAX, Holder, Verdict, may_open
-from licet_control_plane.core.reclaim import HolderState, in_base
+from licet_control_plane.core.learning import (
+    WAIT_S_MAX,
+    Corrections,
+    Holder,
+    Verdict,
+    corrections,
+    has_said,
+    may_open,
+)
+from licet_control_plane.core.reclaim import HolderState
 from licet_control_plane.publisher.marks import quotas_to_keep
 from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, Status, TenantLeases, Terms
 from tests.support.fake_lease_store import OPEN, Contents, FakeMark, FakeQuota, FakeRegisters, Rule
@@ -408,21 +416,35 @@ class ControlPlane:
         excused = world.excused(state)
         yield
         spent = {key: units for key, units in world.ledger.items() if units}
-        gone: defaultdict[str, int] = defaultdict(int)
+        said = {name for name, one in world.holders.items() if has_said(one, state.pair, state.since_ms)}
+        yield
         counted_in_base: set[tuple[str, str]] = set()
+        by_sidecar: defaultdict[str, dict[str, int]] = defaultdict(dict)
         for (quota, sidecar), units in spent.items():
-            found = registers.contents.quotas.get((TENANT, quota))
-            if in_base(world.state_of(sidecar), registered(found, sidecar)):
-                gone[quota] += units
-                counted_in_base.add((quota, sidecar))
-                continue
+            by_sidecar[quota][sidecar] = units
+        right: dict[str, Corrections] = {}
+        for quota in {**by_sidecar, **{name: {} for _, name in registers.contents.quotas}}:
+            right[quota] = corrections(
+                registers_of(registers.contents.quotas.get((TENANT, quota))),
+                by_sidecar[quota],
+                pair=state.pair,
+                said=said,
+                state_of=world.state_of,
+            )
+            counted_in_base |= {(quota, name) for name in by_sidecar[quota] if name not in right[quota].spent}
+        yield
+        for quota, one in right.items():
             limit, _, start = quota.rpartition(":")
             lease_window = Marker(int(start), int(start) + WINDOW_S[LimitKey(limit)], 0)
-            registers.fill(TENANT, state.pair, sidecar, units, quota, limit, lease_window)
-        for quota, units in gone.items():
-            limit, _, start = quota.rpartition(":")
-            lease_window = Marker(int(start), int(start) + WINDOW_S[LimitKey(limit)], 0)
-            registers.fill_base(TENANT, state.pair, units, quota, limit, lease_window)
+            for sidecar, units in one.spent.items():
+                registers.fill(TENANT, state.pair, sidecar, units, quota, limit, lease_window)
+            if one.base:
+                registers.fill_base(TENANT, state.pair, one.base, quota, limit, lease_window)
+        yield
+        for quota, one in right.items():
+            for sidecar in one.releases:
+                if registers.release(TENANT, state.pair, quota, sidecar):
+                    world.note(f"what {sidecar} does not hold of {quota} is freed")
         yield
         mark = registers.contents.marks.get(TENANT)
         if mark is None:
@@ -716,10 +738,24 @@ class World:
             self.registers.lose_mark(TENANT)
         elif self.registers.contents.quotas:
             _, quota = self.random.choice(list(self.registers.contents.quotas))
+            self.excuse_unmarked(quota)
             self.registers.lose_quota(TENANT, quota)
             kind = f"loses {quota}"
         self.lost = True
         self.note(f"Redis {kind} ({run})")
+
+    def excuse_unmarked(self, quota: str) -> None:
+        """A hash is about to be lost that its mark, lost before and made anew, has no marker for: that cannot be
+        noticed. What it knew of sidecars that said nothing since leasing reopened is within the stated bound.
+        """
+        mark = self.registers.contents.marks.get(TENANT)
+        limit, _, start = quota.rpartition(":")
+        marker = mark.markers.get(limit) if mark else None
+        if mark is None or mark.phase != OPEN or (marker and int(start) in (marker.start, marker.previous_start)):
+            return
+        for name, register in self.registers.contents.quotas[(TENANT, quota)].registers.items():
+            if register.pair != mark.pair and not register.sealed:
+                self.allowance[(name, quota)] = max(register.g, self.held_units(self.sidecars[name], quota))
 
     # Network
 
@@ -1059,10 +1095,14 @@ class World:
             raise Violation(f"P2: {sidecar.name} could spend {had} of {quota}, expected {expected} (of {amount})")
 
 
-def registered(found: FakeQuota | None, sidecar: str) -> Register | None:
-    """A sidecar's register, as the control plane reads it."""
-    one = found.registers.get(sidecar) if found else None
-    return Register(one.g, one.u, one.h, one.incarnation, one.op, one.pair, one.time_ms, one.sealed) if one else None
+def registers_of(found: FakeQuota | None) -> dict[str, Register]:
+    """The registers of a quota, as the control plane reads them."""
+    return {
+        name: Register(
+            one.g, one.u, one.h, one.incarnation, one.op, one.pair, one.time_ms, one.sealed, one.d if one.sealed else 0
+        )
+        for name, one in (found.registers if found else {}).items()
+    }
 
 
 def window(limit: LimitKey, at_s: int) -> tuple[int, int]:

@@ -13,9 +13,10 @@ from typing import Any, Final
 import pytest
 
 from licet.wire.registers import Pair
-from licet_control_plane.core.learning import WAIT_S_MAX
+from licet_control_plane.core.learning import WAIT_S_MAX, corrections
+from licet_control_plane.core.reclaim import HolderState
 from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, TenantLeases, Terms
-from tests.fault.lease_simulation import LIMITS, START_MS, TENANT, Faults, Violation, World
+from tests.fault.lease_simulation import LIMITS, START_MS, TENANT, Faults, Violation, World, registers_of
 from tests.support.fake_lease_store import FakeRegisters, Rule
 from tests.support.seeds import batches
 
@@ -74,9 +75,12 @@ def test_quotas_are_neither_overspent_nor_stranded(faults: Faults | None, seeds:
             pytest.fail(f"seed {seed}, {world.may}: {violation}\n{trace}", pytrace=False)
 
 
-@pytest.mark.parametrize(("family", "seed"), [("all", 2772), ("some", 3592), ("some", 4088), ("all", 4926)])
+@pytest.mark.parametrize(
+    ("family", "seed"), [("all", 2772), ("some", 3592), ("some", 4088), ("all", 4926), ("all", 5082)]
+)
 def test_histories_that_broke_a_promise_once(family: str, seed: int) -> None:
-    # A dead sidecar's spend was taken for counted in a base that others had begun after a loss.
+    # A dead sidecar's spend was taken for counted in a base that others had begun after a loss. The last one loses a
+    # mark, and then a hash that the new mark had no marker for.
     assert fails(seed, FAMILIES[family]) is None
 
 
@@ -203,32 +207,32 @@ SIDECAR_RULES: Final = {
     "3-log-before-return": Ablation(85, {"log_before_return": False}),
     "4-verbatim": Ablation(1, {"verbatim": False}),
     "5-assert": Ablation(104, {"book": AssertsNothing}),
-    "6-remember": Ablation(39, {"book": ForgetsEndedWindows}),
-    "unsure": Ablation(250, {"book": TrustsUnansweredCalls}),
-    "control-plane-waits": Ablation(1, {"hasty": True}),
+    "6-remember": Ablation(342, {"book": ForgetsEndedWindows}),
+    "unsure": Ablation(74, {"book": TrustsUnansweredCalls}),
+    "control-plane-waits": Ablation(3, {"hasty": True}),
 }
 
 SCRIPT_RULES: Final = {
-    Rule.LEARN_ON_NEW_RUN: 7,
+    Rule.LEARN_ON_NEW_RUN: 8,
     Rule.CHECK_PAIR: 0,
     Rule.UNPUBLISHED: 958,
     Rule.MARKERS: 8,
     Rule.CLOSE: 14,
-    Rule.SAID: 47,
+    Rule.SAID: 62,
     Rule.FENCE: 9,
-    Rule.REPEAT: 57,
+    Rule.REPEAT: 138,
     Rule.ASSERT_EXACTLY: 35,
     Rule.FLOOR: 41,
-    Rule.ONLY_OPEN: 3,
+    Rule.ONLY_OPEN: 4,
     Rule.WITHIN_AMOUNT: 0,
     Rule.ALL_OR_NOTHING: 0,
-    Rule.OPEN_SAME_PAIR: 169,
+    Rule.OPEN_SAME_PAIR: 207,
     Rule.OPEN_NOT_OLDER: 42,
-    Rule.OPEN_SAID: 20,
-    Rule.FILL_SAID: 47,
+    Rule.OPEN_SAID: 64,
+    Rule.FILL_SAID: 409,
     Rule.FILL_UNASSERTED: 6,
-    Rule.SEAL_LATE: 3,
-    Rule.SEAL_FLOOR: 0,
+    Rule.SEAL_LATE: 15,
+    Rule.SEAL_FLOOR: 244,
 }
 """First seeds."""
 
@@ -236,6 +240,7 @@ SECOND_LINE: Final = {
     Rule.ADOPT: "an answer is taken only by the call it answers, so what a lost reply granted is nobody's",
     Rule.ASSERT_GRANTS_NOTHING: "what is asserted is in the sum before anything is granted",
     Rule.REMEMBER_SPENT: "a sidecar forgets nothing while its window takes calls (rule 6)",
+    Rule.RELEASE: "histories in which nobody else would give the units back are rare: one of its own shows it",
     Rule.KNOWN: "who was silent for so long gives up what it held (rule 7), so that units are only counted twice",
 }
 """Rules that nothing breaks without, and why: other rules hold alone. The contract suite still holds the script to
@@ -280,6 +285,50 @@ def test_who_was_away_while_others_learned_gives_up_what_it_held(book: type[Leas
     settle(away, "away", boot_ms)
     assert lost.hold_until_ms > boot_ms
     assert lost.free == spendable
+
+
+@pytest.mark.parametrize(("without", "spendable"), [(frozenset(), 10), (frozenset({Rule.RELEASE}), 2)])
+def test_what_came_back_with_an_older_state_and_nobody_holds_is_free(without: frozenset[Rule], spendable: int) -> None:
+    limit, start, end = LIMITS[1], 0, 2 * START_MS // 1_000
+    registers = FakeRegisters(now_ms=START_MS, without=without)
+    run = registers.begin(TENANT, 1)
+    assert run is not None
+    assert registers.open(TENANT, Pair(1, run), 1, {limit: 10})
+
+    def settle(book: LeaseBook, name: str, *, need: int = 0) -> None:
+        held = book.of(TENANT)
+        for _ in range(3):  # the first call may learn the pair, and grants nothing
+            if need > lease(book).free:
+                book.need(held, lease(book), need)
+            call = book.begin_call(held, revision=1, boot_ms=0, giving_back=not need)
+            if call is not None:
+                book.end_call(held, call, registers.settle(name, 1, call, 2), 0)
+
+    def lease(book: LeaseBook) -> Lease:
+        return book.lease(book.of(TENANT), limit, "", start, end, Terms(10))
+
+    idle, busy = LeaseBook(1), LeaseBook(1)
+    settle(idle, "idle", need=8)
+    assert lease(idle).cap == 8
+    snapshot = registers.snapshot()
+    settle(idle, "idle")
+    assert lease(idle).cap == 0
+    idle.forget(TENANT)  # it holds and spent nothing
+    registers.roll_back(snapshot, "run2")
+    state = registers.touch_mark(TENANT)
+    assert state is not None
+    assert idle.unasserted(0, 1) == [], "it has nothing to say"
+    quota = lease(busy).quota
+    found = registers_of(registers.contents.quotas[(TENANT, quota)])
+    right = corrections(found, {}, pair=state.pair, said={"idle"}, state_of=lambda _: HolderState.LIVE)
+    for name in right.releases:
+        registers.release(TENANT, state.pair, quota, name)
+    assert registers.open(TENANT, state.pair, 1, {limit: 10})
+    for _ in range(10):
+        settle(busy, "busy", need=1)
+        if busy.can_spend(lease(busy), 1, 0):
+            busy.spend(lease(busy), 1, 0)
+    assert lease(busy).used == spendable
 
 
 @pytest.mark.parametrize("rule", SIDECAR_RULES)

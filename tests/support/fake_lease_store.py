@@ -84,6 +84,8 @@ class Rule(Enum):
     """*seal* touches only what may not be spent any more."""
     SEAL_FLOOR = auto()
     """*seal* leaves what was spent and reserved."""
+    RELEASE = auto()
+    """*release* frees what came back with an older state and nobody holds."""
     FILL_UNASSERTED = auto()
     """*fill* leaves registers alone that asserted themselves."""
 
@@ -390,7 +392,7 @@ class FakeRegisters:
             entry.quota.registers[name].g = 0
         if entry.retired:
             entry.quota.base += entry.register.g
-            entry.quota.registers[sidecar] = replace(entry.register, g=0, u=0, sealed=True)
+            entry.quota.registers[sidecar] = replace(entry.register, g=0, u=0, d=entry.register.g, sealed=True)
         else:
             entry.quota.registers[sidecar] = entry.register
         if entry.short or entry.lacks:
@@ -472,6 +474,18 @@ class FakeRegisters:
         self._say(mark, marker, window)
         return True
 
+    def release(self, tenant: str, pair: Pair, quota: str, sidecar: str) -> bool:
+        """While learning, frees what a register holds and its sidecar, which has said all it holds, does not."""
+        mark = self.contents.marks.get(tenant)
+        if mark is None or mark.pair != pair or mark.phase != LEARNING or not self._has(Rule.RELEASE):
+            return False
+        found = self.contents.quotas.get((tenant, quota))
+        register = found.registers.get(sidecar) if found else None
+        if register is None or register.sealed or register.pair == pair or register.g <= register.u:
+            return False
+        register.g, register.h = register.u, 0
+        return True
+
     def open(
         self, tenant: str, pair: Pair, revision: int, amounts: Mapping[str, int], quotas: Sequence[KeptQuota] = ()
     ) -> bool | None:
@@ -519,9 +533,15 @@ class FakeRegisters:
         if register is None or register.sealed or self.now_ms - register.time_ms <= silent_ms:
             return False
         floor = register.u + register.h if self._has(Rule.SEAL_FLOOR) else 0
-        found.base += max(floor, units)
+        counted = max(floor, units)
+        found.base += counted
         found.registers[sidecar] = FakeRegister(
-            incarnation=register.incarnation, op=register.op, pair=register.pair, sealed=True, time_ms=self.now_ms
+            incarnation=register.incarnation,
+            op=register.op,
+            pair=register.pair,
+            d=counted,
+            sealed=True,
+            time_ms=self.now_ms,
         )
         return True
 

@@ -19,9 +19,7 @@ from redis.asyncio import Redis
 from licet.domain.ids import LimitKey
 from licet.wire.names import RedisNames
 from licet.wire.registers import (
-    QUOTA_KEPT_S,
     RUN_SECTIONS,
-    WINDOW_GRACE_S,
     Mark,
     Marker,
     Pair,
@@ -29,7 +27,7 @@ from licet.wire.registers import (
     parse_register,
     run_of,
 )
-from licet_control_plane.publisher.marks import Fill, KeptQuota, Opening, RedisMarks
+from licet_control_plane.publisher.marks import Fill, KeptQuota, Opening, RedisMarks, Release
 from licet_sidecar.adapters.redis_lease_store import RedisLeaseStore
 from licet_sidecar.core.leases import Lease, LeaseBook
 from licet_sidecar.ports import LeaseStore
@@ -69,6 +67,7 @@ class Backend(Protocol):
     async def begin(self, epoch: int) -> bool: ...
     async def relearn(self, old_epoch: int, epoch: int) -> bool: ...
     async def fill(self, pair: Pair, lease: Lease, sidecar: str, units: int) -> bool: ...
+    async def release(self, pair: Pair, lease: Lease, sidecar: str) -> bool: ...
     async def open(self, pair: Pair, revision: int, amounts: Mapping[LimitKey, int], keep: Sequence[Lease]) -> bool: ...
     async def publish_limits(self, revision: int, amounts: Mapping[LimitKey, int]) -> bool: ...
     async def touch(self) -> tuple[Pair, bool] | None: ...
@@ -87,8 +86,7 @@ class Backend(Protocol):
 
 
 def _kept(lease: Lease) -> KeptQuota:
-    expires_s = lease.end + WINDOW_GRACE_S + QUOTA_KEPT_S
-    return KeptQuota(lease.quota, expires_s, LeaseBook.marker(lease), lease.start)
+    return KeptQuota(lease.quota, LeaseBook.marker(lease), lease.start, lease.end)
 
 
 class FakeBackend:
@@ -113,6 +111,9 @@ class FakeBackend:
     async def fill(self, pair: Pair, lease: Lease, sidecar: str, units: int) -> bool:
         window = Marker(lease.start, lease.end, 0)
         return self.registers.fill(TENANT, pair, sidecar, units, lease.quota, LeaseBook.marker(lease), window)
+
+    async def release(self, pair: Pair, lease: Lease, sidecar: str) -> bool:
+        return self.registers.release(TENANT, pair, lease.quota, sidecar)
 
     async def open(self, pair: Pair, revision: int, amounts: Mapping[LimitKey, int], keep: Sequence[Lease]) -> bool:
         kept = [_kept(lease) for lease in keep]
@@ -205,6 +206,9 @@ class RealBackend:
     async def fill(self, pair: Pair, lease: Lease, sidecar: str, units: int) -> bool:
         one = Fill(TENANT, pair, lease.quota, LeaseBook.marker(lease), lease.start, lease.end, sidecar, units)
         return await self._marks.fill([one]) == 1
+
+    async def release(self, pair: Pair, lease: Lease, sidecar: str) -> bool:
+        return await self._marks.release([Release(TENANT, pair, lease.quota, sidecar)]) == 1
 
     async def open(self, pair: Pair, revision: int, amounts: Mapping[LimitKey, int], keep: Sequence[Lease]) -> bool:
         kept = [_kept(lease) for lease in keep]

@@ -63,12 +63,19 @@ class TcpProxy:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(writer)
+        target = self._target
         try:
-            onward_reader, onward_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            onward_reader, onward_writer = await asyncio.open_connection("127.0.0.1", target)
         except OSError:
+            self._connections.discard(writer)
             writer.close()
             return
-        self._connections |= {writer, onward_writer}
+        self._connections.add(onward_writer)
+        if writer not in self._connections:  # cut meanwhile
+            self._connections.discard(onward_writer)
+            onward_writer.transport.abort()
+            return
         for task in (
             self._loop.create_task(self._forward(reader, onward_writer)),
             self._loop.create_task(self._forward(onward_reader, writer)),
@@ -91,13 +98,16 @@ class TcpProxy:
         self._flows.set()
 
     async def _cut(self) -> None:
-        for writer in self._connections:
-            writer.transport.abort()
-        self._connections.clear()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        connections = list(self._connections)
+        self._connections.clear()
+        for writer in connections:
+            writer.transport.abort()
+        # An aborted socket is closed in a later round of the loop, which must not be ended before.
+        await asyncio.gather(*(writer.wait_closed() for writer in connections), return_exceptions=True)
 
     async def _close(self) -> None:
         self._server.close()

@@ -26,6 +26,7 @@ from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import Anchor, Period
 from licet_sidecar.core.engine import BucketWait, Engine, LeaseWait
 from licet_sidecar.core.leases import Lease, LeaseBook, RateShare
+from licet_sidecar.core.rulebook import Rulebook
 from tests.support.engine import (
     BOOT_MS,
     NOW_S,
@@ -273,9 +274,21 @@ def test_an_allowance_known_to_be_used_up_is_not_asked_for_again_and_again() -> 
     engine, held = topped_up(top_up("more"))
     allowance, more = held[MONTH], held[f"{MONTH}+more"]
     grant(more, 50)
-    allowance.short_until_ms, allowance.asked_ms, allowance.remaining = 0, BOOT_MS - 5_000, 0
+    allowance.short_until_ms, allowance.heard_ms, allowance.remaining = 0, BOOT_MS - 5_000, 0
     assert spread(engine, 1) == [(MONTH, 0), (f"{MONTH}+more", 1)]
-    allowance.asked_ms = BOOT_MS - 60_000
+    allowance.heard_ms = BOOT_MS - 60_000
+    assert outcome(engine, inquiry()) == LeaseWait("acme", ((allowance, 1),))
+
+
+@pytest.mark.parametrize("amount", [1_000, 100, 50])
+def test_a_changed_allowance_is_asked_for_again_though_it_was_used_up(amount: int) -> None:
+    # Also when the amount is the same: the limit may have been away meanwhile, and then nothing was left of it.
+    engine, held = topped_up(top_up("more"))
+    allowance, more = held[MONTH], held[f"{MONTH}+more"]
+    for lease in (allowance, more):
+        lease.heard_ms, lease.remaining, lease.short_until_ms = BOOT_MS - 100, 0, BOOT_MS + 100
+    assert decided(engine, inquiry()).reason is Reason.QUOTA_EXHAUSTED
+    engine.install_bundle(Rulebook(plan_with(limit(amount)), generation=1, revision=2, observe=False))
     assert outcome(engine, inquiry()) == LeaseWait("acme", ((allowance, 1),))
 
 

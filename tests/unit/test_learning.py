@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, Pair
-from licet_control_plane.core.learning import WAIT_S_MIN, Holder, Verdict, may_open
+from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, Pair, Register
+from licet_control_plane.core.learning import WAIT_S_MIN, Holder, Verdict, corrections, may_open
+from licet_control_plane.core.reclaim import HolderState
 
 MARK = Pair(7, "run-b")
 NOW_S = 1_000.0
@@ -53,3 +54,38 @@ def test_gives_a_sidecar_nobody_knows_time_to_show_itself() -> None:
 def test_trusts_only_a_registry_that_is_complete() -> None:
     assert decide(holder(), registry_s=LONG - 0.1) == (Verdict.WAIT, [])
     assert decide(holder(), registry_s=LONG) == (Verdict.ALL_ASSERTED, [])
+
+
+def register(g: int, u: int = 0, *, epoch: int = 6, sealed: bool = False, folded: int = 0) -> Register:
+    return Register(g, u, 0, 1, 1, Pair(epoch, "run-b"), 0, sealed, folded)
+
+
+def right(registers: dict[str, Register], spent: dict[str, int], *gone: str) -> tuple[dict[str, int], int, set[str]]:
+    found = corrections(
+        registers,
+        spent,
+        pair=MARK,
+        said={"said", "again"},
+        state_of=lambda one: HolderState.GONE if one in gone else HolderState.LIVE,
+    )
+    return dict(found.spent), found.base, set(found.releases)
+
+
+def test_what_the_ledger_knows_is_counted_for_each_sidecar_or_in_the_base() -> None:
+    assert right({"here": register(5)}, {"here": 3, "gone": 4, "also": 2}, "gone", "also") == ({"here": 3}, 6, set())
+
+
+def test_a_tombstone_counts_what_was_folded_though_the_ledger_does_not_know_it_yet() -> None:
+    registers = {"young": register(0, sealed=True, folded=5), "old": register(0, sealed=True, folded=2)}
+    assert right(registers, {"old": 3, "gone": 4}, "gone") == ({}, 5 + 3 + 4, set())
+
+
+def test_only_units_that_their_sidecar_does_not_hold_are_freed() -> None:
+    registers = {
+        "said": register(5, 1),
+        "again": register(5, 1, epoch=7),
+        "silent": register(5, 1),
+    }
+    assert right(registers, {}) == ({}, 0, {"said"})
+    assert right({"said": register(2, 2)}, {}) == ({}, 0, set()), "all of it was spent"
+    assert right({"said": register(0, sealed=True, folded=2)}, {}) == ({}, 2, set())

@@ -68,13 +68,13 @@ async def list_quotas(
     }
     rest = sorted(name for name in open_now if name > after)
     page = rest[:limit]
-    states = await plane.registers.read(tenant, page)
+    states = await plane.registers.read([(tenant, name) for name in page])
     scopes = await _scopes(plane, tenant, page, counting)
     items: list[dict[str, Any]] = []
     now_s = plane.now_s()
     touched = {limit_key_of(one.marker) for one in open_now.values()}
     for name, state in zip(page, states, strict=True):
-        _, _, marker_name, start = open_now[name]
+        marker_name, start = open_now[name].marker, open_now[name].window_start
         limit_key, digest = parts_of_marker(marker_name)
         window = counting.window(limit_key, start, mark.markers.get(marker_name))
         seen = (

@@ -15,7 +15,7 @@ from licet.wire.registers import QUOTA_KEPT_S, SERVER_RUN_LUA, WINDOW_GRACE_S, M
 from licet_control_plane.publisher.documents import LUA
 from licet_control_plane.redis_link import Redis, redis_errors
 
-_SCRIPTS: Final = ("touch_mark", "begin", "relearn", "fill", "open", "publish_limits")
+_SCRIPTS: Final = ("touch_mark", "begin", "relearn", "fill", "release", "open", "publish_limits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,27 @@ class Fill:
     units: int
 
 
+class Release(NamedTuple):
+    """A register of a quota whose sidecar has said all it holds, and not this."""
+
+    tenant: str
+    pair: Pair
+    quota: str
+    sidecar: str
+
+
 class KeptQuota(NamedTuple):
-    """A quota hash that a marker promises. ``expires_s``: when it goes, seconds since the Unix epoch."""
+    """A quota hash that a marker promises. ``window_start`` and ``window_end`` in seconds since the Unix epoch."""
 
     name: str
-    expires_s: int
     marker: str
     window_start: int
+    window_end: int
+
+    @property
+    def expires_s(self) -> int:
+        """When the hash goes."""
+        return self.window_end + WINDOW_GRACE_S + QUOTA_KEPT_S
 
 
 class Opened(NamedTuple):
@@ -142,6 +156,17 @@ class RedisMarks:
         ]
         return sum(await self._run("fill", calls))
 
+    async def release(self, releases: Sequence[Release]) -> int:
+        """Free what registers hold, in marks that are learning, and their sidecars do not. Returns how many did."""
+        calls = [
+            (
+                [self._limits(one.tenant), self._names.quota(one.tenant, one.quota)],
+                [one.pair.epoch, one.pair.run, one.sidecar],
+            )
+            for one in releases
+        ]
+        return sum(await self._run("release", calls))
+
     async def open(self, openings: Iterable[Opening]) -> Opened:
         """End learning."""
         openings = list(openings)
@@ -158,7 +183,7 @@ class RedisMarks:
                     one.revision,
                     len(one.quotas),
                     *_counted(one.limits),
-                    *(part for quota in one.quotas for part in quota[1:]),
+                    *(part for quota in one.quotas for part in (quota.expires_s, quota.marker, quota.window_start)),
                     *one.seats,
                 ],
             )
@@ -192,7 +217,7 @@ def quotas_to_keep(mark: Mark, now_s: float) -> list[KeptQuota]:
         # The window before ended, at the latest, when this one began.
         for start, end in ((marker.start, marker.end), (marker.previous_start, marker.start)):
             if end + WINDOW_GRACE_S > now_s and (start or end == marker.end):
-                kept.append(KeptQuota(f"{name}:{start}", end + WINDOW_GRACE_S + QUOTA_KEPT_S, name, start))
+                kept.append(KeptQuota(f"{name}:{start}", name, start, end))
     return kept
 
 

@@ -19,10 +19,18 @@ from licet.domain.entitlements import entitlements_of, limits_of
 from licet.domain.ids import LimitKey
 from licet.wire.registers import WINDOW_GRACE_S, Marker, Pair
 from licet_control_plane.core.counting import Counting, Kind, limit_key_of, limits_by_key
-from licet_control_plane.core.learning import Verdict, may_open
-from licet_control_plane.core.reclaim import holder_state, in_base
+from licet_control_plane.core.learning import Holder, Verdict, corrections, has_said, may_open
+from licet_control_plane.core.reclaim import holder_state
 from licet_control_plane.publisher.fleet import Fleet
-from licet_control_plane.publisher.marks import Fill, MarkState, Opened, Opening, RedisMarks, quotas_to_keep
+from licet_control_plane.publisher.marks import (
+    Fill,
+    MarkState,
+    Opened,
+    Opening,
+    RedisMarks,
+    Release,
+    quotas_to_keep,
+)
 from licet_control_plane.publisher.registers import RedisRegisters
 from licet_control_plane.store import access, ledger, licenses, marks, meta
 from licet_control_plane.store.database import Database
@@ -166,7 +174,7 @@ class Quotas:
             waited_for.update(missing)
             if verdict is not Verdict.WAIT:
                 ready[tenant] = state
-        opened, lost_again = await self._open(ready, in_force) if ready else Opened([], [])
+        opened, lost_again = await self._open(ready, in_force, holders) if ready else Opened([], [])
         for tenant in tenants:  # those still learning go to the end of the line
             del self.learning[tenant]
             if tenant not in done and tenant not in opened:
@@ -185,12 +193,12 @@ class Quotas:
         await self._marks.relearn(epochs, self.epoch)
         self.learning.update(dict.fromkeys(epochs))
 
-    async def _open(self, states: Mapping[str, MarkState], in_force: InForce) -> Opened:
+    async def _open(self, states: Mapping[str, MarkState], in_force: InForce, holders: Sequence[Holder]) -> Opened:
         tenants = list(states)
         found = await self._database.read(licenses.of_tenants, tenants)
         limits = {tenant: limits_under(stored.license, in_force.catalog) for tenant, stored in found.items()}
         server_s = next(iter(states.values())).now_ms / 1_000
-        await self._marks.fill(await self._fills(states, found, in_force.catalog, server_s))
+        await self._correct(states, await self._spent(states, found, in_force.catalog, server_s), holders, server_s)
         openings = [
             Opening(
                 tenant,
@@ -205,14 +213,14 @@ class Quotas:
         ]
         return await self._marks.open(openings)
 
-    async def _fills(
+    async def _spent(
         self,
         states: Mapping[str, MarkState],
         found: Mapping[str, StoredLicense],
         catalog: Catalog,
         server_s: float,
     ) -> list[Fill]:
-        """What the ledger knows of every quota whose window still takes calls."""
+        """What the ledger knows that each sidecar spent, of every quota whose window still takes calls."""
         of_plans = limits_by_key(catalog)
         counting = {
             tenant: Counting(found[tenant].license if tenant in found else None, catalog, of_plans) for tenant in states
@@ -231,35 +239,48 @@ class Quotas:
         if len(starts) > _STARTS_MAX:
             starts, oldest = set(), 0
         spend = await self._database.read(ledger.spend_of, list(states), window_start_min=oldest, starts=starts)
-        fills = [
+        return [
             fill
             for tenant, rows in spend.items()
             for row in rows
             if (fill := _fill(row, states[tenant].pair, counting[tenant], markers.get(tenant, {}), server_s))
         ]
-        return await self._of_retired_together(fills)
 
-    async def _of_retired_together(self, fills: Sequence[Fill]) -> list[Fill]:
-        """The same, with those of sidecars whose registers became part of a base made one for each quota.
-
-        A base cannot be told apart any more: what they spent together is counted when it is less than that.
-        """
-        by_quota: dict[tuple[str, str], list[Fill]] = {}
-        for fill in fills:
-            by_quota.setdefault((fill.tenant, fill.quota), []).append(fill)
-        asked = {quota: [fill.sidecar for fill in mine] for quota, mine in by_quota.items()}
-        there = await self._registers.look_at(asked)
+    async def _correct(
+        self, states: Mapping[str, MarkState], spent: Sequence[Fill], holders: Sequence[Holder], server_s: float
+    ) -> None:
+        """Count what only the ledger knows, and free what nobody holds."""
+        quotas = {(fill.tenant, fill.quota): fill for fill in spent}
+        by_sidecar: dict[tuple[str, str], dict[str, int]] = {}
+        for fill in spent:
+            by_sidecar.setdefault((fill.tenant, fill.quota), {})[fill.sidecar] = fill.units
+        for tenant, mark in (await self._marks.read(list(states))).items():
+            for kept in quotas_to_keep(mark, server_s) if mark else ():
+                pair = states[tenant].pair
+                one = Fill(tenant, pair, kept.name, kept.marker, kept.window_start, kept.window_end, "", 0)
+                quotas.setdefault((tenant, kept.name), one)
+        said = {
+            tenant: {one.sidecar for one in holders if has_said(one, state.pair, state.since_ms)}
+            for tenant, state in states.items()
+        }
         now_s = self._now_s()
-        result: list[Fill] = []
-        for quota, mine in by_quota.items():
-            retired: list[Fill] = []
-            for fill in mine:
-                state = holder_state(self._fleet.sidecars.get(fill.sidecar), now_s)
-                is_retired = in_base(state, there[quota].registers.get(fill.sidecar))
-                (retired if is_retired else result).append(fill)
-            if retired:
-                result.append(replace(retired[0], sidecar="", units=sum(fill.units for fill in retired)))
-        return result
+        fills: list[Fill] = []
+        releases: list[Release] = []
+        for (quota, fill), state in zip(quotas.items(), await self._registers.read(list(quotas)), strict=True):
+            right = corrections(
+                state.registers if state else {},
+                by_sidecar.get(quota, {}),
+                pair=fill.pair,
+                said=said[fill.tenant],
+                state_of=lambda sidecar: holder_state(self._fleet.sidecars.get(sidecar), now_s),
+            )
+            fills += [replace(fill, sidecar=sidecar, units=units) for sidecar, units in right.spent.items()]
+            if right.base:
+                fills.append(replace(fill, sidecar="", units=right.base))
+            releases += [Release(fill.tenant, fill.pair, fill.quota, sidecar) for sidecar in right.releases]
+        await self._marks.fill(fills)
+        if freed := await self._marks.release(releases):
+            log.info("units freed that came back with an older state of Redis", registers=freed)
 
     async def _limits(self, tenants: Sequence[str], catalog: Catalog) -> dict[str, dict[LimitKey, int]]:
         found = await self._database.read(licenses.of_tenants, tenants)

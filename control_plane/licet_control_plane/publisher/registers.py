@@ -1,7 +1,7 @@
 """Quota registers as the control plane reads, seals and sweeps them, through the scripts in ``lua/``.
 
-Every method takes many quotas and costs one round trip. Raises ``RedisUnavailable`` and ``RedisRefused``; everything
-may be repeated.
+Every method takes many quotas and costs one round trip (``read``: one for each 500). Raises ``RedisUnavailable`` and
+``RedisRefused``; everything may be repeated.
 """
 
 from __future__ import annotations
@@ -45,14 +45,6 @@ class QuotaState:
     base: int
     sum: int
     used: int
-    registers: Mapping[str, Register]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A part of a quota hash."""
-
-    exists: bool
     registers: Mapping[str, Register]
 
 
@@ -110,35 +102,18 @@ class RedisRegisters:
         with redis_errors():
             return int((await self._redis.time())[0])
 
-    async def read(self, tenant: str, quotas: Sequence[str]) -> list[QuotaState | None]:
-        """Whole quotas; ``None`` for one that has no hash."""
-        with redis_errors():
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for quota in quotas:
-                    pipe.hgetall(self._names.quota(tenant, quota))
-                answers = await pipe.execute()
-        return [_state((tenant, quota), answer) for quota, answer in zip(quotas, answers, strict=True)]
-
-    async def look_at(self, sidecars: Mapping[tuple[str, str], Sequence[str]]) -> dict[tuple[str, str], Found]:
-        """For each quota (tenant, quota), whether there is a hash, and the registers of some sidecars in it."""
-        found: dict[tuple[str, str], Found] = {}
-        quotas = list(sidecars)
+    async def read(self, quotas: Sequence[tuple[str, str]]) -> list[QuotaState | None]:
+        """Whole quotas (tenant, quota); ``None`` for one that has no hash."""
+        states: list[QuotaState | None] = []
         for start in range(0, len(quotas), _PIPELINE_MAX):
             part = quotas[start : start + _PIPELINE_MAX]
             with redis_errors():
                 async with self._redis.pipeline(transaction=False) as pipe:
                     for quota in part:
-                        fields = [f"{REGISTER_FIELD}{sidecar}" for sidecar in sidecars[quota]]
-                        pipe.hmget(self._names.quota(*quota), ["sum", *fields])
+                        pipe.hgetall(self._names.quota(*quota))
                     answers = await pipe.execute()
-            for quota, (total, *values) in zip(part, answers, strict=True):
-                registers = {
-                    sidecar: register
-                    for sidecar, value in zip(sidecars[quota], values, strict=True)
-                    if (register := _register(quota, sidecar, value)) is not None
-                }
-                found[quota] = Found(total is not None, registers)
-        return found
+            states += [_state(quota, answer) for quota, answer in zip(part, answers, strict=True)]
+        return states
 
     async def held_by(
         self, quotas: Sequence[tuple[str, str]], sidecars: Sequence[str]

@@ -259,15 +259,16 @@ for _, q in ipairs(quotas) do
     for _, one in ipairs(q.swept) do redis.call('HSET', q.key, one[1], one[2]) end
   end
   if not q.repeated then
-    local g, u, sealed = q.g, q.u, '0'
+    local g, u, sealed, d = q.g, q.u, '0', q.d
     if retiring and q.h == 0 and not q.rate then
-      -- What it spent becomes part of the base. A tombstone stays for a while, against calls that are still under way.
+      -- What it spent becomes part of the base. A tombstone stays for a while, against calls that are still under way; it
+      -- says how much that was, for the day when Redis loses some of it.
       q.base = q.base + q.g
       q.used = q.used + (q.g - q.u)
-      g, u, sealed = 0, 0, '1'
+      g, u, sealed, d = 0, 0, '1', q.g
     end
     local register = table.concat({text(g), text(u), text(q.h), text(incarnation), text(op), epoch, run,
-      text(now_ms), sealed, text(q.d)}, '|')
+      text(now_ms), sealed, text(d)}, '|')
     redis.call('HSET', q.key, 'base', text(q.base), 'sum', text(q.sum), 'used', text(q.used),
       'wanted', text(q.wanted), 'r|' .. sidecar, register)
     redis.call('EXPIREAT', q.key, math.min(q.ends + grace_s + kept_s, 253402300799))

@@ -621,7 +621,7 @@ def _obtainable(lease: Lease, boot_ms: int) -> int:
     known = lease.remaining + lease.idle_elsewhere
     if boot_ms < lease.short_until_ms:
         return known
-    if not known and lease.asked_ms and boot_ms - lease.asked_ms < EXHAUSTED_KEPT_MS:
+    if not known and lease.heard_ms and boot_ms - lease.heard_ms < EXHAUSTED_KEPT_MS:
         return 0
     return lease.amount
 

@@ -105,7 +105,8 @@ class Lease:
     window. ``over`` is the part of ``cap`` that lies beyond a soft limit.
     ``amount`` is the limit as last published here; ``remaining`` what Redis last said nobody holds, and
     ``idle_elsewhere`` what others hold and had not spent. ``unsure`` while the register may hold more than ``cap``:
-    a call about it was not answered, or Redis lost something. ``logged`` once the log knows of this lease.
+    a call about it was not answered, or Redis lost something. ``heard_ms``: when ``remaining`` was (boot time; 0: not
+    since the limit is what it is). ``logged`` once the log knows of this lease.
     ``pair`` is what the last call about it was answered under.
     """
 
@@ -116,6 +117,7 @@ class Lease:
         "degraded",
         "durable",
         "end",
+        "heard_ms",
         "hold_until_ms",
         "idle_elsewhere",
         "keepalive_ms",
@@ -154,6 +156,7 @@ class Lease:
         self.reserved = 0
         self.hold_until_ms = 0
         self.asked_ms = 0
+        self.heard_ms = 0
         self.remaining = terms.amount
         self.idle_elsewhere = 0
         self.short_until_ms = 0
@@ -419,6 +422,9 @@ class LeaseBook:
         if lease.terms is not terms:
             # Of a lowered limit nothing is held back: what is not spent goes back, and is leased again if there is any.
             lease.wanted |= terms.amount < lease.amount
+            # Of a raised one there is more than Redis last said, and what was all gone may not be any more.
+            lease.remaining += max(0, terms.amount - lease.amount)
+            lease.short_until_ms = lease.heard_ms = 0
             lease.adopt(terms)
         return lease
 
@@ -711,6 +717,7 @@ class LeaseBook:
                 lease.spent_ms = boot_ms
             lease.asked_ms = call.sent_boot_ms
             lease.remaining = max(0, granted.amount - granted.sum)
+            lease.heard_ms = boot_ms if granted.amount == lease.amount else 0
             lease.idle_elsewhere = max(0, granted.sum - granted.used - (granted.g - ask.used - ask.reserved))
             lease.wanted |= granted.wanted and not ask.want
             if ask.min and granted.g < max(ask.cap, ask.used + ask.reserved) + ask.min:

@@ -10,7 +10,7 @@
 --         be sealed) | STALE (the pair is not the mark's,
 --         or the server is another) | LIVE (its last call is too young)
 --
--- A tombstone, 0|0|0|incarnation|op|epoch|run|now|1|0, is left so that the sidecar, should it come back, is told. Older
+-- A tombstone, 0|0|0|incarnation|op|epoch|run|now|1|counted, is left so that the sidecar, should it come back, is told. Older
 -- tombstones of the hash are removed on the way. Invariants: sum = base + Σ g; used = base + Σ (u + h). What stays
 -- counted is max(u + h, ledger's u): open reservations stay, and g is never raised but for what was spent.
 -- May be repeated.
@@ -53,5 +53,5 @@ for i = 1, #old, FIELDS_MAX do
   redis.call('HDEL', KEYS[2], unpack(old, i, math.min(i + FIELDS_MAX - 1, #old)))
 end
 redis.call('HSET', KEYS[2], 'base', text(base), 'sum', text(sum), 'used', text(used),
-  field, table.concat({'0', '0', '0', incarnation, op, mark[1], mark[2], text(now_ms), '1', '0'}, '|'))
+  field, table.concat({'0', '0', '0', incarnation, op, mark[1], mark[2], text(now_ms), '1', text(counted)}, '|'))
 return {'SEALED', text(g), text(u), text(h), text(counted), '0'}
