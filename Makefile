@@ -19,6 +19,8 @@ UV_VERSION := 0.13.9
 INSTALLED := $(VENV)/.installed
 PROTOS    := $(sort $(wildcard proto/licet/v1/*.proto))
 SEEDS     ?= 1000
+# Most of a test's time is waiting for real processes, so a few more than there are cores.
+TEST_WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check fmt proto proto-check bench lock sim clean
@@ -50,7 +52,7 @@ demo: setup ## start the whole stack, replay a workload, compare answers with th
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: setup ## run the tests (ARGS='tests/unit -k seat' runs some)
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q $(if $(ARGS),,-n $(TEST_WORKERS) --dist worksteal) $(ARGS)
 
 check: setup ## lint, types, import rules, generated code, manifests
 	@echo "check: format"

@@ -114,7 +114,7 @@ def loading(server: ValkeyProcess) -> Iterator[None]:
     wait_for(lambda: "aof_rewrite_in_progress:0" in server.command("INFO", "persistence"))
     server.stop()
     server.options = (*server.options, "--key-load-delay", "3000", "--loading-process-events-interval-bytes", "2048")
-    starting = threading.Thread(target=server.start)
+    starting = threading.Thread(target=server.start, kwargs={"within_s": 6 * WAIT_S_MAX})
     starting.start()
     wait_for(lambda: _refuses(server, "LOADING"))
     yield
@@ -481,8 +481,12 @@ async def test_a_server_that_loses_what_it_is_told_is_named(
     async with deployment(tmp_path / "state", server.url) as plane:
         await plane.headed(await plane.push(100))
         status = plane.plane.publisher.status
+
+        async def publishing() -> bool:  # markers make the loss of a quota known, so this is no reason to stop
+            return status.state == "publishing"
+
+        await until(publishing)
         assert (says in status.keeping.warning) if says else not status.keeping.warning
-        assert status.state == "publishing", "markers make the loss of a quota known, so this is no reason to stop"
         metrics = plane.plane.metrics.render().decode()
         assert f"licet_redis_evicts {float('noeviction' in says)}" in metrics
         assert f"licet_redis_append_only {float('appendonly' not in says)}" in metrics

@@ -66,7 +66,7 @@ class ValkeyProcess:
         """Process id; 0 when it does not run."""
         return self._process.pid if self._process else 0
 
-    def start(self) -> ValkeyProcess:
+    def start(self, *, within_s: float = START_S_MAX) -> ValkeyProcess:
         """Start and wait until it answers. A repeat does nothing."""
         if self._process is not None:
             return self
@@ -81,14 +81,14 @@ class ValkeyProcess:
         if self.password:
             command += ["--requirepass", self.password]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + START_S_MAX
+        deadline = time.monotonic() + within_s
         while not self._answers():
             if self._process.poll() is not None:
                 self._process = None
                 raise RuntimeError(f"valkey-server on port {self.port} ended at once; is the port taken?")
             if time.monotonic() > deadline:
                 self.kill()
-                raise TimeoutError(f"valkey-server on port {self.port} did not answer in {START_S_MAX} s")
+                raise TimeoutError(f"valkey-server on port {self.port} did not answer in {within_s} s")
             time.sleep(_POLL_S)
         return self
 
