@@ -367,6 +367,23 @@ async def test_a_quota_lost_while_it_is_learned_makes_its_tenant_learn_again(run
     await until(lambda: _learns(running, 3))
 
 
+async def test_learning_frees_what_a_sidecar_does_not_hold_any_more(running: Running) -> None:
+    mark = await running.mark("acme")
+    assert mark is not None
+    said = {"asserted_epoch": 99, "asserted_run": mark.pair.run, "asserted_ms": 2**60}
+    await running.heard(LIVE, ago_s=0.0, **said)
+    await running.holds({LIVE: register(20, 8), DEAD: register(30, 10)})  # as an older state of Redis has them
+    await running.redis.xadd(NAMES.asks(), {"tenant": "acme", "why": "quota-lost"})
+    await until(lambda: _is_open(running, 2))
+    after = await look(running.redis, "acme", running.quota)
+    assert (after["sum"], after["used"]) == (8 + 30, 8 + 10)
+
+
+async def _is_open(running: Running, epoch: int) -> bool:
+    mark = await running.mark("acme")
+    return mark is not None and mark.is_open and mark.pair.epoch == epoch
+
+
 async def _learns(running: Running, epoch: int) -> bool:
     mark = await running.mark("acme")
     return mark is not None and not mark.is_open and mark.pair.epoch == epoch
