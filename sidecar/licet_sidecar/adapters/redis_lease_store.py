@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from licet.wire.names import RedisNames
-from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, QUOTA_KEPT_S, SERVER_RUN_LUA, WINDOW_GRACE_S, Pair
+from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Pair
 from licet_sidecar.adapters.redis_link import decoded, failure_of_call, translated, without_password
+from licet_sidecar.adapters.redis_script import Script
 from licet_sidecar.core.leases import Granted, LeaseBook, SettleAnswer, SettleCall, Status
 from licet_sidecar.ports import CallRefused, LinkDown, Unconfirmed
 
@@ -27,8 +26,7 @@ ASKS_MAX: Final = 10_000
 LISTEN_S: Final = 5.0
 _FIELDS_BEFORE: Final = 8
 _FIELDS_EACH: Final = 7
-_SCRIPT: Final = SERVER_RUN_LUA + Path(__file__).with_name("settle.lua").read_text()
-_SCRIPT_SHA: Final = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+_SETTLE: Final = Script("settle.lua")
 
 
 class RedisLeaseStore:
@@ -94,11 +92,9 @@ class RedisLeaseStore:
         durable = any(call.durable for call in calls)
         async with translated(self._url):
             arguments = [self._arguments(call, live) for call in calls]
-            replies, doubt = await self._evaluate([("EVALSHA", _SCRIPT_SHA, *each) for each in arguments], durable)
-            if any(isinstance(reply, NoScriptError) for reply in replies):
-                # The server was restarted or its scripts flushed, before the first call or between two. Calls may be
-                # repeated, so all are sent again.
-                replies, doubt = await self._evaluate([("EVAL", _SCRIPT, *each) for each in arguments], durable)
+            replies, doubt = await self._evaluate(_SETTLE.calls(arguments), durable)
+            if _SETTLE.is_missing(replies):
+                replies, doubt = await self._evaluate(_SETTLE.calls(arguments, whole=True), durable)
         answers: list[SettleAnswer | Exception] = []
         for call, reply in zip(calls, replies, strict=True):
             if isinstance(reply, Exception):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import msgpack
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, RedisError
 
 from licet.wire.names import RedisNames
-from licet.wire.registers import SERVER_RUN_LUA, Pair
+from licet.wire.registers import Pair
 from licet_sidecar.adapters.redis_link import decoded, failure_of, translated
+from licet_sidecar.adapters.redis_script import Script
 from licet_sidecar.core.seats import (
     KEPT_MS,
     NOT_SAID,
@@ -31,8 +29,7 @@ CALLS_PER_PIPELINE_MAX: Final = 32
 _FIELDS_BEFORE: Final = 8
 _FIELDS_EACH_FEATURE: Final = 3
 _FIELDS_EACH_ASK: Final = 2
-_SCRIPT: Final = SERVER_RUN_LUA + Path(__file__).with_name("seats.lua").read_text()
-_SCRIPT_SHA: Final = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+_SEATS: Final = Script("seats.lua")
 
 
 class RedisSeatStore:
@@ -56,10 +53,9 @@ class RedisSeatStore:
         features = [_features_of(call) for call in calls]
         arguments = [self._arguments(call, names) for call, names in zip(calls, features, strict=True)]
         async with translated(self._url):
-            replies = await self._evaluate([("EVALSHA", _SCRIPT_SHA, *each) for each in arguments])
-            if any(isinstance(reply, NoScriptError) for reply in replies):
-                # The server was restarted or its scripts flushed. What was run already is only said again.
-                replies = await self._evaluate([("EVAL", _SCRIPT, *each) for each in arguments])
+            replies = await self._evaluate(_SEATS.calls(arguments))
+            if _SEATS.is_missing(replies):
+                replies = await self._evaluate(_SEATS.calls(arguments, whole=True))
         return [
             failure_of(reply, self._url) if isinstance(reply, Exception) else _answer(reply, names, len(call.asks))
             for call, names, reply in zip(calls, features, replies, strict=True)
@@ -70,10 +66,7 @@ class RedisSeatStore:
         for command in commands:
             pipeline.execute_command(*command)
         replies: list[Any] = await pipeline.execute(raise_on_error=False)
-        return [
-            NoScriptError(str(reply)) if isinstance(reply, RedisError) and "NOSCRIPT" in str(reply) else reply
-            for reply in replies
-        ]
+        return replies
 
     def _arguments(self, call: SeatCall, features: Sequence[str]) -> list[Any]:
         names, tenant = self._names, call.tenant
