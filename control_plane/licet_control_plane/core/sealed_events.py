@@ -1,0 +1,284 @@
+"""How an event is kept: what is needed to bill and to prove it, in clear; what is about a person, under that person's
+key. Pure; the ledger and the archive store the same bytes.
+
+An event becomes three byte strings:
+
+- ``public``: msgpack of the fields that are about no person, the subject's number among them;
+- ``commitment``: ``SHA-256(salt ‖ personal fields)``, 32 bytes;
+- ``personal``: a nonce, and under AES-256-GCM with the key of the subject: 16 bytes of salt and the msgpack of the
+  personal fields. What it is the personal part *of* (log and public bytes) is authenticated with it.
+
+The leaf of the Merkle tree is ``SHA-256(0x00 ‖ public ‖ commitment)``. Erasing a subject destroys its key and
+``personal``, and with them the salt: the commitment stays, says nothing without the salt, and the chain verifies as
+before. While the key is there, a change of any byte of any of the three shows, and shows in which event.
+
+Personal are: the subject's id, on whose behalf, the resource's id, the idempotency key, the context attributes, the
+seat or reservation it is about, and the names of quotas with a scope, whose digests could be guessed back. So is every
+field that a newer sidecar appended and this program does not know.
+Source: ``docs/adr/0017-a-ledger-that-proves-and-forgets.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+import msgpack
+from cryptography.exceptions import InvalidTag
+
+from licet.wire.usage import UsageEvent
+
+SCHEMA_VERSION: Final = 1
+SALT_BYTES: Final = 16
+NONCE_BYTES: Final = 12
+RANDOM_BYTES: Final = SALT_BYTES + NONCE_BYTES
+"""Fresh random bytes that sealing one event takes."""
+KEY_BYTES: Final = 32
+ERASED: Final = "(erased)"
+"""Shown for a subject whose data was erased."""
+UNREADABLE: Final = "(no key)"
+"""Shown for a subject whose key the reader does not have."""
+_KNOWN_MAX: Final = len(UsageEvent._fields)
+_FIELDS_MIN: Final = 18
+"""Public fields that every event has, up to ``shadow``; later ones are left out from where on all are empty."""
+_NO_SCOPES: Final[Sequence[Any]] = ()
+
+
+class Cipher(Protocol):
+    """``cryptography``'s ``AESGCM`` over a subject's key."""
+
+    def encrypt(self, nonce: bytes, data: bytes, associated_data: bytes | None, /) -> bytes: ...
+    def decrypt(self, nonce: bytes, data: bytes, associated_data: bytes | None, /) -> bytes: ...
+
+
+class Sealed(NamedTuple):
+    """An event as it is kept. ``personal`` is ``None`` once it was erased."""
+
+    public: bytes
+    commitment: bytes
+    personal: bytes | None
+
+
+class Damaged(ValueError):
+    """The bytes are not what was sealed. The message says which part does not fit, without a subject."""
+
+
+def seal(event: UsageEvent, packed: bytes, log_id: str, subject: int, cipher: Cipher, random: bytes) -> Sealed:
+    """Seal ``event``, which was unpacked from ``packed``, an event of the log ``log_id``.
+
+    ``subject`` is the number of its subject, ``cipher`` over the key of that subject, ``random`` ``RANDOM_BYTES`` fresh
+    random bytes, never used before.
+    """
+    public, personal = _split(event, packed, subject)
+    salted = random[:SALT_BYTES] + personal
+    nonce = random[SALT_BYTES:]
+    return Sealed(
+        public, hashlib.sha256(salted).digest(), nonce + cipher.encrypt(nonce, salted, _belongs_to(log_id, public))
+    )
+
+
+def open_event(log_id: str, sealed: Sealed, cipher: Cipher) -> UsageEvent:
+    """The event that was sealed.
+
+    Raises:
+        Damaged: any byte of it, its log, or the key is another than when it was sealed.
+    """
+    return _joined(_public_fields(sealed.public), _fields(_opened(log_id, sealed, cipher)))
+
+
+def public_event(public: bytes, *, shown: str = ERASED) -> UsageEvent:
+    """What is left of an event without its personal fields: ``shown`` stands for the subject's id, the rest is empty.
+
+    Raises:
+        Damaged: not public bytes.
+    """
+    return _joined(_public_fields(public), [shown])
+
+
+def is_same(event: UsageEvent, packed: bytes, log_id: str, subject: int, sealed: Sealed, cipher: Cipher | None) -> bool:
+    """Whether ``sealed``, of ``subject``, was made of the same event. Without its key only the public part can differ.
+
+    What cannot be opened although there is a key counts as different: the event that came again is then evidence.
+    """
+    public, personal = _split(event, packed, subject)
+    if public != sealed.public:
+        return False
+    if cipher is None or sealed.personal is None:
+        return True
+    try:
+        return _opened(log_id, sealed, cipher) == personal
+    except Damaged:
+        return False
+
+
+def leaf_hash(public: bytes, commitment: bytes) -> bytes:
+    """The event's leaf in the Merkle tree of its block."""
+    return hashlib.sha256(b"\0" + public + commitment).digest()
+
+
+def columns_of(public: bytes) -> tuple[list[Any], int]:
+    """What an event's row repeats of its public bytes: ``[subject, seq, at, tenant, subject_type, action, effect,
+    reason, rule, revision]``, and the sum of its units.
+
+    Raises:
+        Damaged: not public bytes.
+    """
+    fields = _public_fields(public)
+    try:
+        return fields[1:11], sum(fields[11].values())
+    except (TypeError, AttributeError) as error:
+        raise Damaged(f"the public part cannot be read: {error}") from error
+
+
+def _split(event: UsageEvent, packed: bytes, subject: int) -> tuple[bytes, bytes]:
+    """Public and personal fields, packed."""
+    spends: Iterable[Any] = event.spends
+    held: Iterable[Any] = event.held
+    overage: Mapping[str, int] = event.overage
+    scoped: Sequence[Any] = _NO_SCOPES
+    if _has_scope(spends) or (event.kind and _has_scope(held)) or (overage and any("@" in name for name in overage)):
+        scoped = (spends, held, overage)
+        spends, held, overage = (), (), {}
+    public = [
+        SCHEMA_VERSION,
+        subject,
+        event.seq,
+        event.at_us,
+        event.tenant,
+        event.subject_type,
+        event.action,
+        event.effect,
+        event.reason,
+        event.rule,
+        event.revision,
+        event.units,
+        event.cost_nanos,
+        event.currency,
+        event.flags,
+        event.resource_type,
+        spends,
+        event.shadow,
+        event.feature_costs,
+        event.kind,
+        held,
+        event.units_held,
+        overage,
+        event.unfunded,
+        event.expires_us,
+    ]
+    while len(public) > _FIELDS_MIN and not public[-1]:
+        public.pop()
+    personal = [
+        event.subject_id,
+        event.on_behalf_of,
+        event.idempotency_key,
+        event.resource_id,
+        event.context,
+        event.about,
+        scoped,
+        _appended(packed),
+    ]
+    while not personal[-1] and len(personal) > 1:
+        personal.pop()
+    pack = msgpack.packb
+    return pack(public, use_bin_type=True, default=dict), pack(personal, use_bin_type=True, default=dict)
+
+
+def _has_scope(quotas: Iterable[Any]) -> bool:
+    return any("@" in quota for quota, _ in quotas)
+
+
+def _appended(packed: bytes) -> Sequence[Any]:
+    """Fields that a newer sidecar appended to those known here."""
+    if packed[:1] != b"\xdc" or int.from_bytes(packed[1:3], "big") <= _KNOWN_MAX:
+        return ()
+    fields: list[Any] = msgpack.unpackb(packed, raw=False, strict_map_key=False)
+    return fields[_KNOWN_MAX:]
+
+
+def _belongs_to(log_id: str, public: bytes) -> bytes:
+    return log_id.encode() + b"\0" + public
+
+
+def _opened(log_id: str, sealed: Sealed, cipher: Cipher) -> bytes:
+    """The personal fields, packed."""
+    personal = sealed.personal
+    if personal is None:
+        raise Damaged("the personal part is missing, and its subject was not erased")
+    try:
+        salted = cipher.decrypt(personal[:NONCE_BYTES], personal[NONCE_BYTES:], _belongs_to(log_id, sealed.public))
+    except (InvalidTag, ValueError) as error:
+        raise Damaged("the personal part does not open: it, the public part, the log or the key was altered") from error
+    if hashlib.sha256(salted).digest() != sealed.commitment:
+        raise Damaged("the commitment is not that of the personal part")
+    return salted[SALT_BYTES:]
+
+
+def _public_fields(public: bytes) -> list[Any]:
+    fields = _fields(public)
+    if len(fields) < _FIELDS_MIN:
+        raise Damaged(f"the public part has {len(fields)} fields")
+    if fields[0] != SCHEMA_VERSION:
+        raise Damaged(f"the public part is of version {fields[0]!r}; this program reads {SCHEMA_VERSION}")
+    return fields
+
+
+def _fields(packed: bytes) -> list[Any]:
+    try:
+        fields: Any = msgpack.unpackb(packed, raw=False, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise Damaged(f"the public part cannot be read: {error}") from error
+    if not isinstance(fields, list):
+        raise Damaged("the public part is not a list")
+    return fields
+
+
+_PUBLIC_EMPTY: Final[Sequence[Any]] = ({}, 0, (), {}, {}, {}, 0)
+"""``feature_costs`` to ``expires_us``, of an event that has none of them."""
+_PERSONAL_EMPTY: Final[Sequence[Any]] = ("", "", "", "", {}, "", (), ())
+
+
+def _joined(public: list[Any], personal: list[Any]) -> UsageEvent:
+    """The event of both parts, empty where a part is cut short."""
+    if len(public) < _FIELDS_MIN + len(_PUBLIC_EMPTY):
+        public = [*public, *_PUBLIC_EMPTY[len(public) - _FIELDS_MIN :]]
+    if len(personal) < len(_PERSONAL_EMPTY):
+        personal = [*personal, *_PERSONAL_EMPTY[len(personal) :]]
+    (_, _, seq, at_us, tenant, subject_type, action, effect, reason, rule, revision) = public[:11]
+    (units, cost_nanos, currency, flags, resource_type, spends, shadow, feature_costs, kind, held) = public[11:21]
+    (units_held, overage, unfunded, expires_us) = public[21:25]
+    subject_id, on_behalf_of, idempotency_key, resource_id, context, about, scoped, _ = personal[:8]
+    if scoped:
+        spends, held, overage = scoped
+    return UsageEvent(
+        seq,
+        at_us,
+        tenant,
+        subject_type,
+        subject_id,
+        on_behalf_of,
+        action,
+        effect,
+        reason,
+        rule,
+        revision,
+        units,
+        cost_nanos,
+        currency,
+        flags,
+        idempotency_key,
+        resource_type,
+        resource_id,
+        context,
+        spends,
+        shadow,
+        feature_costs,
+        kind,
+        about,
+        held,
+        units_held,
+        overage,
+        unfunded,
+        expires_us,
+    )
