@@ -15,6 +15,7 @@ from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.signing import SigningKey
 from licet_control_plane.changes import Changes
 from licet_control_plane.config import ServerConfig
+from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.drain.worker import DrainCounts, ShardWorker
 from licet_control_plane.publisher.asks import AsksReader
 from licet_control_plane.publisher.documents import RedisDocuments
@@ -27,6 +28,7 @@ from licet_control_plane.publisher.registers import RedisRegisters
 from licet_control_plane.publisher.sweep import Sweeper
 from licet_control_plane.redis_link import Redis, connect, location
 from licet_control_plane.store.database import Database
+from licet_control_plane.store.subjects import SubjectKeys
 from licet_control_plane.telemetry import Metrics
 
 log = structlog.get_logger(__name__)
@@ -42,6 +44,7 @@ class ControlPlane:
     config: ServerConfig
     deployment: str
     database: Database
+    ledger_key: LedgerKey
     redis: Redis
     changes: Changes
     publisher: Publisher
@@ -65,6 +68,7 @@ class ControlPlane:
         *,
         database: Database,
         key: SigningKey,
+        ledger_key: LedgerKey,
         deployment: str,
         now_s: Callable[[], float],
     ) -> Self:
@@ -96,14 +100,17 @@ class ControlPlane:
         # The same name after a restart, so that what this server had read is its own again at once.
         where = f"{socket.gethostname()}:{config.state_dir.resolve()}"
         consumer = hashlib.sha256(where.encode()).hexdigest()[:16]
+        # Shared: all of them write in the database's one writing thread.
+        subject_keys = SubjectKeys(ledger_key)
         workers = [
-            ShardWorker(shard, redis, names, database, key, counts, consumer=consumer, now_s=now_s)
+            ShardWorker(shard, redis, names, database, key, subject_keys, counts, consumer=consumer, now_s=now_s)
             for shard in range(USAGE_SHARDS)
         ]
         plane = cls(
             config=config,
             deployment=deployment,
             database=database,
+            ledger_key=ledger_key,
             redis=redis,
             changes=Changes(database, key, wake=wake, now_s=now_s),
             publisher=publisher,

@@ -117,18 +117,37 @@ def leaf_hash(public: bytes, commitment: bytes) -> bytes:
     return hashlib.sha256(b"\0" + public + commitment).digest()
 
 
-def columns_of(public: bytes) -> tuple[list[Any], int]:
-    """What an event's row repeats of its public bytes: ``[subject, seq, at, tenant, subject_type, action, effect,
-    reason, rule, revision]``, and the sum of its units.
+def fields_of(public: bytes) -> list[Any]:
+    """The public fields: the version of the schema, ``COLUMNS``, the units, and the rest.
 
     Raises:
         Damaged: not public bytes.
     """
     fields = _public_fields(public)
-    try:
-        return fields[1:11], sum(fields[11].values())
-    except (TypeError, AttributeError) as error:
-        raise Damaged(f"the public part cannot be read: {error}") from error
+    if not isinstance(fields[UNITS], dict):
+        raise Damaged("the public part cannot be read: its units are no map")
+    return fields
+
+
+COLUMNS: Final = tuple(
+    ["subject", "seq", "at", "tenant", "subject_type", "action", "effect", "reason", "rule", "revision"]
+)
+"""What an event's row repeats of its public fields, which have these names from the second one on."""
+UNITS: Final = 1 + len(COLUMNS)
+"""Where the units are among the public fields."""
+
+
+def event_of(fields: list[Any], *, shown: str = ERASED) -> UsageEvent:
+    """``public_event`` of fields that were read."""
+    return _joined(fields, [shown])
+
+
+def check_personal(log_id: str, sealed: Sealed, cipher: Cipher) -> None:
+    """
+    Raises:
+        Damaged: any byte of ``sealed``, its log, or the key is another than when it was sealed.
+    """
+    _opened(log_id, sealed, cipher)
 
 
 def _split(event: UsageEvent, packed: bytes, subject: int) -> tuple[bytes, bytes]:

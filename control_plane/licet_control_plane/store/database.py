@@ -7,6 +7,7 @@ PostgreSQL both run.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -15,7 +16,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, Table, create_engine, event
+from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import InternalError, OperationalError
 from sqlalchemy.pool import QueuePool
@@ -127,6 +128,34 @@ def insert_sql(dialect: str, table: Table, columns: tuple[str, ...]) -> str:
     dialects: Any = postgresql if dialect == "postgresql" else sqlite
     positional = dialects.dialect(paramstyle="format" if dialect == "postgresql" else "qmark")
     return str(table.insert().compile(dialect=positional, column_keys=list(columns)))
+
+
+def read_only_engine(url: str) -> Engine:
+    """An engine that cannot change anything, for whoever only looks: another process, or an auditor with a copy.
+
+    Raises:
+        ArgumentError, NoSuchModuleError, ModuleNotFoundError: no database can be meant by ``url``.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(url, execution_options={"postgresql_readonly": True})
+    path = Path(parsed.database or "").absolute()
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"{path.as_uri()}?mode=ro", uri=True, check_same_thread=False, isolation_level=None
+        )
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        return connection
+
+    engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool)
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    return engine
 
 
 def _engine(url: str) -> Engine:

@@ -1,0 +1,86 @@
+"""Signed checkpoints: what the heads of all chains were at some time, as whoever keeps a copy can hold the ledger to.
+
+A chain proves nothing to somebody who can rewrite all of it. A head that was signed and kept elsewhere does: everything
+up to it is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from sqlalchemy import Connection, delete, insert, select
+
+from licet.wire.signing import SigningKey, Statement, VerificationError, Verifier
+from licet_control_plane.store import meta
+from licet_control_plane.store.schema import checkpoints, shards
+
+KIND: Final = "checkpoint"
+KEY: Final = "ledger"
+KEPT_MAX: Final = 10_000
+"""Checkpoints kept in the database: a week of one a minute. A newer one says all that an older one said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """``heads`` are (shard, number of its last block, hash). ``generation`` is the ledger's, ``at_us`` when it was made.
+
+    ``document`` is what was signed, with its signature.
+    """
+
+    number: int
+    deployment: str
+    generation: int
+    at_us: int
+    heads: Sequence[tuple[int, int, bytes]]
+    document: bytes
+
+    @classmethod
+    def of(cls, document: bytes, verifier: Verifier) -> Self:
+        """What a signed document says.
+
+        Raises:
+            VerificationError: it is no checkpoint, or no trusted key signed it.
+        """
+        statement = verifier.verify(document, kind=KIND, key=KEY)
+        try:
+            at_us = int(statement.payload["at_us"])
+            heads = [(int(shard), int(number), bytes(hash_)) for shard, number, hash_ in statement.payload["heads"]]
+        except (TypeError, ValueError, KeyError) as error:
+            raise VerificationError(f"{KIND} {KEY!r}: its content cannot be read") from error
+        return cls(statement.revision, statement.deployment, statement.generation, at_us, heads, document)
+
+
+def newest(connection: Connection) -> bytes | None:
+    """The newest signed document; ``None`` before the first."""
+    found = connection.scalar(select(checkpoints.c.document).order_by(checkpoints.c.number.desc()).limit(1))
+    return None if found is None else bytes(found)
+
+
+def make(connection: Connection, key: SigningKey, *, now_us: int) -> bytes | None:
+    """The newest signed document, made now if anything was recorded since the last; ``None`` while there is nothing."""
+    about = meta.lock(connection)  # one at a time
+    heads = [
+        [row.shard, row.blocks, bytes(row.head)]
+        for row in connection.execute(select(shards).where(shards.c.blocks > 0).order_by(shards.c.shard))
+    ]
+    last = newest(connection)
+    number = 0
+    if last is not None:
+        try:
+            known = Checkpoint.of(last, Verifier([key.public_key]))
+        except VerificationError:
+            pass  # of a key that was replaced, or altered: a new one is due
+        else:
+            if (known.generation, [list(head) for head in known.heads]) == (about.ledger_generation, heads):
+                return last
+        number = connection.scalar(select(checkpoints.c.number).order_by(checkpoints.c.number.desc()).limit(1)) or 0
+    if not heads:
+        return last
+    number += 1
+    payload: dict[str, Any] = {"at_us": now_us, "heads": heads}
+    document = key.sign(Statement(about.deployment, KIND, KEY, about.ledger_generation, number, payload))
+    connection.execute(insert(checkpoints).values(number=number, at=now_us, document=document))
+    connection.execute(delete(checkpoints).where(checkpoints.c.number <= number - KEPT_MAX))
+    return document
