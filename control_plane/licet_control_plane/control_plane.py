@@ -14,6 +14,7 @@ import structlog
 from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.signing import SigningKey
 from licet_control_plane.changes import Changes
+from licet_control_plane.checkpointer import Checkpointer
 from licet_control_plane.config import ServerConfig
 from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.drain.worker import DrainCounts, ShardWorker
@@ -55,6 +56,8 @@ class ControlPlane:
     reclaimer: Reclaimer
     sweeper: Sweeper
     asks: AsksReader
+    checkpointer: Checkpointer
+    public_key: str
     drain: DrainCounts
     workers: list[ShardWorker]
     metrics: Metrics
@@ -121,6 +124,8 @@ class ControlPlane:
             reclaimer=reclaimer,
             sweeper=sweeper,
             asks=asks,
+            checkpointer=Checkpointer(database, key, every_s=config.checkpoint_every_s, now_s=now_s),
+            public_key=key.public_key,
             drain=counts,
             workers=workers,
             metrics=Metrics(),
@@ -135,6 +140,7 @@ class ControlPlane:
             asyncio.create_task(_supervised("publisher", self.publisher.run)),
             asyncio.create_task(_supervised("asks", self.asks.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
+            asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
         ]
 
     async def stop(self) -> None:
@@ -177,6 +183,7 @@ class ControlPlane:
         metrics.counter("licet_ledger_batches", "Batches committed.", lambda: drain.batches)
         metrics.counter("licet_ledger_duplicates", "Events that came again.", lambda: drain.duplicates)
         metrics.counter("licet_ledger_conflicts", "Events that came again otherwise.", lambda: drain.conflicts)
+        metrics.gauge("licet_ledger_checkpoint", "Number of the newest checkpoint.", lambda: self.checkpointer.number)
         metrics.counter("licet_ledger_poison", "Batches set aside.", lambda: drain.poison)
 
 

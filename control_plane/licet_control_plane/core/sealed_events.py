@@ -21,7 +21,8 @@ Source: ``docs/adr/0017-a-ledger-that-proves-and-forgets.md``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgpack
@@ -39,10 +40,23 @@ ERASED: Final = "(erased)"
 """Shown for a subject whose data was erased."""
 UNREADABLE: Final = "(no key)"
 """Shown for a subject whose key the reader does not have."""
-_KNOWN_MAX: Final = len(UsageEvent._fields)
-_FIELDS_MIN: Final = 18
-"""Public fields that every event has, up to ``shadow``; later ones are left out from where on all are empty."""
-_NO_SCOPES: Final[Sequence[Any]] = ()
+ALTERED: Final = "(altered)"
+"""Shown for a subject when the personal part does not open although there is a key."""
+_NAMES: Final = UsageEvent._fields
+_PERSONAL: Final = ("subject_id", "on_behalf_of", "idempotency_key", "resource_id", "context", "about")
+"""In this order, and after them: what was taken out of the public fields because quotas in it have a scope
+(``[spends, held, overage]``), and fields that a newer sidecar appended."""
+_PUBLIC: Final = tuple(name for name in _NAMES if name not in _PERSONAL)
+"""In this order, after the version and the subject's number. Fields are only ever appended to an event, so these stay
+where they are."""
+_FIELDS_MIN: Final = 2 + _PUBLIC.index("shadow") + 1
+"""Public fields that every event has; later ones are left out from where on all are empty."""
+_public_of: Final = itemgetter(*(_NAMES.index(name) for name in _PUBLIC))
+_personal_of: Final = itemgetter(*(_NAMES.index(name) for name in _PERSONAL))
+_in_order: Final = itemgetter(*((*_PUBLIC, *_PERSONAL).index(name) for name in _NAMES))
+"""From public fields and then personal ones to those of an event."""
+_PUBLIC_EMPTY: Final = tuple(UsageEvent._field_defaults.get(name, "") for name in _PUBLIC)
+_PERSONAL_EMPTY: Final[Sequence[Any]] = ("", "", "", "", {}, "")
 
 
 class Cipher(Protocol):
@@ -129,9 +143,7 @@ def fields_of(public: bytes) -> list[Any]:
     return fields
 
 
-COLUMNS: Final = tuple(
-    ["subject", "seq", "at", "tenant", "subject_type", "action", "effect", "reason", "rule", "revision"]
-)
+COLUMNS: Final = ("subject", "seq", "at", "tenant", "subject_type", "action", "effect", "reason", "rule", "revision")
 """What an event's row repeats of its public fields, which have these names from the second one on."""
 UNITS: Final = 1 + len(COLUMNS)
 """Where the units are among the public fields."""
@@ -152,52 +164,18 @@ def check_personal(log_id: str, sealed: Sealed, cipher: Cipher) -> None:
 
 def _split(event: UsageEvent, packed: bytes, subject: int) -> tuple[bytes, bytes]:
     """Public and personal fields, packed."""
-    spends: Iterable[Any] = event.spends
-    held: Iterable[Any] = event.held
-    overage: Mapping[str, int] = event.overage
-    scoped: Sequence[Any] = _NO_SCOPES
-    if _has_scope(spends) or (event.kind and _has_scope(held)) or (overage and any("@" in name for name in overage)):
-        scoped = (spends, held, overage)
-        spends, held, overage = (), (), {}
-    public = [
-        SCHEMA_VERSION,
-        subject,
-        event.seq,
-        event.at_us,
-        event.tenant,
-        event.subject_type,
-        event.action,
-        event.effect,
-        event.reason,
-        event.rule,
-        event.revision,
-        event.units,
-        event.cost_nanos,
-        event.currency,
-        event.flags,
-        event.resource_type,
-        spends,
-        event.shadow,
-        event.feature_costs,
-        event.kind,
-        held,
-        event.units_held,
-        overage,
-        event.unfunded,
-        event.expires_us,
-    ]
+    scoped: Sequence[Any] = ()
+    if (
+        _has_scope(event.spends)
+        or (event.held and _has_scope(event.held))
+        or any("@" in name for name in event.overage)
+    ):
+        scoped = (event.spends, event.held, event.overage)
+        event = event._replace(spends=[], held=(), overage={})
+    public = [SCHEMA_VERSION, subject, *_public_of(event)]
     while len(public) > _FIELDS_MIN and not public[-1]:
         public.pop()
-    personal = [
-        event.subject_id,
-        event.on_behalf_of,
-        event.idempotency_key,
-        event.resource_id,
-        event.context,
-        event.about,
-        scoped,
-        _appended(packed),
-    ]
+    personal = [*_personal_of(event), scoped, _appended(packed)]
     while not personal[-1] and len(personal) > 1:
         personal.pop()
     pack = msgpack.packb
@@ -210,10 +188,10 @@ def _has_scope(quotas: Iterable[Any]) -> bool:
 
 def _appended(packed: bytes) -> Sequence[Any]:
     """Fields that a newer sidecar appended to those known here."""
-    if packed[:1] != b"\xdc" or int.from_bytes(packed[1:3], "big") <= _KNOWN_MAX:
+    if packed[:1] != b"\xdc" or int.from_bytes(packed[1:3], "big") <= len(_NAMES):
         return ()
     fields: list[Any] = msgpack.unpackb(packed, raw=False, strict_map_key=False)
-    return fields[_KNOWN_MAX:]
+    return fields[len(_NAMES) :]
 
 
 def _belongs_to(log_id: str, public: bytes) -> bytes:
@@ -253,51 +231,11 @@ def _fields(packed: bytes) -> list[Any]:
     return fields
 
 
-_PUBLIC_EMPTY: Final[Sequence[Any]] = ({}, 0, (), {}, {}, {}, 0)
-"""``feature_costs`` to ``expires_us``, of an event that has none of them."""
-_PERSONAL_EMPTY: Final[Sequence[Any]] = ("", "", "", "", {}, "", (), ())
-
-
 def _joined(public: list[Any], personal: list[Any]) -> UsageEvent:
     """The event of both parts, empty where a part is cut short."""
-    if len(public) < _FIELDS_MIN + len(_PUBLIC_EMPTY):
-        public = [*public, *_PUBLIC_EMPTY[len(public) - _FIELDS_MIN :]]
-    if len(personal) < len(_PERSONAL_EMPTY):
-        personal = [*personal, *_PERSONAL_EMPTY[len(personal) :]]
-    (_, _, seq, at_us, tenant, subject_type, action, effect, reason, rule, revision) = public[:11]
-    (units, cost_nanos, currency, flags, resource_type, spends, shadow, feature_costs, kind, held) = public[11:21]
-    (units_held, overage, unfunded, expires_us) = public[21:25]
-    subject_id, on_behalf_of, idempotency_key, resource_id, context, about, scoped, _ = personal[:8]
-    if scoped:
-        spends, held, overage = scoped
-    return UsageEvent(
-        seq,
-        at_us,
-        tenant,
-        subject_type,
-        subject_id,
-        on_behalf_of,
-        action,
-        effect,
-        reason,
-        rule,
-        revision,
-        units,
-        cost_nanos,
-        currency,
-        flags,
-        idempotency_key,
-        resource_type,
-        resource_id,
-        context,
-        spends,
-        shadow,
-        feature_costs,
-        kind,
-        about,
-        held,
-        units_held,
-        overage,
-        unfunded,
-        expires_us,
-    )
+    fields = [*public[2:], *_PUBLIC_EMPTY[len(public) - 2 :]][: len(_PUBLIC_EMPTY)]
+    fields += [*personal, *_PERSONAL_EMPTY[len(personal) :]]
+    event = UsageEvent._make(_in_order(fields))
+    if len(personal) > len(_PERSONAL) and (scoped := personal[len(_PERSONAL)]):
+        event = event._replace(spends=scoped[0], held=scoped[1], overage=scoped[2])
+    return event

@@ -6,8 +6,12 @@ up to it is fixed.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final, Self
 
 from sqlalchemy import Connection, delete, insert, select
@@ -17,6 +21,7 @@ from licet_control_plane.store import meta
 from licet_control_plane.store.schema import checkpoints, shards
 
 KIND: Final = "checkpoint"
+FILE_KIND: Final = "licet ledger checkpoint"
 KEY: Final = "ledger"
 KEPT_MAX: Final = 10_000
 """Checkpoints kept in the database: a week of one a minute. A newer one says all that an older one said."""
@@ -24,7 +29,7 @@ KEPT_MAX: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """``heads`` are (shard, number of its last block, hash). ``generation`` is the ledger's, ``at_us`` when it was made.
+    """``heads`` are (shard, number of its last block, hash). ``generation`` is the ledger's, ``at_us`` its time.
 
     ``document`` is what was signed, with its signature.
     """
@@ -50,6 +55,35 @@ class Checkpoint:
         except (TypeError, ValueError, KeyError) as error:
             raise VerificationError(f"{KIND} {KEY!r}: its content cannot be read") from error
         return cls(statement.revision, statement.deployment, statement.generation, at_us, heads, document)
+
+    def as_json(self, public_key: str) -> dict[str, Any]:
+        """As the API and files have it. Only ``document`` counts: the rest is what it says, for people."""
+        at = datetime.fromtimestamp(self.at_us // 1_000_000, UTC).isoformat().replace("+00:00", "Z")
+        return {
+            "kind": FILE_KIND,
+            "number": self.number,
+            "deployment": self.deployment,
+            "generation": self.generation,
+            "at": at,
+            "heads": [{"shard": shard, "block": number, "hash": head.hex()} for shard, number, head in self.heads],
+            "public_key": public_key,
+            "document": base64.b64encode(self.document).decode(),
+        }
+
+
+def document_of(text: str) -> bytes:
+    """The signed document of a checkpoint's file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        found = json.loads(text)
+        if found["kind"] != FILE_KIND:
+            raise ValueError(f"its kind is {found['kind']!r}, not {FILE_KIND!r}")
+        return base64.b64decode(found["document"], validate=True)
+    except (KeyError, TypeError, binascii.Error, json.JSONDecodeError) as error:
+        raise ValueError("it is not a checkpoint of a ledger") from error
 
 
 def newest(connection: Connection) -> bytes | None:

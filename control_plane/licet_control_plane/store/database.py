@@ -108,6 +108,19 @@ class Database:
         except (OperationalError, InternalError) as error:
             raise DatabaseUnavailable(f"the database failed: {error.orig}") from error
 
+    async def shred(self) -> None:
+        """Let what was overwritten disappear from the database's own log too, as far as readers let it.
+
+        PostgreSQL keeps what was overwritten until it vacuums, and its log until it is recycled.
+        """
+        if self.engine.dialect.name == "sqlite":
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._checkpoint)
+
+    def _checkpoint(self) -> None:
+        with self.engine.connect() as connection:
+            driver: Any = connection.connection.dbapi_connection
+            driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     def close(self) -> None:
         """Finish what runs, then close every connection."""
         self._writer.shutdown()
@@ -173,6 +186,7 @@ def _engine(url: str) -> Engine:
             "journal_mode = WAL",
             "synchronous = FULL",
             f"cache_size = -{CACHE_KIB}",
+            "secure_delete = ON",  # what is erased must not stay behind in a free part of a page
             f"wal_autocheckpoint = {WAL_PAGES_MAX}",
         ):
             connection.execute(f"PRAGMA {pragma}")

@@ -18,9 +18,9 @@ import hmac
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Row, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, or_, select, tuple_, update
 
 from licet.wire.names import USAGE_SHARDS
 from licet.wire.usage import UsageBatch, UsageEvent
@@ -195,6 +195,72 @@ def newest_events(connection: Connection, tenant: str, *, ledger_key: LedgerKey,
 
 READABLE: Final = (events.c.log, events.c.subject, events.c.public, events.c.commitment, events.c.personal)
 """What ``EventReader.read`` takes."""
+
+
+class Cursor(NamedTuple):
+    """Where a page of events ended: the time and the place of its last one."""
+
+    at: int
+    log: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectEvent:
+    """An event about somebody, and where it stands. ``conflict``: it came with the number of another one."""
+
+    log_id: str
+    decision_prefix: bytes
+    event: UsageEvent
+    conflict: bool = False
+
+
+def events_about(
+    connection: Connection,
+    ledger_key: LedgerKey,
+    tenant: str,
+    type: str,
+    id: str,
+    *,
+    after: Cursor | None,
+    limit: int,
+) -> tuple[list[SubjectEvent], Cursor | None]:
+    """A page of what is recorded about somebody, by time, and where it ended; ``None`` when that was all.
+
+    Those kept aside as conflicts come with the last page. Reads all events of the tenant over the pages.
+
+    Raises:
+        Damaged: an event was altered.
+    """
+    number = subjects_table.c.number
+    whom = subjects.is_about(ledger_key, tenant, type, id)
+    mine = events.c.subject.in_(select(number).where(whom))
+    place = tuple_(events.c.at, events.c.log, events.c.seq)
+    where = [events.c.tenant == tenant, mine] + ([place > after] if after is not None else [])
+    query = select(*READABLE, events.c.at, events.c.seq).where(*where).order_by(events.c.at, events.c.log, events.c.seq)
+    rows = connection.execute(query.limit(limit)).all()
+    reader = EventReader(connection, ledger_key)
+    prefixes = {
+        row.log: (row.log_id, bytes(row.decision_prefix))
+        for row in connection.execute(select(logs).where(logs.c.log.in_({row.log for row in rows})))
+    }
+    page = [
+        SubjectEvent(*prefixes[row.log], event)
+        for row, event in zip(rows, reader.read([row[: len(READABLE)] for row in rows]), strict=True)
+    ]
+    if len(rows) == limit:
+        return page, Cursor(rows[-1].at, rows[-1].log, rows[-1].seq)
+    asides = connection.execute(
+        select(*(conflicts.c[column.name] for column in READABLE), logs.c.log_id, logs.c.decision_prefix)
+        .join(logs, logs.c.log == conflicts.c.log)
+        .where(conflicts.c.subject.in_(select(number).where(whom)))
+        .order_by(conflicts.c.at, conflicts.c.seq)
+    ).all()
+    page += [
+        SubjectEvent(row.log_id, bytes(row.decision_prefix), event, conflict=True)
+        for row, event in zip(asides, reader.read([row[: len(READABLE)] for row in asides]), strict=True)
+    ]
+    return page, None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from sqlalchemy import ColumnElement, Connection, or_, select, update
 
 from licet.wire.usage import UsageEvent
 from licet_control_plane.core.sealed_events import (
+    ALTERED,
     KEY_BYTES,
     NONCE_BYTES,
     UNREADABLE,
@@ -135,13 +136,13 @@ class EventReader:
         self._log_ids: dict[int, str] = {}
 
     def read(self, rows: Sequence[Any]) -> list[UsageEvent]:
-        """The events of rows ``(log, subject, public, commitment, personal)``, in order; ``ERASED`` or ``UNREADABLE``
-        in place of what cannot be read.
+        """The events of rows ``(log, subject, public, commitment, personal)``, in order; ``ERASED``, ``UNREADABLE`` or
+        ``ALTERED`` for the subject where the personal part cannot be read.
 
         Raises:
-            Damaged: a row was altered.
+            Damaged: the public part of one was altered.
         """
-        ciphers = self.ciphers({row.subject for row in rows})
+        ciphers = self.ciphers({row[1] for row in rows})
         events: list[UsageEvent] = []
         for log, subject, public, commitment, personal in rows:
             cipher = ciphers[subject]
@@ -150,7 +151,10 @@ class EventReader:
             elif cipher is None:
                 events.append(public_event(public, shown=UNREADABLE))
             else:
-                events.append(open_event(self.log_id(log), Sealed(public, commitment, personal), cipher))
+                try:
+                    events.append(open_event(self.log_id(log), Sealed(public, commitment, personal), cipher))
+                except Damaged:  # verify says so; a report shows what it can
+                    events.append(public_event(public, shown=ALTERED))
         return events
 
     @property

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, NamedTuple
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -110,6 +110,15 @@ class Verification:
     def ok(self) -> bool:
         """Nothing is missing, altered, contested, or billed otherwise than recorded."""
         return not (self.gaps or self.conflicts or self.findings_total) and self.rollups_match
+
+    def as_json(self) -> dict[str, Any]:
+        """As the API and ``--json`` have it."""
+        return {
+            "ok": self.ok,
+            **asdict(self),
+            "findings": [one._asdict() for one in self.findings],
+            "heads": [{"shard": shard, "block": number, "hash": head} for shard, number, head in self.heads],
+        }
 
 
 class Progress(NamedTuple):
@@ -212,7 +221,9 @@ class _Plan:
         for log, first, last in connection.execute(select(ranges)):
             above.setdefault(log, []).append((first, last))
         known = list(connection.execute(select(logs).order_by(logs.c.sidecar, logs.c.incarnation)))
-        counts = dict(connection.execute(select(events.c.log, func.count()).group_by(events.c.log)).tuples().all())
+        counts: dict[int, int] = dict(
+            connection.execute(select(events.c.log, func.count()).group_by(events.c.log)).tuples().all()
+        )
         stray += _strays(connection, known, above, counts)
         erased, altered = _subjects(connection, ledger_key)
         stray += altered
