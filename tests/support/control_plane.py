@@ -24,6 +24,7 @@ from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.store import access, meta
 from licet_control_plane.store.database import Database
+from licet_control_plane.store.subjects import SubjectKeys
 
 NAMES: Final = RedisNames()
 MONTHLY: Final = LimitKey("reports:monthly")
@@ -90,6 +91,7 @@ class Deployment:
         self.redis_url = redis_url
         self.key = SigningKey.generate()
         self.ledger_key = LedgerKey(secrets.token_bytes(32))
+        self.keys = SubjectKeys(self.ledger_key)
         self.verifier = Verifier([self.key.public_key])
         self.redis: Any = aioredis.Redis.from_url(redis_url, protocol=2)
         self.plane: ControlPlane

@@ -221,9 +221,7 @@ class _Plan:
         for log, first, last in connection.execute(select(ranges)):
             above.setdefault(log, []).append((first, last))
         known = list(connection.execute(select(logs).order_by(logs.c.sidecar, logs.c.incarnation)))
-        counts: dict[int, int] = dict(
-            connection.execute(select(events.c.log, func.count()).group_by(events.c.log)).tuples().all()
-        )
+        counts: dict[int, int] = dict(connection.execute(select(events.c.log, func.count()).group_by(events.c.log)))
         stray += _strays(connection, known, above, counts)
         erased, altered = _subjects(connection, ledger_key)
         stray += altered
@@ -359,7 +357,7 @@ def _check(engine: Engine, piece: _Piece, deployment: str, ledger_key: LedgerKey
     account = Account()
     with engine.connect() as connection, connection.begin():
         reader = EventReader(connection, ledger_key)
-        numbers = dict(connection.execute(select(logs.c.log_id, logs.c.log)).tuples().all())
+        numbers: dict[str, int] = dict(connection.execute(select(logs.c.log_id, logs.c.log)))
         stored = {
             row.number: Block(*row)
             for row in connection.execute(
