@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 
 from licet.wire.signing import SigningKey, Verifier
-from licet.wire.usage import UsageBatch
+from licet.wire.usage import UsageBatch, UsageEvent
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.core.sealed_events import ERASED, UNREADABLE
 from licet_control_plane.core.subject_keys import LedgerKey
@@ -435,10 +435,8 @@ def test_nothing_personal_is_readable_in_the_database(personal: Book) -> None:
 
 def test_everything_about_somebody_is_exported(personal: Book) -> None:
     found = personal.about("ada-lovelace")
-    assert [(one.event.seq, one.conflict) for one in found] == [(1, False), (2, False), (3, False), (4, False)] + [
-        (5, False),
-        (5, True),
-    ]
+    assert [one.event.seq for one in found if not one.conflict] == [1, 2, 3, 4, 5]
+    assert [one.event.seq for one in found if one.conflict] == [5]
     assert found[0].event.context == {"site": "north-wing"}
     assert found[0].event.spends == [["reports:user@c0ffee0ddf00d:1788220800", 1]]
     assert [one.event.seq for one in personal.about("grace-hopper")] == [1, 2, 3, 4, 5], "others acted on their behalf"
@@ -542,7 +540,8 @@ def test_fields_that_a_newer_sidecar_appended_are_kept_sealed(book: Book) -> Non
 
     whole = batch(1, 1)
     fields = msgpack.unpackb(packed(event(1)), strict_map_key=False)
-    longer = msgpack.packb([*fields, *[0] * (len(event(1)) - len(fields)), "secret-of-tomorrow"])
+    empty = [UsageEvent._field_defaults[name] for name in UsageEvent._fields[len(fields) :]]
+    longer = msgpack.packb([*fields, *empty, "secret-of-tomorrow"], default=dict)
     newer = UsageBatch(whole.sidecar, 1, 0, 0, whole.decision_prefix, 1, 1, (longer,))
     book.record(newer)
     assert b"secret-of-tomorrow" not in files(book)

@@ -224,7 +224,7 @@ def _public_fields(public: bytes) -> list[Any]:
 def _fields(packed: bytes) -> list[Any]:
     try:
         fields: Any = msgpack.unpackb(packed, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise Damaged(f"the public part cannot be read: {error}") from error
     if not isinstance(fields, list):
         raise Damaged("the public part is not a list")

@@ -55,9 +55,11 @@ class SubjectKeys:
         # Two generations instead of an order of use: what was not asked for while the newer one filled up goes.
         self._newer: dict[Subject, SubjectKey] = {}
         self._older: dict[Subject, SubjectKey] = {}
+        self._made_now: dict[Subject, SubjectKey] = {}
 
     def begin(self, erasures: int) -> None:
         """A transaction begins, in which ``erasures`` is what the shard's row says."""
+        self._made_now = {}
         if erasures != self._erasures:
             self._erasures = erasures
             self._newer, self._older = {}, {}
@@ -71,7 +73,7 @@ class SubjectKeys:
         found: dict[Subject, SubjectKey] = {}
         unknown: dict[bytes, Subject] = {}
         for subject in wanted:
-            known = self._newer.get(subject)
+            known = self._newer.get(subject) or self._made_now.get(subject)
             if known is None and (known := self._older.get(subject)) is not None:
                 self._remember(subject, known)
             if known is None:
@@ -85,7 +87,8 @@ class SubjectKeys:
             found |= stored
             new = {tag: subject for tag, subject in unknown.items() if subject not in stored}
             if new:
-                found |= self._made(connection, new, now_us)
+                self._made_now |= self._made(connection, new, now_us)
+                found |= {subject: self._made_now[subject] for subject in new.values()}
         return found
 
     def _made(self, connection: Connection, new: dict[bytes, Subject], now_us: int) -> dict[Subject, SubjectKey]:

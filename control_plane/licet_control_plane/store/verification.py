@@ -7,6 +7,7 @@ change (but for an erasure, which each piece sees wholly or not at all). Changes
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -221,7 +222,9 @@ class _Plan:
         for log, first, last in connection.execute(select(ranges)):
             above.setdefault(log, []).append((first, last))
         known = list(connection.execute(select(logs).order_by(logs.c.sidecar, logs.c.incarnation)))
-        counts: dict[int, int] = dict(connection.execute(select(events.c.log, func.count()).group_by(events.c.log)))
+        counts: dict[int, int] = {
+            row[0]: row[1] for row in connection.execute(select(events.c.log, func.count()).group_by(events.c.log))
+        }
         stray += _strays(connection, known, above, counts)
         erased, altered = _subjects(connection, ledger_key)
         stray += altered
@@ -357,7 +360,7 @@ def _check(engine: Engine, piece: _Piece, deployment: str, ledger_key: LedgerKey
     account = Account()
     with engine.connect() as connection, connection.begin():
         reader = EventReader(connection, ledger_key)
-        numbers: dict[str, int] = dict(connection.execute(select(logs.c.log_id, logs.c.log)))
+        numbers: dict[str, int] = {row.log_id: row.log for row in connection.execute(select(logs.c.log_id, logs.c.log))}
         stored = {
             row.number: Block(*row)
             for row in connection.execute(
@@ -522,7 +525,7 @@ class _Books:
         self._subjects()
         self._heads(connection)
         held_to = self._checkpoints(connection, verifier, given)
-        findings = sorted(found.findings, key=lambda one: (-1 if one.shard is None else one.shard, one[1:]))
+        findings = sorted(found.findings, key=_order)
         return Verification(
             events=found.events,
             blocks=found.blocks,
@@ -623,6 +626,11 @@ class _Books:
     def _hash(self, connection: Connection, shard: int, number: int) -> bytes | None:
         row = connection.execute(select(blocks).where(blocks.c.shard == shard, blocks.c.number == number)).first()
         return chain.hash_of(Block(*row)) if row is not None else None
+
+
+def _order(finding: Finding) -> tuple[float, ...]:
+    """By shard and block; what is about no block comes after what is, and what is about no shard last."""
+    return (math.inf if finding.shard is None else finding.shard, finding.block or math.inf, finding.seq)
 
 
 def _text(seqs: RecordedSeqs) -> str:
