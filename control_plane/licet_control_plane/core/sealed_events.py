@@ -146,7 +146,8 @@ def fields_of(public: bytes) -> list[Any]:
 COLUMNS: Final = ("subject", "seq", "at", "tenant", "subject_type", "action", "effect", "reason", "rule", "revision")
 """What an event's row repeats of its public fields, which have these names from the second one on."""
 UNITS: Final = 1 + len(COLUMNS)
-"""Where the units are among the public fields."""
+SPENDS: Final = 2 + _PUBLIC.index("spends")
+"""Where they are among the public fields."""
 
 
 def event_of(fields: list[Any], *, shown: str = ERASED) -> UsageEvent:
@@ -233,8 +234,14 @@ def _fields(packed: bytes) -> list[Any]:
 
 def _joined(public: list[Any], personal: list[Any]) -> UsageEvent:
     """The event of both parts, empty where a part is cut short."""
-    fields = [*public[2:], *_PUBLIC_EMPTY[len(public) - 2 :]][: len(_PUBLIC_EMPTY)]
-    fields += [*personal, *_PERSONAL_EMPTY[len(personal) :]]
+    fields = public[2:]
+    if len(fields) < len(_PUBLIC):
+        fields += _PUBLIC_EMPTY[len(fields) :]
+    else:
+        del fields[len(_PUBLIC) :]
+    fields += personal
+    if len(personal) < len(_PERSONAL):
+        fields += _PERSONAL_EMPTY[len(personal) :]
     event = UsageEvent._make(_in_order(fields))
     if len(personal) > len(_PERSONAL) and (scoped := personal[len(_PERSONAL)]):
         event = event._replace(spends=scoped[0], held=scoped[1], overage=scoped[2])
