@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from licet_control_plane.cli import ask, bundles, fleet, grants, licenses, quotas, reservations, run, seats, usage
+from licet_control_plane.cli import (
+    ask,
+    bundles,
+    fleet,
+    grants,
+    ledger,
+    licenses,
+    quotas,
+    reservations,
+    run,
+    seats,
+    subjects,
+    usage,
+)
 from licet_control_plane.cli.dev import command as dev
 from licet_control_plane.cli.failure import EXIT_CODES_HELP
 from licet_control_plane.cli.replay import command as replay
@@ -84,8 +97,16 @@ _quota.command("reclaim", epilog=EXIT_CODES_HELP)(quotas.reclaim)
 _usage = _group("usage", "What was used, and what it costs.")
 _usage.command("summary", epilog=EXIT_CODES_HELP)(usage.summary)
 
+_subject = typer.Typer(
+    help="What the ledger holds about somebody.", no_args_is_help=True, epilog=EXIT_CODES_HELP, rich_markup_mode=None
+)
+_usage.add_typer(_subject, name="subject")
+_subject.command("export", epilog=EXIT_CODES_HELP)(subjects.export)
+_subject.command("erase", epilog=EXIT_CODES_HELP)(subjects.erase)
+
 _ledger = _group("ledger", "The system of record of every decision.")
-_ledger.command("verify", epilog=EXIT_CODES_HELP)(usage.verify)
+_ledger.command("verify", epilog=EXIT_CODES_HELP)(ledger.verify)
+_ledger.command("checkpoint", epilog=EXIT_CODES_HELP)(ledger.checkpoint)
 
 _sidecar = _group("sidecar", "The sidecars that are connected.")
 _sidecar.command("list", epilog=EXIT_CODES_HELP)(fleet.list_)

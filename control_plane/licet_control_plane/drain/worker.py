@@ -26,6 +26,7 @@ from licet_control_plane.redis_link import BLOCK_MS, Redis, RedisRefused, RedisU
 from licet_control_plane.store import ledger, meta
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.store.ledger import Recorded
+from licet_control_plane.store.subjects import SubjectKeys
 
 GROUP: Final = "ledger"
 FIELD: Final = b"b"
@@ -69,6 +70,7 @@ class ShardWorker:
         names: RedisNames,
         database: Database,
         key: SigningKey,
+        subject_keys: SubjectKeys,
         counts: DrainCounts,
         *,
         consumer: str,
@@ -81,6 +83,7 @@ class ShardWorker:
         self._acked = names.acked()
         self._database = database
         self._key = key
+        self._subject_keys = subject_keys
         self._counts = counts
         self._consumer = consumer
         self._now_s = now_s
@@ -178,7 +181,9 @@ class ShardWorker:
             )
 
     async def _record(self, batches: list[DecodedBatch]) -> Recorded:
-        return await self._database.write(ledger.record, self._shard, batches, now_us=int(self._now_s() * 1_000_000))
+        return await self._database.write(
+            ledger.record, self._shard, batches, keys=self._subject_keys, now_us=int(self._now_s() * 1_000_000)
+        )
 
     async def _record_singly(self, decoded: list[tuple[bytes, DecodedBatch]], poison: list[Any]) -> Recorded:
         """One of the batches does not fit the ledger: find it, and do the others."""
