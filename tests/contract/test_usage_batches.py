@@ -83,6 +83,7 @@ SETTLED = event(2)._replace(
     unfunded={"reports": 1},
     expires_us=1_790_000_900_000_000,
 )
+EXPOSED = event(3)._replace(priced_as={"reports": "large"}, exposures={"new-editor": "on"})
 
 
 def held() -> Lease:
@@ -95,6 +96,7 @@ def held() -> Lease:
 WRITTEN: dict[str, bytes] = {
     "event": packed(event(1)),
     "event with every field": packed(SETTLED),
+    "event with its price and flags": packed(EXPOSED),
     "framed event": frame(EVENT, packed(event(1))),
     "framed header": frame(HEADER, envelope.pack("usage-log", ["a" * 32, 2, 1, 9, b"prefix00", 1])),
     "framed lease": lease_record("acme", held()),
@@ -123,6 +125,11 @@ GOLDEN: dict[str, str] = {
         "3137383832323038303001908002d92037303732363536363639373833303330303030303030303030303030303066669192"
         "ba7265706f7274733a6d6f6e74686c793a313738383232303830300181a77265706f7274730381a77265706f7274730281a7"
         "7265706f72747301cf00065bff0fcac900"
+    ),
+    "event with its price and flags": (
+        "dc001f03cf00065bfeda25e003a461636d65a475736572a3616461a0ad7265706f72742e6578706f72740101a00181a77265"
+        "706f7274730105a355534400a56a6f622d33a0a081a6726567696f6ea265759192ba7265706f7274733a6d6f6e74686c793a"
+        "3137383832323038303001908000a0908080800081a77265706f727473a56c6172676581aa6e65772d656469746f72a26f6e"
     ),
     "framed event": (
         "71000000c4557cf401dc001601cf00065bfeda25e001a461636d65a475736572a3616461a0ad7265706f72742e6578706f72"
@@ -278,6 +285,12 @@ def test_a_golden_event_with_every_field_is_read() -> None:
     assert read == SETTLED._replace(spends=[["reports:monthly:1788220800", 1]])  # type: ignore[list-item]
 
 
+def test_a_golden_event_with_its_price_and_flags_is_read() -> None:
+    read = unpack_event(bytes.fromhex(GOLDEN["event with its price and flags"]))
+    assert (read.priced_as, read.exposures) == ({"reports": "large"}, {"new-editor": "on"})
+    assert unpack_event(bytes.fromhex(GOLDEN["event with every field"])).exposures == {}
+
+
 def test_a_golden_batch_is_read() -> None:
     assert UsageBatch.unpack(bytes.fromhex(BATCH)) == batch(1, 2)
 
@@ -418,5 +431,5 @@ def test_fields_of_an_event_are_only_ever_appended() -> None:
         *("seq", "at_us", "tenant", "subject_type", "subject_id", "on_behalf_of", "action", "effect", "reason", "rule"),
         *("revision", "units", "cost_nanos", "currency", "flags", "idempotency_key", "resource_type", "resource_id"),
         *("context", "spends", "shadow", "feature_costs", "kind", "about", "held", "units_held", "overage", "unfunded"),
-        "expires_us",
+        *("expires_us", "priced_as", "exposures"),
     )
