@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Row, delete, insert, or_, select, update
 from licet.wire.usage import UsageEvent, unpack_event
 from licet_control_plane.core.accounting import Account, DecodedBatch, window_start_of
 from licet_control_plane.core.recorded import RecordedSeqs
+from licet_control_plane.store import ledger_sums
 from licet_control_plane.store.database import insert_sql, upsert
 from licet_control_plane.store.schema import (
     conflicts,
@@ -100,6 +101,7 @@ def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], 
     for log in known.values():
         _save_log(connection, log)
     _add_rollups(connection, account)
+    ledger_sums.add(connection, account)
     _add_spend(connection, account)
     connection.execute(
         update(shards)
@@ -141,8 +143,17 @@ def spend_from(
 
 def newest_events(connection: Connection, tenant: str, *, limit: int) -> list[UsageEvent]:
     """The newest events of a tenant, newest first."""
-    query = select(events.c.body).where(events.c.tenant == tenant).order_by(events.c.at.desc()).limit(limit)
-    return [unpack_event(bytes(body)) for body in connection.scalars(query)]
+    query = select(*READ_COLUMNS).where(events.c.tenant == tenant).order_by(events.c.at.desc()).limit(limit)
+    return [read_event(row) for row in connection.execute(query)]
+
+
+READ_COLUMNS: Final = (events.c.body,)
+"""What ``read_event`` needs of a row."""
+
+
+def read_event(row: Row[Any]) -> UsageEvent:
+    """The event of a row that has ``READ_COLUMNS``."""
+    return unpack_event(bytes(row.body))
 
 
 def _lock(connection: Connection, shard: int) -> None:

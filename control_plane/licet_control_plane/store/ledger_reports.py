@@ -15,6 +15,7 @@ from licet.domain.outcomes import Effect, Reason
 from licet.wire.usage import unpack_event
 from licet_control_plane.core.accounting import Account
 from licet_control_plane.core.recorded import RecordedSeqs
+from licet_control_plane.store import ledger_sums
 from licet_control_plane.store.schema import conflicts, events, logs, ranges, rollups, shards
 
 GROUPS: Final = ("tenant", "feature", "action", "effect", "reason")
@@ -225,7 +226,8 @@ def _rollups_match(connection: Connection) -> bool:
     for bodies in _pages(connection, select(events.c.body).order_by(events.c.id)):
         account.add("", [unpack_event(body) for (body,) in bodies])
     stored = {tuple(row[:7]): tuple(int(value) for value in row[7:]) for row in connection.execute(select(rollups))}
-    return stored == {tuple(key): tuple(sums) for key, sums in account.rollups.items()}
+    hours = {tuple(key): tuple(sums) for key, sums in account.rollups.items()}
+    return stored == hours and ledger_sums.match(connection, account)
 
 
 def _units_by_feature(connection: Connection, condition: ColumnElement[bool]) -> dict[str, int]:

@@ -246,7 +246,7 @@ class StepSource(Source):
     amount: Nanos
     up_to: PositiveUnits | None = None
     flat: Nanos = 0
-    amounts: dict[str, Nanos] = Field(default_factory=dict)
+    amounts: dict[Text, Nanos] = Field(default_factory=dict)
 
 
 class TiersSource(Source):
@@ -293,7 +293,7 @@ class PriceSource(Source):
     per_units: PositiveUnits = 1
     currency: Currency
     by: AttributePath | None = None
-    amounts: dict[str, Nanos] | None = None
+    amounts: dict[Text, Nanos] | None = None
 
     @field_validator("tiers", mode="wrap")
     @classmethod
