@@ -332,7 +332,10 @@ async def test_an_event_says_by_what_it_was_priced_and_its_flags(
             Action("modeled", {"": "modeled"}, attributes),
             Action("flagged", {"": "flagged"}),
             Action("modeled-flagged", {"a": "modeled", "b": "flagged"}, attributes),
-            Plan("pro", {"priced": Entitlement(Price(1, 1, "USD")), "modeled": Entitlement(by_model), "flagged": Entitlement()}),
+            Plan(
+                "pro",
+                {"priced": Entitlement(Price(1, 1, "USD")), "modeled": Entitlement(by_model), "flagged": Entitlement()},
+            ),
         )
     )
     async with running(world) as sidecar:

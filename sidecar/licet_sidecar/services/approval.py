@@ -435,11 +435,10 @@ class ApprovalService:
 
 def _later_fields(decision: Decision) -> tuple[Any, ...]:
     """The fields of an event from ``kind`` on, up to the last that is not empty, as ``usage.pack_event`` has them."""
-    fields = (usage.EventKind.CHECK, "", (), {}, decision.overage)
-    if not (decision.exposures or decision.priced_as):
-        return fields
-    fields = (*fields, {}, 0, decision.priced_as)
-    return (*fields, decision.exposures) if decision.exposures else fields
+    fields: tuple[Any, ...] = (usage.EventKind.CHECK, "", (), {}, decision.overage)
+    if decision.exposures:
+        return (*fields, {}, 0, decision.priced_as, decision.exposures)
+    return (*fields, {}, 0, decision.priced_as) if decision.priced_as else fields
 
 
 def _same_request(one: bytes, other: bytes) -> bool:

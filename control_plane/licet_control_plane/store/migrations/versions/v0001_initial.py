@@ -234,7 +234,16 @@ def upgrade() -> None:
         sa.Column("units", sa.BigInteger(), nullable=False),
         sa.Column("cost_nanos", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint(
-            "tenant", "hour", "flag", "variant", "feature", "action", "effect", "reason", "currency", name=op.f("pk_ledger_exposures")
+            "tenant",
+            "hour",
+            "flag",
+            "variant",
+            "feature",
+            "action",
+            "effect",
+            "reason",
+            "currency",
+            name=op.f("pk_ledger_exposures"),
         ),
         sqlite_with_rowid=False,
     )
@@ -248,9 +257,7 @@ def upgrade() -> None:
         sa.Column("revision", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("events", sa.BigInteger(), nullable=False),
         sa.Column("units", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint(
-            "tenant", "month", "feature", "priced_as", "revision", name=op.f("pk_ledger_billed")
-        ),
+        sa.PrimaryKeyConstraint("tenant", "month", "feature", "priced_as", "revision", name=op.f("pk_ledger_billed")),
         sqlite_with_rowid=False,
     )
     op.create_index(
