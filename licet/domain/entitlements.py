@@ -19,9 +19,9 @@ RATE_MAX: Final = UNITS_MAX // RATE_SCALE
 def entitlements_of(license_: License, catalog: Catalog) -> dict[str, Entitlement]:
     """Entitlements by feature. A plan the catalog does not have grants nothing.
 
-    The plan's price and scope win; an add-on adds its amount, ``count`` times, to the limit of the same key, its
-    seats to the seats, and its included units to the included ones. A feature that the plan grants without limits stays without. Overrides replace amounts last.
-    Grants of a limit that is not there wait until it is.
+    The plan's price and scope win; an add-on adds its amount, ``count`` times, to the limit of the same key, its seats
+    to the seats, and its included units to the included ones. A feature that the plan grants without limits stays
+    without. Overrides replace amounts last. Grants of a limit that is not there wait until it is.
     """
     plan = catalog.plans.get(license_.plan)
     merged: dict[str, Entitlement] = dict(plan.features) if plan else {}

@@ -169,3 +169,11 @@ def format_nanos(amount_nanos: int) -> str:
     sign, amount_nanos = ("-", -amount_nanos) if amount_nanos < 0 else ("", amount_nanos)
     whole, nanos = divmod(amount_nanos, NANOS)
     return f"{sign}{whole}.{f'{nanos:09d}'.rstrip('0').ljust(2, '0')}"
+
+
+def format_minor(amount_nanos: int, currency: str) -> str:
+    """An amount that is a whole number of the currency's smallest units, as people write it: ``12.30``, ``500``."""
+    digits = minor_digits(currency)
+    sign, amount_nanos = ("-", -amount_nanos) if amount_nanos < 0 else ("", amount_nanos)
+    whole, nanos = divmod(amount_nanos, NANOS)
+    return f"{sign}{whole}.{nanos:09d}"[: digits - _NANOS_DIGITS] if digits else f"{sign}{whole}"

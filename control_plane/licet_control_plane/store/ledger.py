@@ -151,6 +151,10 @@ READ_COLUMNS: Final = (events.c.body,)
 """What ``read_event`` needs of a row."""
 
 
+SUBJECT_COLUMNS: Final = (events.c.subject_type, events.c.subject_id)
+"""What tells two subjects of a tenant apart."""
+
+
 def read_event(row: Row[Any]) -> UsageEvent:
     """The event of a row that has ``READ_COLUMNS``."""
     return unpack_event(bytes(row.body))

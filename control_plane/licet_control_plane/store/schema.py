@@ -19,6 +19,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 metadata: Final = MetaData(
@@ -301,6 +302,11 @@ billed: Final = Table(
     Column("units", BigInteger, nullable=False),
     sqlite_with_rowid=False,
 )
+
+# Who was denied is counted from the events: by time, and only of those that were. Costs nothing for all others.
+Index(
+    "ix_ledger_events_denied", events.c.at, sqlite_where=text("effect = 2"), postgresql_where=text("effect = 2")
+)  # 2: DENIED
 
 # Overage is read by the windows of a month.
 Index(None, register_spend.c.tenant, register_spend.c.window_start)

@@ -302,7 +302,8 @@ class PriceSource(Source):
         if "amount" in info.data and (tiers is None) == (info.data["amount"] is None):
             raise refused(
                 "a price needs either 'amount' or 'tiers'",
-                "Write 'amount: \"8.00\"', or 'tiers: {mode: graduated, steps: [{up_to: 1_000, amount: \"8.00\"}, …]}'.",
+                "Write 'amount: \"8.00\"', or"
+                ' \'tiers: {mode: graduated, steps: [{up_to: 1_000, amount: "8.00"}, {amount: "6.00"}]}\'.',
             )
         return tiers
 

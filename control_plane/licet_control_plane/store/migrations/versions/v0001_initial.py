@@ -263,3 +263,12 @@ def upgrade() -> None:
     op.create_index(
         op.f("ix_register_spend_tenant_window_start"), "register_spend", ["tenant", "window_start"], unique=False
     )
+    denied = sa.text("effect = 2")
+    op.create_index(
+        "ix_ledger_events_denied",
+        "ledger_events",
+        ["at"],
+        unique=False,
+        sqlite_where=denied,
+        postgresql_where=denied,
+    )

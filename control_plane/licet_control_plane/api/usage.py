@@ -1,0 +1,305 @@
+"""``/v1/usage``: sums, the largest, what was denied, and the events one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Annotated, Any, Final, TypeVar
+
+from fastapi import APIRouter, Query, Request
+
+from licet.domain.money import format_nanos
+from licet.domain.outcomes import Effect, Reason
+from licet.wire.usage import (
+    FLAG_DEGRADED,
+    FLAG_EXPIRED,
+    FLAG_OBSERVED,
+    FLAG_OVERAGE,
+    FLAG_STALE,
+    EventKind,
+)
+from licet_control_plane.api.auth import plane_of
+from licet_control_plane.api.problems import Problem
+from licet_control_plane.api.times import format_s, format_us, parse_us
+from licet_control_plane.core.suggestion import did_you_mean
+from licet_control_plane.store import usage_reports
+from licet_control_plane.store.usage_reports import Cursor, EventFilter, Interval, Order, Recorded, Usage
+
+router = APIRouter(prefix="/usage")
+
+E = TypeVar("E", bound=IntEnum)
+From = Annotated[str, Query(alias="from")]
+To = Annotated[str, Query()]
+
+GROUPS_PAGE_MAX: Final = 10_000
+EVENTS_PAGE_MAX: Final = 5_000
+"""A few megabytes of JSON."""
+NAMED_MAX: Final = 12
+"""Values that are named when another was sent."""
+_FLAGS: Final = {
+    FLAG_STALE: "stale",
+    FLAG_DEGRADED: "degraded",
+    FLAG_OVERAGE: "overage",
+    FLAG_OBSERVED: "observed",
+    FLAG_EXPIRED: "expired",
+}
+
+
+@router.get("/summary")
+async def usage_summary(
+    request: Request,
+    tenant: str = "",
+    from_: From = "",
+    to: To = "",
+    by: str = "tenant,feature,effect",
+    after: str = "",
+    limit: Annotated[int, Query(ge=1, le=GROUPS_PAGE_MAX)] = 1_000,
+) -> dict[str, Any]:
+    """Usage summed over whole hours that start in ``[from, to)``, a page of groups at a time."""
+    groups = list(dict.fromkeys(group.strip() for group in by.split(",") if group.strip()))
+    for group in groups:
+        _known(group, usage_reports.GROUPS, "by")
+    if "variant" in groups and "flag" not in groups:
+        raise Problem(422, "by: a variant is one of a flag.", "Ask by flag,variant.")
+    interval = interval_of(from_, to)
+    usage, rest = await plane_of(request).database.read(
+        usage_reports.summary,
+        by=groups,
+        tenant=tenant,
+        interval=interval,
+        after=_place(after, groups),
+        limit=limit,
+    )
+    return {
+        "items": [_usage(one) for one in usage],
+        "from": format_us(interval.from_us or None),
+        "to": format_us(interval.to_us),
+        "next": json.dumps(rest) if rest else None,
+    }
+
+
+@router.get("/top")
+async def usage_top(
+    request: Request,
+    by: str = "tenant",
+    order: str = Order.UNITS.value,
+    tenant: str = "",
+    from_: From = "",
+    to: To = "",
+    currency: str = "",
+    limit: Annotated[int, Query(ge=1, le=1_000)] = 10,
+) -> dict[str, Any]:
+    """The largest tenants, features or actions: by units, cost, events or denials."""
+    _known(by, usage_reports.TOP_GROUPS, "by")
+    _known(order, [one.value for one in Order], "order")
+    interval = interval_of(from_, to)
+    database = plane_of(request).database
+    if not currency:
+        used = await database.read(usage_reports.currencies, tenant=tenant, interval=interval)
+        if len(used) > 1 and order == Order.COST:
+            raise Problem(422, f"currency: there are costs in {', '.join(used)}.", "Say which one to rank by.")
+        currency = used[0] if len(used) == 1 else ""
+    ranked = await database.read(
+        usage_reports.top,
+        by=by,
+        order=Order(order),
+        tenant=tenant,
+        interval=interval,
+        currency=currency,
+        limit=limit,
+    )
+    return {
+        "by": by,
+        "order": order,
+        "items": [
+            {
+                by: one.name,
+                "events": one.events,
+                "units": one.units,
+                "denials": one.denials,
+                "cost": {"currency": one.currency, "amount": format_nanos(one.cost_nanos)} if one.currency else None,
+            }
+            for one in ranked
+        ],
+    }
+
+
+@router.get("/denied")
+async def usage_denied(
+    request: Request,
+    tenant: str = "",
+    from_: From = "",
+    to: To = "",
+    reason: str = "",
+    after: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
+) -> dict[str, Any]:
+    """Demand that was turned away, the most frequent first; ``reason``: of these instead, separated by commas."""
+    asked = [one.strip() for one in reason.split(",") if one.strip()]
+    reasons = [_parsed(one, Reason, "reason") for one in asked] or list(usage_reports.DEMAND)
+    interval = interval_of(from_, to)
+    found = await plane_of(request).database.read(
+        usage_reports.denied, reasons=reasons, tenant=tenant, interval=interval
+    )
+    rest = after + limit
+    return {
+        "items": [
+            {
+                "feature": one.feature,
+                "action": one.action,
+                "reason": one.reason,
+                "events": one.events,
+                "units": one.units,
+                "tenants": one.tenants,
+                "subjects": one.subjects,
+            }
+            for one in found[after:rest]
+        ],
+        "next": rest if rest < len(found) else None,
+    }
+
+
+@router.get("/events")
+async def usage_events(
+    request: Request,
+    tenant: str = "",
+    action: str = "",
+    effect: str = "",
+    reason: str = "",
+    from_: From = "",
+    to: To = "",
+    after: str = "",
+    limit: Annotated[int, Query(ge=1, le=EVENTS_PAGE_MAX)] = 1_000,
+) -> dict[str, Any]:
+    """Events one by one. The pages that follow on each other by ``next`` are those of when the first was read."""
+    which = _filter(tenant, action, effect, reason, from_, to)
+    database = plane_of(request).database
+    if after:
+        try:
+            cursor = Cursor.parse(after)
+        except ValueError as error:
+            raise Problem(
+                422, f"after: {after!r} is not a place in the events.", "Send the 'next' of a page."
+            ) from error
+    else:
+        cursor = Cursor(await database.read(usage_reports.settled_id))
+    found, rest = await database.read(usage_reports.page, which, cursor, limit=limit)
+    return {"items": [_event(one) for one in found], "next": str(rest) if rest else None}
+
+
+@router.get("/tail")
+async def usage_tail(
+    request: Request,
+    tenant: str = "",
+    action: str = "",
+    effect: str = "",
+    reason: str = "",
+    after: Annotated[int | None, Query(ge=0)] = None,
+    limit: Annotated[int, Query(ge=0, le=EVENTS_PAGE_MAX)] = 20,
+) -> dict[str, Any]:
+    """The newest events, oldest first; with the ``next`` of an answer as ``after``, those recorded since."""
+    which = _filter(tenant, action, effect, reason, "", "")
+    database = plane_of(request).database
+    up_to = await database.read(usage_reports.settled_id)
+    if after is None:
+        found = await database.read(usage_reports.newest, which, up_to=up_to, limit=limit)
+    else:
+        found = await database.read(usage_reports.following, which, after=after, up_to=up_to, limit=limit)
+        if len(found) == limit and found:
+            up_to = found[-1].id
+    return {"items": [_event(one) for one in found], "next": up_to}
+
+
+def interval_of(from_: str, to: str) -> Interval:
+    """The interval of two instants, empty for no bound.
+
+    Raises:
+        Problem: 422, one is not an instant.
+    """
+    return Interval(parse_us(from_, "from") if from_ else 0, parse_us(to, "to") if to else None)
+
+
+def _filter(tenant: str, action: str, effect: str, reason: str, from_: str, to: str) -> EventFilter:
+    return EventFilter(
+        tenant=tenant,
+        action=action,
+        effect=_parsed(effect, Effect, "effect").value if effect else 0,
+        reason=_parsed(reason, Reason, "reason").value if reason else 0,
+        interval=interval_of(from_, to),
+    )
+
+
+def _parsed(text: str, kind: type[E], name: str) -> E:
+    _known(text.upper(), [one.name for one in kind], name)
+    return kind[text.upper()]
+
+
+def _known(text: str, known: Sequence[str], name: str) -> None:
+    if text not in known:
+        fix = f"Write one of {', '.join(known)}." if len(known) <= NAMED_MAX else did_you_mean(text, known)
+        raise Problem(422, f"{name}: {text!r} is not possible here.", fix)
+
+
+def _place(after: str, groups: list[str]) -> list[Any]:
+    if not after:
+        return []
+    try:
+        place = json.loads(after)
+    except ValueError:
+        place = None
+    if not isinstance(place, list) or len(place) != len(groups):
+        raise Problem(422, f"after: {after!r} is not a place in these sums.", "Send the 'next' of a page.")
+    if not all(isinstance(one, str | int) for one in place):
+        raise Problem(422, f"after: {after!r} is not a place in these sums.", "Send the 'next' of a page.")
+    return place
+
+
+def _usage(one: Usage) -> dict[str, Any]:
+    return {
+        **{name: format_s(int(value)) if name in usage_reports.TIMES else value for name, value in one.group.items()},
+        "events": one.events,
+        "units": one.units,
+        "cost": [
+            {"currency": currency, "amount": format_nanos(nanos)} for currency, nanos in sorted(one.cost_nanos.items())
+        ],
+    }
+
+
+def _event(one: Recorded) -> dict[str, Any]:
+    event = one.event
+    return {
+        "decision_id": one.decision_id,
+        "log_id": one.log_id,
+        "seq": event.seq,
+        "at": format_us(event.at_us),
+        "kind": _name(EventKind, event.kind),
+        "tenant": event.tenant,
+        "subject": {"type": event.subject_type, "id": event.subject_id, "on_behalf_of": event.on_behalf_of},
+        "action": event.action,
+        "effect": usage_reports.named("effect", event.effect),
+        "reason": usage_reports.named("reason", event.reason),
+        "rule": event.rule,
+        "revision": event.revision,
+        "units": dict(event.units),
+        "units_held": dict(event.units_held),
+        "unfunded": dict(event.unfunded),
+        "cost": {"currency": event.currency, "amount": format_nanos(event.cost_nanos)} if event.currency else None,
+        "priced_as": dict(event.priced_as),
+        "flags": [name for bit, name in _FLAGS.items() if event.flags & bit],
+        "exposures": dict(event.exposures),
+        "idempotency_key": event.idempotency_key,
+        "resource": {"type": event.resource_type, "id": event.resource_id},
+        "context": dict(event.context),
+        "spends": [{"quota": quota, "units": units} for quota, units in event.spends],
+        "shadow": list(event.shadow),
+        "about": event.about,
+        "expires_at": format_us(event.expires_us or None),
+    }
+
+
+def _name(kind: type[IntEnum], value: int) -> str:
+    try:
+        return kind(value).name
+    except ValueError:  # a newer sidecar's
+        return str(value)
