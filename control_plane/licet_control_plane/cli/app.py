@@ -83,6 +83,11 @@ _quota.command("reclaim", epilog=EXIT_CODES_HELP)(quotas.reclaim)
 
 _usage = _group("usage", "What was used, and what it costs.")
 _usage.command("summary", epilog=EXIT_CODES_HELP)(usage.summary)
+_usage.command("top", epilog=EXIT_CODES_HELP)(usage.top)
+_usage.command("denied", epilog=EXIT_CODES_HELP)(usage.denied)
+_usage.command("tail", epilog=EXIT_CODES_HELP)(usage.tail)
+_usage.command("export", epilog=EXIT_CODES_HELP)(usage.export)
+_usage.command("invoice", epilog=EXIT_CODES_HELP)(usage.invoice)
 
 _ledger = _group("ledger", "The system of record of every decision.")
 _ledger.command("verify", epilog=EXIT_CODES_HELP)(usage.verify)
