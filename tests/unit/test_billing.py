@@ -30,9 +30,9 @@ def invoiced(month: Window, changes: list[Change], events: list[UsageEvent]) -> 
     account = Account()
     account.add("s", events)
     billed = [
-        Billed(key.feature, key.priced_as, key.revision, units)
-        for key, (_, units) in account.billed.items()
-        if key.month == month.start
+        Billed(feature, priced_as, revision, units)
+        for (_, start, feature, priced_as, revision), (_, _, units, _) in account.billed.items()
+        if start == month.start
     ]
     spends = window_spends(
         (quota.rpartition(":")[0].partition("@")[0], quota, units) for (_, quota, _), units in account.spend.items()

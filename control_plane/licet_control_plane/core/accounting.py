@@ -85,18 +85,26 @@ class RollupSums(NamedTuple):
     cost_nanos: int
 
 
+Sums = dict[tuple[Any, ...], list[int]]
+"""Decisions, events, units and cost, as ``RollupSums`` has them, by key. Plain tuples and lists: there are many."""
+
+
 @dataclass(slots=True)
 class Account:
-    """What the rows inserted in one transaction add to the rollups, to the bill and to what registers spent."""
+    """What the rows inserted in one transaction add to the rollups, to the bill and to what registers spent.
 
-    _rollups: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)
-    _exposures: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)
-    _billed: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)
+    ``hours`` are the hourly rollups, by ``RollupKey``; ``exposed`` those by flag, by ``ExposureKey``, an event once for
+    each of its flags; ``billed`` events and units by ``BilledKey``.
+    """
+
+    hours: Sums = field(default_factory=dict)
+    exposed: Sums = field(default_factory=dict)
+    billed: Sums = field(default_factory=dict)
     _spend: defaultdict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, sidecar: str, events: Iterable[UsageEvent]) -> None:
         """Count events of a log of ``sidecar``, which must be counted here only once."""
-        rollups, billed, spend = self._rollups, self._billed, self._spend
+        hours, billed, spend = self.hours, self.billed, self._spend
         for event in events:
             kind = event.kind
             if kind and not is_outcome(event):
@@ -106,11 +114,11 @@ class Account:
             of = (event.action, event.effect, event.reason, event.currency)
             parts = _parts(event, event.units_held if kind == EventKind.RESERVE else units)
             for feature, *counts in parts:
-                _add(rollups, (hour, tenant, feature, *of), *counts)
+                _add(hours, (hour, tenant, feature, *of), *counts)
             if event.exposures:
                 for flag, variant in event.exposures.items():
                     for feature, *counts in parts:
-                        _add(self._exposures, (hour, tenant, flag, variant, feature, *of), *counts)
+                        _add(self.exposed, (hour, tenant, flag, variant, feature, *of), *counts)
             if units and event.effect == _APPROVED:
                 month, revision, priced_as = month_of(hour), event.revision, event.priced_as
                 for feature, count in units.items():
@@ -120,28 +128,17 @@ class Account:
                 for quota, count in event.spends:
                     spend[tenant, quota, sidecar] += count
 
+    def days(self) -> Sums:
+        """The rollups by day: the ``hour`` of a key is the first of its day."""
+        days: Sums = {}
+        for (hour, *of), sums in self.hours.items():
+            _add(days, (hour // DAY_S * DAY_S, *of), *sums)
+        return days
+
     @property
     def rollups(self) -> dict[RollupKey, RollupSums]:
-        """What to add to each row."""
-        return {RollupKey(*key): RollupSums(*sums) for key, sums in self._rollups.items()}
-
-    @property
-    def days(self) -> dict[RollupKey, RollupSums]:
-        """The rollups by day: ``hour`` is the first of the day."""
-        days: dict[tuple[Any, ...], list[int]] = {}
-        for (hour, *of), sums in self._rollups.items():
-            _add(days, (hour // DAY_S * DAY_S, *of), *sums)
-        return {RollupKey(*key): RollupSums(*sums) for key, sums in days.items()}
-
-    @property
-    def exposures(self) -> dict[ExposureKey, RollupSums]:
-        """What to add to each row of the sums by flag. An event counts once for each of its flags."""
-        return {ExposureKey(*key): RollupSums(*sums) for key, sums in self._exposures.items()}
-
-    @property
-    def billed(self) -> dict[BilledKey, tuple[int, int]]:
-        """Events and units to add to each row."""
-        return {BilledKey(*key): (events, units) for key, (_, events, units, _) in self._billed.items()}
+        """``hours``, with names."""
+        return {RollupKey(*key): RollupSums(*sums) for key, sums in self.hours.items()}
 
     @property
     def spend(self) -> dict[tuple[str, str, str], int]:
@@ -169,7 +166,7 @@ def _parts(event: UsageEvent, features: Mapping[str, int]) -> Sequence[tuple[str
 
 
 def _add(
-    sums: dict[tuple[Any, ...], list[int]],
+    sums: Sums,
     key: tuple[Any, ...],
     decisions: int,
     events: int,

@@ -29,7 +29,6 @@ from licet_control_plane.store.schema import (
     logs,
     ranges,
     register_spend,
-    rollups,
     shards,
 )
 
@@ -100,7 +99,6 @@ def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], 
             done.inserted += len(new)
     for log in known.values():
         _save_log(connection, log)
-    _add_rollups(connection, account)
     ledger_sums.add(connection, account)
     _add_spend(connection, account)
     connection.execute(
@@ -254,19 +252,6 @@ def _compare(
         )
         connection.execute(statement.on_conflict_do_nothing())
     return len(different)
-
-
-def _add_rollups(connection: Connection, account: Account) -> None:
-    rows = [{**key._asdict(), **sums._asdict()} for key, sums in account.rollups.items()]
-    if not rows:
-        return
-    statement = upsert(connection, rollups)
-    added = {
-        name: rollups.c[name] + statement.excluded[name] for name in ("decisions", "events", "units", "cost_nanos")
-    }
-    connection.execute(
-        statement.on_conflict_do_update(index_elements=list(rollups.primary_key.columns), set_=added), rows
-    )
 
 
 def _add_spend(connection: Connection, account: Account) -> None:

@@ -1,68 +1,66 @@
-"""The sums beside the hourly rollups: by day, by flag, and what is billed. Part of the ledger transaction.
+"""The sums that the ledger transaction keeps: the rollups by hour, by day and by flag, and what is billed.
 
-They follow from the events: ``match`` recounts them.
+They follow from the events, and cover exactly those that were inserted with them: ``match`` recounts them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from operator import itemgetter
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Table, select
 
-from licet_control_plane.core.accounting import Account
-from licet_control_plane.store.database import upsert
-from licet_control_plane.store.schema import billed, exposures, rollup_days
+from licet_control_plane.core.accounting import Account, BilledKey, ExposureKey, RollupKey, RollupSums, Sums
+from licet_control_plane.store.database import upsert_sql
+from licet_control_plane.store.schema import billed, exposures, rollup_days, rollups
 
-_ROLLUP_SUMS: Final = ("decisions", "events", "units", "cost_nanos")
-_BILLED_SUMS: Final = ("events", "units")
+_SUMS: Final = RollupSums._fields
+_PAGE_ROWS: Final = 5_000
+
+
+class _Kept(NamedTuple):
+    """A table, its key in the order of an account's, and which of the four sums it has."""
+
+    table: Table
+    key: tuple[str, ...]
+    sums: tuple[str, ...] = _SUMS
+
+
+_HOURS: Final = _Kept(rollups, RollupKey._fields)
+_DAYS: Final = _Kept(rollup_days, RollupKey._fields)
+_EXPOSED: Final = _Kept(exposures, ExposureKey._fields)
+_BILLED: Final = _Kept(billed, BilledKey._fields, ("events", "units"))
 
 
 def add(connection: Connection, account: Account) -> None:
     """Add what an account of newly inserted events says."""
-    for table, sums, rows in _tables(account):
-        _add(connection, table, sums, rows)
+    for kept, sums in _of(account):
+        if sums:
+            columns = tuple(column.name for column in kept.table.columns)
+            in_order = itemgetter(*map((*kept.key, *_SUMS).index, columns))
+            # In one order, so that two transactions never wait for each other's rows. As tuples straight to the driver:
+            # naming each value costs as much as adding the row.
+            connection.exec_driver_sql(
+                upsert_sql(connection.dialect.name, kept.table, columns, key=kept.key, added=kept.sums),
+                [in_order((*key, *sums[key])) for key in sorted(sums)],
+            )
 
 
 def match(connection: Connection, account: Account) -> bool:
     """Whether the tables hold exactly what an account of all events says."""
-    return all(_stored(connection, table, sums) == rows for table, sums, rows in _tables(account))
+    for kept, sums in _of(account):
+        which = [_SUMS.index(name) for name in kept.sums]
+        if _stored(connection, kept) != {key: [row[index] for index in which] for key, row in sums.items()}:
+            return False
+    return True
 
 
-def _tables(account: Account) -> list[tuple[Table, tuple[str, ...], dict[Any, tuple[int, ...]]]]:
-    """Each table, its sums, and the account's rows: sums by key, as ``_keys`` orders it."""
-    return [
-        (rollup_days, _ROLLUP_SUMS, _rows(rollup_days, account.days)),
-        (exposures, _ROLLUP_SUMS, _rows(exposures, account.exposures)),
-        (billed, _BILLED_SUMS, _rows(billed, account.billed)),
-    ]
+def _of(account: Account) -> list[tuple[_Kept, Sums]]:
+    return [(_HOURS, account.hours), (_DAYS, account.days()), (_EXPOSED, account.exposed), (_BILLED, account.billed)]
 
 
-def _keys(table: Table) -> list[str]:
-    return [column.name for column in table.primary_key.columns]
-
-
-def _rows(table: Table, of: Mapping[Any, tuple[int, ...]]) -> dict[Any, tuple[int, ...]]:
-    names = _keys(table)
-    return {tuple(getattr(key, name) for name in names): tuple(sums) for key, sums in of.items()}
-
-
-def _add(
-    connection: Connection, table: Table, sums: tuple[str, ...], rows: Mapping[tuple[Any, ...], tuple[int, ...]]
-) -> None:
-    if not rows:
-        return
-    names = (*_keys(table), *sums)
-    statement = upsert(connection, table)
-    added = {name: table.c[name] + statement.excluded[name] for name in sums}
-    connection.execute(
-        statement.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=added),
-        # In one order, so that two transactions never wait for each other's rows.
-        [dict(zip(names, (*key, *rows[key]), strict=True)) for key in sorted(rows)],
-    )
-
-
-def _stored(connection: Connection, table: Table, sums: tuple[str, ...]) -> dict[Any, tuple[int, ...]]:
-    columns = [table.c[name] for name in (*_keys(table), *sums)]
-    rows = connection.execution_options(yield_per=5_000).execute(select(*columns))
-    return {tuple(row[: -len(sums)]): tuple(int(value) for value in row[-len(sums) :]) for row in rows}
+def _stored(connection: Connection, kept: _Kept) -> dict[tuple[Any, ...], list[int]]:
+    columns = [kept.table.c[name] for name in (*kept.key, *kept.sums)]
+    rows = connection.execution_options(yield_per=_PAGE_ROWS).execute(select(*columns))
+    width = len(kept.key)
+    return {tuple(row[:width]): [int(value) for value in row[width:]] for row in rows}

@@ -113,11 +113,11 @@ def summary(
         where.append(table.c.tenant == tenant)
     # By feature an event counts once for each of its features; otherwise once.
     counted = table.c.events if "feature" in by else table.c.decisions
-    hours = _hours(connection, table, and_(*where)) if "month" in by else ()
+    months = _months(connection, table, and_(*where)) if "month" in by else ()
     # Named in a query of its own: PostgreSQL does not know an expression with parameters for the same when it groups.
     rows = (
         select(
-            *(_group(table, name, hours).label(f"by_{name}") for name in by),
+            *(_group(table, name, months).label(f"by_{name}") for name in by),
             table.c.currency,
             counted.label("counted"),
             table.c.units,
@@ -162,11 +162,11 @@ def _group(table: Table, name: str, months: Sequence[tuple[int, int]]) -> Column
     if name == "day":
         return hour - hour % DAY_S
     if name == "month":
-        return case(*((hour < end, literal(start)) for start, end in months), else_=literal(0))
+        return case(*((hour < end, literal(start)) for start, end in months), else_=literal(0)) if months else hour
     return table.c[name]
 
 
-def _hours(connection: Connection, table: Table, where: ColumnElement[bool]) -> list[tuple[int, int]]:
+def _months(connection: Connection, table: Table, where: ColumnElement[bool]) -> list[tuple[int, int]]:
     """Start and end of each calendar month that there are rows of."""
     first, last = connection.execute(select(func.min(table.c.hour), func.max(table.c.hour)).where(where)).one()
     months: list[tuple[int, int]] = []
