@@ -87,7 +87,7 @@ proto-check: setup ## fail when licet/v1 is not what proto/ generates
 bench: setup ## measure the cost of a check, beside a bare gRPC echo
 	@$(BIN)/python -m bench $(ARGS)
 
-bench-ledger: setup ## ask a ledger of 10 million events; takes some minutes and 4 GB in TMPDIR (ARGS='--events 1000000')
+bench-ledger: setup ## ask a ledger of 10 million events; takes some minutes and 5 GB in TMPDIR (ARGS='--events 1000000')
 	@$(BIN)/python -m bench ledger --events 10000000 $(ARGS)
 
 sim: setup ## run the seeded fault simulations longer (SEEDS=1000), or one history again (SEED=7)

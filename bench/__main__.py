@@ -20,7 +20,7 @@ def main() -> None:
     """Measures, prints, and says which of the promised numbers were held; the exit status is always 0."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("part", nargs="?", choices=["service", "waits", "processes", "ledger"], help="only this part")
-    parser.add_argument("--events", type=int, help="size of the ledger; 200,000 unless told otherwise")
+    parser.add_argument("--events", type=int, help="size of the ledger; 100,000 unless told otherwise")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args()
     out = sys.stderr if arguments.json else sys.stdout

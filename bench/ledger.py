@@ -33,13 +33,13 @@ from licet_control_plane.store.database import Database
 from licet_control_plane.store.usage_reports import EventFilter, Interval, Order
 
 EVENTS: Final = 10_000_000
-EVENTS_SMALL: Final = 200_000
-TENANTS: Final = 100
+EVENTS_SMALL: Final = 100_000
+TENANTS: Final = 40
 LOGS: Final = 8
 YEAR: Final = window_at(Period.YEAR, 1_767_225_600)  # 2026
 OCTOBER: Final = window_at(Period.MONTH, 1_790_812_800)
-BATCH_EVENTS: Final = 50_000
-"""In one transaction; a drain worker takes up to 100,000."""
+BATCH_EVENTS: Final = 100_000
+"""In one transaction, as many as a drain worker takes at most."""
 ROUNDS: Final = 7
 BUSY: Final = "tenant-0"
 _US: Final = 1_000_000
