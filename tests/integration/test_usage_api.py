@@ -176,6 +176,7 @@ async def test_pages_of_sums_follow_on_each_other(served: Served) -> None:
         after = page["next"]
     assert after is None
     assert [one["tenant"] for one in found] == list("abcde")
+    assert (await served.get("/v1/usage/summary", by="month", tenant="nobody"))["items"] == []
     assert all([cost["currency"] for cost in one["cost"]] == ["EUR", "USD"] for one in found)
     assert (await served.problem("/v1/usage/summary", by="tenant", after="?"))[0] == 422
     assert (await served.problem("/v1/usage/summary", by="tenant", after="[[1]]"))[0] == 422
@@ -413,6 +414,10 @@ async def test_fees_and_the_open_month_are_provisional(served: Served) -> None:
     share = (month.end - now) / (month.end - month.start)
     assert abs(pro["share_of_month"] - share) < 0.001
     assert [one["why"] for one in made["provisional"]] == ["month_open"]
+    served.running.plane.fleet.sidecars["a" * 32] = Sidecar(heartbeat("a" * 32), now)
+    served.running.plane.fleet.sidecars["b" * 32] = Sidecar(heartbeat("b" * 32), now - 60)
+    made = await served.get(f"/v1/tenants/acme/invoices/{_month(now)}")
+    assert [one.get("sidecars") for one in made["provisional"]] == [None, ["b" * 32]]
 
 
 async def test_an_invoice_says_what_is_still_on_its_way(served: Served) -> None:

@@ -16,6 +16,7 @@ from licet_control_plane.api.times import format_s, parse_s
 from licet_control_plane.changes import LicenseUnknown
 from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.core.billing import Line
+from licet_control_plane.core.fleet import LIVE_S_MAX
 from licet_control_plane.store import billing
 
 router = APIRouter()
@@ -98,7 +99,9 @@ async def _provisional(plane: ControlPlane, month: Window) -> list[dict[str, Any
     late = sorted(
         one.heartbeat.sidecar
         for name, one in logs.items()
-        if one.last_heard_s < month.end or billing.undrained(ends, name, one.heartbeat.log_last_seq, month=month)
+        # Of a sidecar that fell silent before the month ended, nobody knows how far its log goes.
+        if one.last_heard_s < min(month.end, now_s - LIVE_S_MAX)
+        or billing.undrained(ends, name, one.heartbeat.log_last_seq, month=month)
     )
     if late:
         reasons.append(
