@@ -28,9 +28,10 @@ from licet.wire.signing import SigningKey
 from licet.wire.usage import EventKind, UsageBatch, UsageEvent, pack_event
 from licet_control_plane.changes import Changes
 from licet_control_plane.core.accounting import DecodedBatch
-from licet_control_plane.store import billing, ledger, meta, usage_reports
+from licet_control_plane.store import billing, event_reports, ledger, meta, usage_reports
 from licet_control_plane.store.database import Database
-from licet_control_plane.store.usage_reports import EventFilter, Interval, Order
+from licet_control_plane.store.event_reports import EventFilter
+from licet_control_plane.store.usage_reports import Interval, Order
 
 EVENTS: Final = 10_000_000
 EVENTS_SMALL: Final = 100_000
@@ -231,9 +232,12 @@ def _ask(database: Database, results: Results) -> None:
         "the ten largest tenants of the year": lambda connection: usage_reports.top(
             connection, by="tenant", order=Order.UNITS, interval=year
         ),
-        "the newest 100 events of a tenant": lambda connection: usage_reports.newest(
-            connection, EventFilter(tenant=BUSY), up_to=2**62, limit=100
-        ),
+        "the newest 100 events of a tenant": lambda connection: event_reports.newest(
+            connection, EventFilter(tenant=BUSY), limit=100
+        )[0],
+        "a page of 1,000 events": lambda connection: event_reports.page(
+            connection, EventFilter(), event_reports.begin(connection), limit=1_000
+        )[0],
     }
     for name, question in questions.items():
         results.answers[name] = _answered(database, question)

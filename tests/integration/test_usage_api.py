@@ -18,7 +18,7 @@ from licet.wire.usage import EventKind, UsageBatch
 from licet_control_plane.api.app import make_app
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.core.fleet import Sidecar
-from licet_control_plane.store import ledger, ledger_reports, usage_reports
+from licet_control_plane.store import event_reports, ledger, ledger_reports, usage_reports
 from licet_control_plane.store.schema import revisions
 from tests.support.control_plane import Deployment, deployment, heartbeat
 from tests.support.usage import event, packed
@@ -291,16 +291,20 @@ async def pages(served: Served, **query: Any) -> list[Any]:
 async def test_a_reading_has_every_event_once_though_more_come_meanwhile(served: Served, tenant: str) -> None:
     for number in range(8):
         await served.record(at_us=START_US + (number * 5 % 8) * HOUR_US)
+    await served.record(4, sidecar="b" * 32, at_us=START_US + 3 * HOUR_US)
     first = await served.get("/v1/usage/events", tenant=tenant, limit=3)
-    await served.record(5, at_us=START_US + 2 * HOUR_US)
-    rest = await pages(served, tenant=tenant)
-    assert len(rest) == 13
+    await served.record(5, at_us=START_US)
+    await served.record(5, sidecar="c" * 32, at_us=START_US + 9 * HOUR_US)
+    assert len(await pages(served, tenant=tenant)) == 22
     found, after = first["items"], first["next"]
     while after:
         page = await served.get("/v1/usage/events", tenant=tenant, limit=3, after=after)
         found += page["items"]
         after = page["next"]
-    assert sorted(one["seq"] for one in found) == list(range(1, 9))
+    names = [one["decision_id"] for one in found]
+    assert len(set(names)) == len(names)
+    assert {one["seq"] for one in found} >= set(range(1, 13))
+    assert {one["log_id"] for one in found} == {f"{'a' * 32}:1", f"{'b' * 32}:1"}
     if tenant:
         assert [one["at"] for one in found] == sorted(one["at"] for one in found)
 
@@ -364,6 +368,37 @@ async def test_the_tail_goes_on_where_it_was(served: Served) -> None:
     more = await served.get("/v1/usage/tail", after=some["next"], limit=3, tenant="acme")
     assert [one["seq"] for one in (*some["items"], *more["items"])] == [6, 7, 8, 9, 10]
     assert (await served.get("/v1/usage/tail", after=more["next"], tenant="acme"))["items"] == []
+    assert (await served.problem("/v1/usage/tail", after="x"))[0] == 422
+
+
+async def test_the_tail_has_every_log(served: Served) -> None:
+    await served.record(3, at_us=START_US)
+    await served.record(3, sidecar="b" * 32, at_us=START_US + 1)
+    first = await served.get("/v1/usage/tail", limit=4)
+    assert [one["seq"] for one in first["items"]] == [3, 4, 5, 6]
+    await served.record(2, at_us=START_US + 2)
+    await served.record(2, sidecar="c" * 32, at_us=START_US + 3)
+    await served.record(2, sidecar="b" * 32, at_us=START_US + 4)
+    seen: list[int] = []
+    after = first["next"]
+    for _ in range(5):
+        page = await served.get("/v1/usage/tail", after=after, limit=2)
+        seen += [one["seq"] for one in page["items"]]
+        after = page["next"]
+    assert sorted(seen) == [7, 8, 9, 10, 11, 12]
+
+
+async def test_a_reading_looks_through_a_bounded_part_at_a_time(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_reports, "SCAN_MAX", 5)
+    await served.record(12)
+    await served.record(1, action="rare")
+    await served.record(4, sidecar="b" * 32)
+    page = await served.get("/v1/usage/events", action="rare")
+    assert (page["items"], page["next"] is None) == ([], False)
+    assert [one["seq"] for one in await pages(served, action="rare")] == [13]
+    assert len(await pages(served)) == 17
 
 
 # Invoices

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Annotated, Any, Final, TypeVar
 
+import msgpack
 from fastapi import APIRouter, Query, Request
 
 from licet.domain.money import format_nanos
@@ -23,8 +26,9 @@ from licet_control_plane.api.auth import plane_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, format_us, parse_us
 from licet_control_plane.core.suggestion import did_you_mean
-from licet_control_plane.store import usage_reports
-from licet_control_plane.store.usage_reports import Cursor, EventFilter, Interval, Order, Recorded, Usage
+from licet_control_plane.store import event_reports, usage_reports
+from licet_control_plane.store.event_reports import EventFilter, Place, Recorded
+from licet_control_plane.store.usage_reports import Interval, Order, Usage
 
 router = APIRouter(prefix="/usage")
 
@@ -35,6 +39,7 @@ To = Annotated[str, Query()]
 GROUPS_PAGE_MAX: Final = 10_000
 EVENTS_PAGE_MAX: Final = 5_000
 """A few megabytes of JSON."""
+PLACE_BYTES_MAX: Final = 1024 * 1024
 NAMED_MAX: Final = 12
 """Values that are named when another was sent."""
 _FLAGS: Final = {
@@ -172,19 +177,17 @@ async def usage_events(
     after: str = "",
     limit: Annotated[int, Query(ge=1, le=EVENTS_PAGE_MAX)] = 1_000,
 ) -> dict[str, Any]:
-    """Events one by one. The pages that follow on each other by ``next`` are those of when the first was read."""
+    """Events one by one, in pages that follow on each other by ``next``. A page may have no items and still a next."""
     which = _filter(tenant, action, effect, reason, from_, to)
     database = plane_of(request).database
     if after:
         try:
-            cursor = Cursor.parse(after)
+            place = Place.parse(after)
         except ValueError as error:
-            raise Problem(
-                422, f"after: {after!r} is not a place in the events.", "Send the 'next' of a page."
-            ) from error
+            raise _no_place(after) from error
     else:
-        cursor = Cursor(await database.read(usage_reports.settled_id))
-    found, rest = await database.read(usage_reports.page, which, cursor, limit=limit)
+        place = await database.read(event_reports.begin)
+    found, rest = await database.read(event_reports.page, which, place, limit=limit)
     return {"items": [_event(one) for one in found], "next": str(rest) if rest else None}
 
 
@@ -195,20 +198,18 @@ async def usage_tail(
     action: str = "",
     effect: str = "",
     reason: str = "",
-    after: Annotated[int | None, Query(ge=0)] = None,
+    after: str = "",
     limit: Annotated[int, Query(ge=0, le=EVENTS_PAGE_MAX)] = 20,
 ) -> dict[str, Any]:
     """The newest events, oldest first; with the ``next`` of an answer as ``after``, those recorded since."""
     which = _filter(tenant, action, effect, reason, "", "")
     database = plane_of(request).database
-    up_to = await database.read(usage_reports.settled_id)
-    if after is None:
-        found = await database.read(usage_reports.newest, which, up_to=up_to, limit=limit)
+    if after:
+        ends = _unpacked(after)
+        found, ends = await database.read(event_reports.following, which, ends, limit=limit)
     else:
-        found = await database.read(usage_reports.following, which, after=after, up_to=up_to, limit=limit)
-        if len(found) == limit and found:
-            up_to = found[-1].id
-    return {"items": [_event(one) for one in found], "next": up_to}
+        found, ends = await database.read(event_reports.newest, which, limit=limit)
+    return {"items": [_event(one) for one in found], "next": _packed(ends)}
 
 
 def interval_of(from_: str, to: str) -> Interval:
@@ -253,6 +254,27 @@ def _place(after: str, groups: list[str]) -> list[Any]:
     if not all(isinstance(one, str | int) for one in place):
         raise Problem(422, f"after: {after!r} is not a place in these sums.", "Send the 'next' of a page.")
     return place
+
+
+def _packed(ends: event_reports.Ends) -> str:
+    """Short, as there may be a thousand logs, and it travels in an address."""
+    return base64.urlsafe_b64encode(zlib.compress(msgpack.packb(dict(ends)))).decode()
+
+
+def _unpacked(after: str) -> event_reports.Ends:
+    try:
+        inflater = zlib.decompressobj()
+        data = inflater.decompress(base64.urlsafe_b64decode(after), PLACE_BYTES_MAX)
+        ends = msgpack.unpackb(data, strict_map_key=False)
+    except (ValueError, zlib.error, msgpack.UnpackException) as error:
+        raise _no_place(after) from error
+    if not isinstance(ends, dict) or not all(isinstance(one, int) for pair in ends.items() for one in pair):
+        raise _no_place(after)
+    return ends
+
+
+def _no_place(after: str) -> Problem:
+    return Problem(422, f"after: {after!r} is not a place in the events.", "Send the 'next' of a page.")
 
 
 def _usage(one: Usage) -> dict[str, Any]:

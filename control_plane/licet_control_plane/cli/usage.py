@@ -206,7 +206,7 @@ def export(
     server: ServerOption = None,
     api_key: ApiKeyOption = None,
 ) -> None:
-    """Every event, one by one. What is recorded meanwhile is not in it, so that it has an end.
+    """Every event, one by one: those that were recorded when it began, each once.
 
     Progress goes to standard error, and so does where to go on when it ends early.
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, delete, insert, or_, select, update
+from sqlalchemy import Column, Connection, Row, delete, insert, or_, select, update
 
 from licet.wire.usage import UsageEvent, unpack_event
 from licet_control_plane.core.accounting import Account, DecodedBatch, window_start_of
@@ -141,21 +141,21 @@ def spend_from(
 
 def newest_events(connection: Connection, tenant: str, *, limit: int) -> list[UsageEvent]:
     """The newest events of a tenant, newest first."""
-    query = select(*READ_COLUMNS).where(events.c.tenant == tenant).order_by(events.c.at.desc()).limit(limit)
-    return [read_event(row) for row in connection.execute(query)]
+    query = select(*READABLE).where(events.c.tenant == tenant).order_by(events.c.at.desc()).limit(limit)
+    return read_events(connection, connection.execute(query).all())
 
 
-READ_COLUMNS: Final = (events.c.body,)
-"""What ``read_event`` needs of a row."""
+READABLE: Final[tuple[Column[Any], ...]] = (events.c.log, events.c.body)
+"""What ``read_events`` takes."""
 
 
 SUBJECT_COLUMNS: Final = (events.c.subject_type, events.c.subject_id)
 """What tells two subjects of a tenant apart."""
 
 
-def read_event(row: Row[Any]) -> UsageEvent:
-    """The event of a row that has ``READ_COLUMNS``."""
-    return unpack_event(bytes(row.body))
+def read_events(_connection: Connection, rows: Sequence[Row[Any]]) -> list[UsageEvent]:
+    """The events of rows that have ``READABLE``, in their order."""
+    return [unpack_event(bytes(row.body)) for row in rows]
 
 
 def _lock(connection: Connection, shard: int) -> None:

@@ -1,11 +1,11 @@
-"""Questions about usage: sums by hour, day or month, the largest, what was denied, and the events one by one.
+"""Questions about usage: sums by hour, day or month, the largest, and what was denied.
 
 Reads only; each function sees one committed state. Sums come from the rollups, by day where whole days are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -30,10 +30,9 @@ from sqlalchemy import (
 
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import Period, window_at
-from licet.wire.usage import UsageEvent, decision_id
 from licet_control_plane.core.accounting import DAY_S
 from licet_control_plane.store import ledger
-from licet_control_plane.store.schema import events, exposures, logs, rollup_days, rollups, shards
+from licet_control_plane.store.schema import events, exposures, rollup_days, rollups
 
 TIMES: Final = ("hour", "day", "month")
 FLAGS: Final = ("flag", "variant")
@@ -317,128 +316,6 @@ def _denied_subjects(
     one = apart.subquery()
     query = select(one.c.action, one.c.reason, func.count()).group_by(one.c.action, one.c.reason)
     return {(action, reason): count for action, reason, count in connection.execute(query)}
-
-
-# Events
-
-
-@dataclass(frozen=True, slots=True)
-class EventFilter:
-    """Which events; empty and 0 for any."""
-
-    tenant: str = ""
-    action: str = ""
-    effect: int = 0
-    reason: int = 0
-    interval: Interval = ALWAYS
-
-    def conditions(self) -> list[ColumnElement[bool]]:
-        """As SQL has it. Times are exact here."""
-        given = [
-            (events.c.tenant, self.tenant),
-            (events.c.action, self.action),
-            (events.c.effect, self.effect),
-            (events.c.reason, self.reason),
-        ]
-        where = [column == value for column, value in given if value]
-        if self.interval.from_us:
-            where.append(events.c.at >= self.interval.from_us)
-        if self.interval.to_us is not None:
-            where.append(events.c.at < self.interval.to_us)
-        return where
-
-
-@dataclass(frozen=True, slots=True)
-class Cursor:
-    """A place in the events. ``up_to``: the last that was there when the reading began, so that it ends."""
-
-    up_to: int
-    at_us: int = -1
-    id: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.up_to}.{self.at_us}.{self.id}"
-
-    @classmethod
-    def parse(cls, written: str) -> Cursor:
-        """The inverse of ``str``.
-
-        Raises:
-            ValueError: it is none.
-        """
-        up_to, at_us, id_ = map(int, written.split("."))
-        return cls(up_to, at_us, id_)
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """An event as the ledger has it."""
-
-    id: int
-    decision_id: str
-    log_id: str
-    event: UsageEvent
-
-
-def settled_id(connection: Connection) -> int:
-    """An id that no event will be recorded at or below any more; 0 when there are none.
-
-    Where several workers record at the same time, an event with a lower id may be committed later: so wait for those
-    that are at it. Each is done in about a second.
-    """
-    connection.execute(select(shards.c.shard).with_for_update(read=True)).all()
-    return connection.scalar(select(func.max(events.c.id))) or 0
-
-
-def page(
-    connection: Connection, which: EventFilter, cursor: Cursor, *, limit: int
-) -> tuple[list[Recorded], Cursor | None]:
-    """The next events of a reading, and where to go on; ``None`` at its end.
-
-    Of one tenant by time, else in the order they were recorded. However long it takes, a reading has every event that
-    was recorded when it began, once.
-    """
-    query = _events(which).where(events.c.id <= cursor.up_to).limit(limit)
-    if which.tenant:
-        place = tuple_(events.c.at, events.c.id) > tuple_(literal(cursor.at_us), literal(cursor.id))
-        query = query.where(place).order_by(events.c.at, events.c.id)
-    else:
-        query = query.where(events.c.id > cursor.id).order_by(events.c.id)
-    found = list(_recorded(connection, query))
-    if len(found) < limit:
-        return found, None
-    return found, Cursor(cursor.up_to, found[-1].event.at_us, found[-1].id)
-
-
-def newest(connection: Connection, which: EventFilter, *, up_to: int, limit: int) -> list[Recorded]:
-    """The newest events at or below an id, oldest first."""
-    order = (events.c.at.desc(), events.c.id.desc()) if which.tenant else (events.c.id.desc(),)
-    query = _events(which).where(events.c.id <= up_to).order_by(*order).limit(limit)
-    return list(_recorded(connection, query))[::-1]
-
-
-def following(connection: Connection, which: EventFilter, *, after: int, up_to: int, limit: int) -> list[Recorded]:
-    """The events that were recorded after one, in that order."""
-    query = _events(which).where(events.c.id > after, events.c.id <= up_to).order_by(events.c.id).limit(limit)
-    return list(_recorded(connection, query))
-
-
-def _events(which: EventFilter) -> Select[Any]:
-    columns = {column.name: column for column in (events.c.id, events.c.log, *ledger.READ_COLUMNS)}
-    return select(*columns.values()).where(*which.conditions())
-
-
-def _recorded(connection: Connection, query: Select[Any]) -> Iterator[Recorded]:
-    rows = connection.execute(query).all()
-    numbers = {row.log for row in rows}
-    of_logs = connection.execute(
-        select(logs.c.log, logs.c.log_id, logs.c.decision_prefix).where(logs.c.log.in_(numbers))
-    )
-    known = {row.log: (row.log_id, bytes(row.decision_prefix)) for row in of_logs}
-    for row in rows:
-        event = ledger.read_event(row)
-        log_id, prefix = known[row.log]
-        yield Recorded(row.id, decision_id(prefix, event.seq), log_id, event)
 
 
 def named(group: str, value: Any) -> str | int:
