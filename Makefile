@@ -23,7 +23,7 @@ SEEDS     ?= 1000
 TEST_WORKERS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fmt proto proto-check bench lock sim clean
+.PHONY: help setup demo test check fmt proto proto-check bench bench-ledger lock sim clean
 
 help: ## show this list
 	@echo "Licet: make <target>"
@@ -88,6 +88,9 @@ proto-check: setup ## fail when licet/v1 is not what proto/ generates
 
 bench: setup ## measure the cost of a check, beside a bare gRPC echo
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-ledger: setup ## ask a ledger of 10 million events; takes some minutes and 5 GB in TMPDIR (ARGS='--events 1000000')
+	@$(BIN)/python -m bench ledger --events 10000000 $(ARGS)
 
 sim: setup ## run the seeded fault simulations longer (SEEDS=1000), or one history again (SEED=7)
 	@LICET_SIM_SEEDS=$(SEEDS) LICET_SIM_SEED=$(SEED) $(BIN)/python -m pytest -q --timeout 7200 tests/fault \

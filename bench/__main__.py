@@ -14,12 +14,15 @@ FOUR_LIMITS_RATIO_MAX = 1.5
 WAITED_SHARE_MAX = 0.001
 ROUND_TRIPS_PER_S_MAX = 2.0
 DRAIN_US_MAX = 50.0
+YEAR_MS_MAX = 100.0
 
 
 def main() -> None:
     """Measures, prints, and says which of the promised numbers were held; the exit status is always 0."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=["service", "waits", "processes", "proof"], help="only this part")
+    parts = ["service", "waits", "processes", "proof", "ledger"]
+    parser.add_argument("part", nargs="?", choices=parts, help="only this part")
+    parser.add_argument("--events", type=int, help="size of the ledger; 100,000 unless told otherwise")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args()
     out = sys.stderr if arguments.json else sys.stdout
@@ -67,8 +70,36 @@ def main() -> None:
         print(f"  {costs_of_proof.bytes_an_event:.0f} bytes an event", file=out)
         print(f"  promised: {DRAIN_US_MAX:.0f} µs recorded; verified at 100,000/s by two processors", file=out)
         found["proof"] = dataclasses.asdict(costs_of_proof)
+    if arguments.part in (None, "ledger"):
+        from bench import ledger
+
+        events = arguments.events or ledger.EVENTS_SMALL
+        print(f"\nQuestions to a ledger of {events:,} events (10 million: make bench-ledger)", file=out)
+        answers = ledger.run(events)
+        _print_ledger(answers, out)
+        found["ledger"] = dataclasses.asdict(answers)
     if arguments.json:
         print(json.dumps(found))
+
+
+def _print_ledger(results: Any, out: Any) -> None:
+    print(
+        f"  built in {results.build_s:.0f} s by the ledger transaction, {results.events_per_s:,.0f} events/s in it;"
+        f" {results.file_bytes / 2**20:,.0f} MB",
+        file=out,
+    )
+    for table, rows in results.rows.items():
+        of_busy = f", {results.busy_rows[table]:,} of the tenant asked about" if table in results.busy_rows else ""
+        print(f"  {table:20} {rows:12,} rows{of_busy}", file=out)
+    for name, answer in results.answers.items():
+        print(
+            f"  {name:48} first {answer.first_ms:8.1f} ms   best {answer.best_ms:8.1f}   median"
+            f" {answer.median_ms:8.1f}   {answer.rows:,} rows",
+            file=out,
+        )
+        for step in results.plans[name]:
+            print(f"      {step}", file=out)
+    print(f"  promised, for a tenant's year: at most {YEAR_MS_MAX:.0f} ms", file=out)
 
 
 def _print_processes(results: Any, out: Any) -> None:

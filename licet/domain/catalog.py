@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final, Self
 
 from licet.domain.ids import LimitKey
-from licet.domain.money import Price
+from licet.domain.money import Fee, Price, Step, TierMode, Tiers
 from licet.domain.windows import Anchor, Period
 
 Wire = dict[str, Any]
@@ -145,6 +145,7 @@ class Limit:
     ``per`` a second it is a rate: units a second over time, at most ``burst`` of them at once (0: as many as in a
     second). ``scope`` is a tuple of paths, ``"subject"`` or ``"context.<attribute>"``; empty means the whole tenant.
     ``durable``: what is leased is confirmed on disk and on replicas before it is spent.
+    ``overage_price`` is what units beyond a soft limit cost on top of the feature's own price.
     ``key`` never depends on the amount or on the position in the file.
     """
 
@@ -157,6 +158,7 @@ class Limit:
     currency: str = ""
     burst: int = 0
     durable: bool = False
+    overage_price: Price | None = None
 
     @property
     def is_rate(self) -> bool:
@@ -191,6 +193,7 @@ class Entitlement:
     """A feature as a plan grants it. ``seats`` 0 means the feature is not sold by seat.
 
     ``grants`` are the license's, of any of the limits, in the order they are used; a plan has none.
+    ``included`` are units of each calendar month that cost nothing.
     """
 
     price: Price | None = None
@@ -198,15 +201,17 @@ class Entitlement:
     seats: int = 0
     heartbeat_s: int = 0
     grants: tuple[Grant, ...] = ()
+    included: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Features, limits and prices that are sold together."""
+    """Features, limits and prices that are sold together. ``fee`` is owed for each month that the plan is held."""
 
     name: str
     features: Mapping[str, Entitlement]
     title: str = ""
+    fee: Fee | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,6 +384,11 @@ def document_to_wire(document: Document) -> Wire:
         case Plan():
             features = {name: _entitlement_to_wire(entitlement) for name, entitlement in document.features.items()}
             body = {"name": document.name, "title": document.title, "features": features}
+            # In keys of their own: only invoices need them, and a sidecar that does not know them ignores them.
+            if document.fee:
+                body["fee"] = [document.fee.amount_nanos, document.fee.currency]
+            if billing := _billing_to_wire(document):
+                body["billing"] = billing
         case Policy():
             body = {
                 "name": document.name,
@@ -435,8 +445,13 @@ def document_from_wire(wire: Wire) -> Document:
                 reservation=ReservationTerms(expires_after_s, OnExpiry(on_expiry)),
             )
         case "Plan":
-            features = {key: _entitlement_from_wire(entitlement) for key, entitlement in wire["features"].items()}
-            return Plan(name, features, wire["title"])
+            billing = wire.get("billing", {})
+            features = {
+                key: _with_billing(_entitlement_from_wire(entitlement), billing.get(key, {}))
+                for key, entitlement in wire["features"].items()
+            }
+            fee = wire.get("fee")
+            return Plan(name, features, wire["title"], Fee(*fee[:2]) if fee else None)
         case "Policy":
             rules = tuple(
                 Rule(rule_name, RuleEffect(effect), when, approval)
@@ -521,6 +536,43 @@ def _entitlement_from_wire(wire: list[Any]) -> Entitlement:
         seats=seats,
         heartbeat_s=heartbeat_s,
     )
+
+
+def _billing_to_wire(plan: Plan) -> dict[str, Wire]:
+    """What only invoices need of a plan's features: included units, tiers, and prices of overage by limit."""
+    billing: dict[str, Wire] = {}
+    for feature, entitlement in plan.features.items():
+        said: Wire = {}
+        if entitlement.included:
+            said["included"] = entitlement.included
+        if entitlement.price and (tiers := entitlement.price.tiers):
+            steps = [[s.up_to, s.amount_nanos, s.flat_nanos, dict(s.amounts_nanos)] for s in tiers.steps]
+            said["tiers"] = [tiers.mode.value, steps]
+        overage = {
+            limit.key: [price.amount_nanos, price.per_units, price.currency]
+            for limit in entitlement.limits
+            if (price := limit.overage_price)
+        }
+        if overage:
+            said["overage"] = overage
+        if said:
+            billing[feature] = said
+    return billing
+
+
+def _with_billing(entitlement: Entitlement, wire: Wire) -> Entitlement:
+    """The entitlement with what ``_billing_to_wire`` says of it."""
+    if not wire:
+        return entitlement
+    price, overage = entitlement.price, wire.get("overage", {})
+    if price and (tiers := wire.get("tiers")):
+        mode, steps = tiers
+        price = replace(price, tiers=Tiers(TierMode(mode), tuple(Step(*step[:4]) for step in steps)))
+    limits = tuple(
+        replace(limit, overage_price=Price(*overage[limit.key][:3])) if limit.key in overage else limit
+        for limit in entitlement.limits
+    )
+    return replace(entitlement, price=price, limits=limits, included=wire.get("included", 0))
 
 
 def _limit_to_wire(limit: Limit) -> list[Any]:

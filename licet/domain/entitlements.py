@@ -19,9 +19,9 @@ RATE_MAX: Final = UNITS_MAX // RATE_SCALE
 def entitlements_of(license_: License, catalog: Catalog) -> dict[str, Entitlement]:
     """Entitlements by feature. A plan the catalog does not have grants nothing.
 
-    The plan's price and scope win; an add-on adds its amount, ``count`` times, to the limit of the same key, and its
-    seats to the seats. A feature that the plan grants without limits stays without. Overrides replace amounts last.
-    Grants of a limit that is not there wait until it is.
+    The plan's price and scope win; an add-on adds its amount, ``count`` times, to the limit of the same key, its seats
+    to the seats, and its included units to the included ones. A feature that the plan grants without limits stays
+    without. Overrides replace amounts last. Grants of a limit that is not there wait until it is.
     """
     plan = catalog.plans.get(license_.plan)
     merged: dict[str, Entitlement] = dict(plan.features) if plan else {}
@@ -57,7 +57,12 @@ def limits_of(entitlements: Mapping[str, Entitlement]) -> dict[LimitKey, int]:
 
 def _multiplied(entitlement: Entitlement, count: int) -> Entitlement:
     limits = tuple(replace(limit, amount=min(UNITS_MAX, limit.amount * count)) for limit in entitlement.limits)
-    return replace(entitlement, limits=limits, seats=min(UNITS_MAX, entitlement.seats * count))
+    return replace(
+        entitlement,
+        limits=limits,
+        seats=min(UNITS_MAX, entitlement.seats * count),
+        included=min(UNITS_MAX, entitlement.included * count),
+    )
 
 
 def _added(own: Entitlement, extra: Entitlement) -> Entitlement:
@@ -72,6 +77,7 @@ def _added(own: Entitlement, extra: Entitlement) -> Entitlement:
         # A plan without seats has no heartbeat, and seats without one would never be reclaimed.
         heartbeat_s=own.heartbeat_s or extra.heartbeat_s,
         price=own.price or extra.price,
+        included=min(UNITS_MAX, own.included + extra.included),
     )
 
 

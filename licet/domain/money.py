@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Final
 
 from licet.domain.ids import UNITS_MAX
@@ -20,12 +21,61 @@ _NANOS_DIGITS: Final = 9
 _WHOLE_DIGITS_MAX: Final = 10  # AMOUNT_NANOS_MAX is 9_223_372_036 and a fraction
 
 
+_MINOR_DIGITS: Final[Mapping[str, int]] = {
+    **dict.fromkeys(("BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "UYI", "VND"), 0),
+    **dict.fromkeys(("VUV", "XAF", "XOF", "XPF"), 0),
+    **dict.fromkeys(("BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"), 3),
+    **dict.fromkeys(("CLF", "UYW"), 4),
+}
+"""Decimal places of the currencies that have not two. Source: ISO 4217, list one."""
+
+
+class TierMode(StrEnum):
+    """How the steps of a tiered price are read."""
+
+    GRADUATED = "graduated"
+    """Each unit costs what the step it falls into says."""
+    VOLUME = "volume"
+    """Every unit costs what the step that the month's total falls into says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a tiered price: units up to and with the ``up_to``-th of the month; 0 for the last, without an end.
+
+    ``amount_nanos`` for every ``per_units`` units of the price; ``amounts_nanos`` by value of its attribute.
+    ``flat_nanos`` is owed once for a month that reaches the step.
+    """
+
+    up_to: int
+    amount_nanos: int
+    flat_nanos: int = 0
+    amounts_nanos: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """Steps in ascending order; only the last has no end."""
+
+    mode: TierMode
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fee:
+    """A fixed amount a month, whatever is used."""
+
+    amount_nanos: int
+    currency: str
+
+
 @dataclass(frozen=True, slots=True)
 class Price:
     """What units of a feature cost: ``amount_nanos`` of ``currency`` for every ``per_units`` units.
 
     ``by`` names the attribute (``context.model``) whose value picks the amount from ``amounts_nanos``; a value that
-    is not listed pays ``amount_nanos``.
+    is not listed pays ``amount_nanos``. With ``tiers`` these are the amounts of the first step: a single decision does
+    not know how many units the month has, so what it shows, and what a budget is charged, goes by that step.
     """
 
     amount_nanos: int
@@ -33,6 +83,7 @@ class Price:
     currency: str
     by: str = ""
     amounts_nanos: Mapping[str, int] = field(default_factory=dict)
+    tiers: Tiers | None = None
 
     def cost_nanos(self, units: int, by_value: str = "") -> int:
         """Cost of ``units`` in nanos of ``currency``, rounded half to even.
@@ -48,6 +99,11 @@ class Price:
         """
         amount_nanos = self.amounts_nanos.get(by_value, self.amount_nanos)
         return -(-units * amount_nanos // self.per_units)
+
+
+def minor_digits(currency: str) -> int:
+    """Decimal places of the smallest unit that an invoice in ``currency`` is written in: 2 for USD, 0 for JPY."""
+    return _MINOR_DIGITS.get(currency, 2)
 
 
 def divide_half_even(numerator: int, denominator: int) -> int:
@@ -85,13 +141,22 @@ def parse_budget(text: str) -> tuple[int, str]:
     Raises:
         ValueError: it has another form, or is more than ``BUDGET_NANOS_MAX``.
     """
+    nanos, currency = parse_money(text)
+    if nanos > BUDGET_NANOS_MAX:
+        raise ValueError(f"{text!r} is more than {format_nanos(BUDGET_NANOS_MAX)}, the largest budget that is counted")
+    return nanos, currency
+
+
+def parse_money(text: str) -> tuple[int, str]:
+    """Nanos and currency of an amount such as ``"49.00 USD"``, at most ``AMOUNT_NANOS_MAX``.
+
+    Raises:
+        ValueError: it has another form, or is too large.
+    """
     match = _MONEY.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not an amount of money such as '500.00 USD'")
-    nanos = parse_nanos(match[1])
-    if nanos > BUDGET_NANOS_MAX:
-        raise ValueError(f"{text!r} is more than {format_nanos(BUDGET_NANOS_MAX)}, the largest budget that is counted")
-    return nanos, match[2]
+    return parse_nanos(match[1]), match[2]
 
 
 def format_budget(amount_nanos: int, currency: str) -> str:
@@ -104,3 +169,11 @@ def format_nanos(amount_nanos: int) -> str:
     sign, amount_nanos = ("-", -amount_nanos) if amount_nanos < 0 else ("", amount_nanos)
     whole, nanos = divmod(amount_nanos, NANOS)
     return f"{sign}{whole}.{f'{nanos:09d}'.rstrip('0').ljust(2, '0')}"
+
+
+def format_minor(amount_nanos: int, currency: str) -> str:
+    """An amount that is a whole number of the currency's smallest units, as people write it: ``12.30``, ``500``."""
+    digits = minor_digits(currency)
+    sign, amount_nanos = ("-", -amount_nanos) if amount_nanos < 0 else ("", amount_nanos)
+    whole, nanos = divmod(amount_nanos, NANOS)
+    return f"{sign}{whole}.{nanos:09d}"[: digits - _NANOS_DIGITS] if digits else f"{sign}{whole}"

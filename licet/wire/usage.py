@@ -32,7 +32,7 @@ class EventKind(IntEnum):
 
     CHECK = 0
     RESERVE = 1
-    """Units are held: ``held`` says of which quotas, ``units_held`` of which features."""
+    """Units are held: ``held`` says of which quotas, ``units_held`` of which features (when denied: what was asked)."""
     COMMIT = 2
     """A reservation was used: ``units`` is what was used, whatever was reserved."""
     CANCEL = 3
@@ -62,6 +62,10 @@ class UsageEvent(NamedTuple):
     ``kind`` is an ``EventKind``; ``about`` the reservation (the decision id of its RESERVE event) or seat it is about.
     ``overage`` says of each quota in ``spends`` how much lies beyond its soft limit, provisionally; ``unfunded`` what
     a COMMIT used that no limit had room for, not in ``units``. ``expires_us`` is when a reservation expires.
+
+    ``priced_as`` names, for each feature that is priced by an attribute, the value that picked its price; a feature
+    whose value has no price of its own is left out. ``exposures`` are the feature flags the decision was subject to,
+    by name, with the variant that applied: ``on`` or ``off``.
     """
 
     seq: int
@@ -93,6 +97,8 @@ class UsageEvent(NamedTuple):
     overage: Mapping[str, int] = MappingProxyType({})
     unfunded: Mapping[str, int] = MappingProxyType({})
     expires_us: int = 0
+    priced_as: Mapping[str, str] = MappingProxyType({})
+    exposures: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)

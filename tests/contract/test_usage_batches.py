@@ -23,14 +23,16 @@ from licet.domain.catalog import (
     Grant,
     License,
     LicenseStatus,
+    OnExceeded,
     Plan,
     Policy,
     Rule,
     RuleEffect,
+    document_from_wire,
     license_from_wire,
 )
 from licet.domain.ids import LimitKey
-from licet.domain.money import NANOS, Price
+from licet.domain.money import NANOS, Fee, Price, Step, TierMode, Tiers
 from licet.wire import documents, envelope
 from licet.wire.documents import Head, Heartbeat, Manifest, catalog_of_chunks, chunk_catalog, digest_of
 from licet.wire.envelope import EnvelopeError
@@ -50,6 +52,24 @@ CATALOG = Catalog.of(
         Plan("pro", {"reports": Entitlement(Price(8 * NANOS, 1_000, "USD"), (limit(10),))}),
         Policy("guard", ("report.*",), (Rule("no", RuleEffect.DENY, "quantity > 1"),)),
     ]
+)
+BILLED = Plan(
+    "pro",
+    {
+        "reports": Entitlement(
+            Price(
+                8 * NANOS,
+                1_000,
+                "USD",
+                "context.model",
+                {"large": 9},
+                Tiers(TierMode.VOLUME, (Step(10, 8 * NANOS, 0, {"large": 9}), Step(0, 6, 5))),
+            ),
+            (replace(limit(10), on_exceeded=OnExceeded.OVERAGE, overage_price=Price(1, 2, "USD")),),
+            included=3,
+        )
+    },
+    fee=Fee(49 * NANOS, "USD"),
 )
 HEARTBEAT = Heartbeat(
     sidecar="a" * 32,
@@ -83,6 +103,7 @@ SETTLED = event(2)._replace(
     unfunded={"reports": 1},
     expires_us=1_790_000_900_000_000,
 )
+EXPOSED = event(3)._replace(priced_as={"reports": "large"}, exposures={"new-editor": "on"})
 
 
 def held() -> Lease:
@@ -95,6 +116,7 @@ def held() -> Lease:
 WRITTEN: dict[str, bytes] = {
     "event": packed(event(1)),
     "event with every field": packed(SETTLED),
+    "event with its price and flags": packed(EXPOSED),
     "framed event": frame(EVENT, packed(event(1))),
     "framed header": frame(HEADER, envelope.pack("usage-log", ["a" * 32, 2, 1, 9, b"prefix00", 1])),
     "framed lease": lease_record("acme", held()),
@@ -105,6 +127,7 @@ WRITTEN: dict[str, bytes] = {
     "acknowledgement": Signer().ack(log_id("a" * 32, 1), 99),
     "bundle": Signer().document("bundle", "bundle", 7, Manifest(("ab", "cd"), True, "why", 5).to_payload()),
     "chunk": chunk_catalog(CATALOG)[0],
+    "chunk of a plan": chunk_catalog(Catalog.of([BILLED]))[0],
     "chunks": msgpack.packb(chunk_catalog(CATALOG)),
     "heartbeat": HEARTBEAT.pack(),
     "snapshot": envelope.pack("snapshot", {"generation": 1}),
@@ -123,6 +146,11 @@ GOLDEN: dict[str, str] = {
         "3137383832323038303001908002d92037303732363536363639373833303330303030303030303030303030303066669192"
         "ba7265706f7274733a6d6f6e74686c793a313738383232303830300181a77265706f7274730381a77265706f7274730281a7"
         "7265706f72747301cf00065bff0fcac900"
+    ),
+    "event with its price and flags": (
+        "dc001f03cf00065bfeda25e003a461636d65a475736572a3616461a0ad7265706f72742e6578706f72740101a00181a77265"
+        "706f7274730105a355534400a56a6f622d33a0a081a6726567696f6ea265759192ba7265706f7274733a6d6f6e74686c793a"
+        "3137383832323038303001908000a0908080800081a77265706f727473a56c6172676581aa6e65772d656469746f72a26f6e"
     ),
     "framed event": (
         "71000000c4557cf401dc001601cf00065bfeda25e001a461636d65a475736572a3616461a0ad7265706f72742e6578706f72"
@@ -177,6 +205,14 @@ GOLDEN: dict[str, str] = {
         "a77265706f727473aa6174747269627574657381a6726567696f6e92a6737472696e67a26575aa6475726162696c697479a6"
         "6c6f67676564ae6f6e5f756e617661696c61626c6593a464656e790000ab7265736572766174696f6e92cd0384a663616e63"
         "656c"
+    ),
+    "chunk of a plan": (
+        "9301a56368756e6b9186a46b696e64a4506c616ea46e616d65a370726fa57469746c65a0a8666561747572657381a7726570"
+        "6f7274739495cf00000001dcd65000cd03e8a3555344ad636f6e746578742e6d6f64656c81a56c61726765099199ad726570"
+        "6f7274733a6d6f6e74680aa56d6f6e746890a76f766572616765a863616c656e646172a000c20000a366656592cf0000000b"
+        "68a0aa00a3555344a762696c6c696e6781a77265706f72747383a8696e636c7564656403a5746965727392a6766f6c756d65"
+        "92940acf00000001dcd650000081a56c61726765099400060580a76f76657261676581ad7265706f7274733a6d6f6e746893"
+        "0102a3555344"
     ),
     "chunks": (
         "94c4989301a56368756e6b9187a46b696e64a6416374696f6ea46e616d65ad7265706f72742e6578706f7274a66d65746572"
@@ -276,6 +312,21 @@ def test_an_event_without_the_fields_appended_since_is_read() -> None:
 def test_a_golden_event_with_every_field_is_read() -> None:
     read = unpack_event(bytes.fromhex(GOLDEN["event with every field"]))
     assert read == SETTLED._replace(spends=[["reports:monthly:1788220800", 1]])  # type: ignore[list-item]
+
+
+def test_a_golden_event_with_its_price_and_flags_is_read() -> None:
+    read = unpack_event(bytes.fromhex(GOLDEN["event with its price and flags"]))
+    assert (read.priced_as, read.exposures) == ({"reports": "large"}, {"new-editor": "on"})
+    assert unpack_event(bytes.fromhex(GOLDEN["event with every field"])).exposures == {}
+
+
+def test_a_golden_plan_is_read_also_by_a_sidecar_that_knows_nothing_of_bills() -> None:
+    chunk = bytes.fromhex(GOLDEN["chunk of a plan"])
+    assert catalog_of_chunks([chunk], [digest_of(chunk)]).plans["pro"] == BILLED
+    (wire,) = envelope.unpack("chunk", chunk)
+    older = document_from_wire({key: value for key, value in wire.items() if key not in ("fee", "billing")})
+    assert isinstance(older, Plan)
+    assert older.features["reports"].price == replace(BILLED.features["reports"].price, tiers=None)
 
 
 def test_a_golden_batch_is_read() -> None:
@@ -418,5 +469,5 @@ def test_fields_of_an_event_are_only_ever_appended() -> None:
         *("seq", "at_us", "tenant", "subject_type", "subject_id", "on_behalf_of", "action", "effect", "reason", "rule"),
         *("revision", "units", "cost_nanos", "currency", "flags", "idempotency_key", "resource_type", "resource_id"),
         *("context", "spends", "shadow", "feature_costs", "kind", "about", "held", "units_held", "overage", "unfunded"),
-        "expires_us",
+        *("expires_us", "priced_as", "exposures"),
     )

@@ -16,7 +16,7 @@ from licet.wire.names import usage_shard
 from licet.wire.signing import Statement
 from licet.wire.usage import FLAG_OBSERVED, UsageBatch, log_id
 from licet_control_plane.drain.worker import GROUP
-from licet_control_plane.store import ledger, ledger_reports
+from licet_control_plane.store import ledger, usage_reports
 from licet_control_plane.store.schema import register_spend
 from licet_control_plane.store.verification import Verification
 from tests.support.control_plane import NAMES, Deployment, deployment, until
@@ -202,13 +202,13 @@ async def test_an_event_over_two_features_is_one_decision_and_one_cost(running: 
     await send(running, batch(1, 2, units={"in": 10, "out": 4}, cost_nanos=7, feature_costs={"in": 3, "out": 4}))
     await send(running, batch(3, 3, units={}, cost_nanos=0, currency="", effect=2, reason=6))
     await acked(running, 3)
-    by_feature = await running.plane.database.read(ledger_reports.summary, by=["feature"])
+    by_feature, _ = await running.plane.database.read(usage_reports.summary, by=["feature"])
     assert {(one.group["feature"], one.events, one.units, one.cost_nanos.get("USD", 0)) for one in by_feature} == {
         ("", 1, 0, 0),
         ("in", 2, 20, 6),
         ("out", 2, 8, 8),
     }
-    by_tenant = await running.plane.database.read(ledger_reports.summary, by=["tenant"])
+    by_tenant, _ = await running.plane.database.read(usage_reports.summary, by=["tenant"])
     assert [(one.events, one.cost_nanos) for one in by_tenant] == [(3, {"USD": 14})]
 
 
@@ -250,7 +250,8 @@ async def verified(running: Deployment) -> Verification:
 
 
 async def decisions(running: Deployment) -> int:
-    return sum(one.events for one in await running.plane.database.read(ledger_reports.summary, by=["tenant"]))
+    usage, _ = await running.plane.database.read(usage_reports.summary, by=["tenant"])
+    return sum(one.events for one in usage)
 
 
 async def is_empty(running: Deployment) -> bool:

@@ -259,11 +259,14 @@ class FakeSidecar:
 
     def events(self) -> list[UsageEvent]:
         """What this incarnation logged."""
+        return [unpack_event(event) for event in self.packed_events()]
+
+    def packed_events(self) -> list[bytes]:
+        """The same, as it was logged."""
         header = self.log.header
-        packed = self.log.read_events(
+        return self.log.read_events(
             header.sidecar, header.incarnation, 1, self.log.last_seq, events_max=10_000, bytes_max=1 << 30
         )
-        return [unpack_event(event) for event in packed]
 
     def reserved(self, tenant: str = "acme") -> int:
         """Units held for reservations in leases of this process."""

@@ -18,6 +18,7 @@ from licet.domain.catalog import (
     Catalog,
     Entitlement,
     Feature,
+    Flag,
     OnUnavailable,
     Plan,
     Policy,
@@ -30,7 +31,7 @@ from licet.domain.money import NANOS, Price
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import Period, window_at
 from licet.v1 import approval_pb2 as pb
-from licet.wire.usage import FLAG_DEGRADED, FLAG_OBSERVED, FLAG_STALE
+from licet.wire.usage import FLAG_DEGRADED, FLAG_OBSERVED, FLAG_STALE, pack_event
 from licet_sidecar.core.engine import Decision
 from licet_sidecar.core.leases import Lease, Terms
 from licet_sidecar.services.answers import Answers, varint
@@ -306,6 +307,47 @@ async def test_a_price_becomes_a_cost_in_the_answer_and_in_the_event(sidecar: Fa
     assert (response.cost.amount_nanos, response.cost.currency) == (2 * NANOS, "USD")
     (event,) = sidecar.events()
     assert (event.cost_nanos, event.currency) == (2 * NANOS, "USD")
+
+
+@pytest.mark.parametrize(
+    ("action", "model", "priced_as", "exposures"),
+    [
+        ("priced", "", {}, {}),
+        ("modeled", "small", {"modeled": "small"}, {}),
+        ("modeled", "unheard of", {}, {}),
+        ("flagged", "", {}, {"new-editor": "on"}),
+        ("modeled-flagged", "small", {"modeled": "small"}, {"new-editor": "on"}),
+    ],
+)
+async def test_an_event_says_by_what_it_was_priced_and_its_flags(
+    world: World, action: str, model: str, priced_as: dict[str, str], exposures: dict[str, str]
+) -> None:
+    by_model = Price(NANOS, 1, "USD", "context.model", {"small": 1})
+    attributes = {"model": Attribute(AttributeType.STRING, "")}
+    world.push(
+        content(
+            Feature("modeled"),
+            Feature("flagged"),
+            Flag("new-editor", "flagged"),
+            Action("modeled", {"": "modeled"}, attributes),
+            Action("flagged", {"": "flagged"}),
+            Action("modeled-flagged", {"a": "modeled", "b": "flagged"}, attributes),
+            Plan(
+                "pro",
+                {"priced": Entitlement(Price(1, 1, "USD")), "modeled": Entitlement(by_model), "flagged": Entitlement()},
+            ),
+        )
+    )
+    async with running(world) as sidecar:
+        quantities = {"a": 2, "b": 1} if action == "modeled-flagged" else {}
+        context = {"model": model} if "modeled" in action else {}
+        response = await sidecar.check(action=action, quantities=quantities, context=context)
+        assert response.effect == pb.EFFECT_APPROVED
+        (event,) = sidecar.events()
+        assert (event.priced_as, event.exposures) == (priced_as, exposures)
+        # The sidecar packs a check by hand; it must be what pack_event makes.
+        (data,) = sidecar.packed_events()
+        assert pack_event(event) == data
 
 
 async def test_several_meters_are_taken_together(sidecar: FakeSidecar) -> None:

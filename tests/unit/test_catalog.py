@@ -46,7 +46,7 @@ from licet.domain.catalog import (
     matches,
 )
 from licet.domain.ids import NAME_PATTERN, UNITS_MAX, LimitKey
-from licet.domain.money import AMOUNT_NANOS_MAX, Price
+from licet.domain.money import AMOUNT_NANOS_MAX, Fee, Price, Step, TierMode, Tiers
 from licet.domain.windows import Anchor, Period
 from licet.wire.documents import CHUNK_COUNT, catalog_of_chunks, chunk_catalog, digest_of
 
@@ -73,9 +73,12 @@ actions = st.builds(
     st.builds(OnUnavailable, st.sampled_from(UnavailableMode), units, seconds),
     st.builds(ReservationTerms, seconds, st.sampled_from(OnExpiry)),
 )
-prices = st.builds(
-    Price, nanos, st.integers(1, UNITS_MAX), st.just("USD"), texts, st.dictionaries(texts, nanos, max_size=2)
-)
+steps = st.builds(Step, units, nanos, nanos, st.dictionaries(texts, nanos, max_size=2))
+tiers = st.builds(Tiers, st.sampled_from(TierMode), st.lists(steps, min_size=1, max_size=2).map(tuple))
+amounts = st.dictionaries(texts, nanos, max_size=2)
+prices = st.builds(Price, nanos, st.integers(1, UNITS_MAX), st.just("USD"), texts, amounts, st.none() | tiers)
+fees = st.builds(Fee, nanos, st.just("USD"))
+overage_prices = st.builds(Price, nanos, st.integers(1, UNITS_MAX), st.just("USD"))
 limits = st.builds(
     Limit,
     texts.map(LimitKey),
@@ -87,10 +90,16 @@ limits = st.builds(
     st.sampled_from(["", "USD", "EUR"]),
     units,
     st.booleans(),
+    st.none() | overage_prices,
 )
 grants = st.builds(Grant, names, texts.map(LimitKey), units, units, units, st.integers(-1_000, 1_000))
 entitlements = st.builds(
-    Entitlement, st.none() | prices, st.lists(limits, max_size=2).map(tuple), st.integers(0, 100), seconds
+    Entitlement,
+    st.none() | prices,
+    st.lists(limits, max_size=2, unique_by=lambda limit: limit.key).map(tuple),
+    st.integers(0, 100),
+    seconds,
+    included=units,
 )
 rules = st.builds(Rule, names, st.sampled_from(RuleEffect), texts, texts)
 approvers = st.lists(texts, max_size=2).map(tuple)
@@ -98,7 +107,7 @@ stages = st.builds(ApprovalStage, approvers, st.integers(1, 5), seconds, approve
 documents: st.SearchStrategy[Document] = st.one_of(
     st.builds(Feature, names, texts, texts),
     actions,
-    st.builds(Plan, names, st.dictionaries(names, entitlements, max_size=2), texts),
+    st.builds(Plan, names, st.dictionaries(names, entitlements, max_size=2), texts, st.none() | fees),
     st.builds(Policy, names, patterns, st.lists(rules, max_size=2).map(tuple), st.sampled_from(Enforcement)),
     st.builds(Role, names, patterns),
     st.builds(Flag, names, names, st.floats(0, 100), st.sampled_from(["tenant", "subject"])),

@@ -28,7 +28,7 @@ from licet.domain.catalog import (
 )
 from licet.domain.entitlements import RATE_MAX
 from licet.domain.ids import UNITS_MAX, LimitKey
-from licet.domain.money import NANOS, Price
+from licet.domain.money import NANOS, Fee, Price, Step, TierMode, Tiers
 from licet.domain.windows import Anchor, Period
 from licet_control_plane.core.documents.scalars import duration_s
 from tests.support.documents import catalog_of, only_error, validated
@@ -127,6 +127,42 @@ def test_a_plan_grants_features_with_prices_limits_and_seats() -> None:
         },
         "Pro",
     )
+
+
+def test_a_plan_has_a_fee_included_units_tiers_and_a_price_of_overage() -> None:
+    text = """
+    kind: Plan
+    name: pro
+    fee: "49.00 USD"
+    features:
+      llm.tokens:
+        included: 1_000_000
+        price:
+          per_units: 1_000
+          currency: USD
+          by: context.model
+          tiers:
+            mode: graduated
+            steps:
+              - {up_to: 1_000, amount: "8.00", amounts: {small: "0.60"}}
+              - {up_to: null, amount: "6.00", flat: "5.00", amounts: {large: 9}}
+        limits:
+          - {amount: 10, per: month, on_exceeded: overage, overage_price: {amount: "0.10", currency: USD}}
+    """
+    plan = catalog_of(WORLD, text).plans["pro"]
+    first = Step(1_000, 8 * NANOS, 0, {"small": 600_000_000})
+    last = Step(0, 6 * NANOS, 5 * NANOS, {"large": 9 * NANOS})
+    price = Price(
+        8 * NANOS,
+        1_000,
+        "USD",
+        "context.model",
+        {"small": 600_000_000, "large": 8 * NANOS},
+        Tiers(TierMode.GRADUATED, (first, last)),
+    )
+    tokens = plan.features["llm.tokens"]
+    assert (plan.fee, tokens.included, tokens.price) == (Fee(49 * NANOS, "USD"), 1_000_000, price)
+    assert tokens.limits[0].overage_price == Price(100_000_000, 1, "USD")
 
 
 def limits(*written: str, price: str = '{amount: "8.00", currency: USD}') -> tuple[Limit, ...]:
@@ -276,6 +312,7 @@ def test_other_durations_are_refused(text: str) -> None:
 
 ACTION = "kind: Action\nname: a\nfeature: editor\n"
 PLAN = "kind: Plan\nname: p\nfeatures: {llm.tokens: "
+TIERS = "kind: Plan\nname: p\nfeatures: {{llm.tokens: {{price: {{currency: USD, tiers: {{{}}}}}}}}}"
 
 
 @pytest.mark.parametrize(
@@ -375,6 +412,58 @@ PLAN = "kind: Plan\nname: p\nfeatures: {llm.tokens: "
             "does not name an attr",
             "context",
         ),
+        (PLAN + "{price: ▶{currency: USD}}}", "either 'amount' or 'tiers'", "mode: graduated"),
+        (
+            PLAN + '{price: {amount: "8", currency: USD, tiers: ▶{mode: volume, steps: [{amount: 1}]}}}}',
+            "either 'amount' or 'tiers'",
+            "mode: graduated",
+        ),
+        (TIERS.format("mode: ▶gradual, steps: [{amount: 1}]"), "'gradual' is not", "'graduated'"),
+        (TIERS.format("mode: volume, steps: ▶[]"), "it is empty", "at least one"),
+        (TIERS.format("mode: volume, steps: ▶[{up_to: 5, amount: 1}]"), "units after 5", "Leave 'up_to' out"),
+        (
+            TIERS.format("mode: volume, steps: ▶[{amount: 1}, {amount: 2}]"),
+            "step 1 has no end",
+            "every step but the last",
+        ),
+        (
+            TIERS.format("mode: volume, steps: ▶[{up_to: 5, amount: 1}, {up_to: 5, amount: 2}, {amount: 3}]"),
+            "step 2 ends at 5, and the one before it at 5",
+            "ascending order",
+        ),
+        (TIERS.format("mode: volume, steps: [{▶upto: 5, amount: 1}]"), "no field 'upto'", "'up_to'"),
+        (TIERS.format("mode: volume, steps: [{amount: ▶1.5}]"), "cannot be exact", "in quotes"),
+        (
+            PLAN + "{price: ▶{currency: USD, tiers: {mode: volume, steps: [{amount: 1, amounts: {a: 2}}]}}}}",
+            "need each other",
+            "'by' names",
+        ),
+        (
+            PLAN + "{price: {currency: USD, by: context.model, amounts: ▶{a: 2}, "
+            "tiers: {mode: volume, steps: [{amount: 1}]}}}}",
+            "each step has its own 'amounts'",
+            "into the steps",
+        ),
+        (PLAN + "{included: ▶0}}", "0 is less than 1", "1 or more"),
+        (
+            PLAN + "{limits: [{amount: 1, per: day, overage_price: ▶{amount: 1, currency: USD}}]}}",
+            "limits that can be exceeded",
+            "'on_exceeded: overage'",
+        ),
+        (
+            PLAN + "{limits: [{amount: 1, per: term, on_exceeded: overage, overage_price: "
+            "▶{amount: 1, currency: USD}}]}}",
+            "which may never come",
+            "'per: year' or shorter",
+        ),
+        (
+            PLAN + '{limits: [{spend: "5.00 USD", per: day, on_exceeded: overage, overage_price: '
+            "▶{amount: 1, currency: USD}}], price: {amount: 1, currency: USD}}}",
+            "this limit counts money",
+            "'amount'",
+        ),
+        ("kind: Plan\nname: p\nfee: ▶49\nfeatures: {editor: {}}\n", "49 is not an amount of money", "49.00 USD"),
+        ('kind: Plan\nname: p\nfee: ▶"49"\nfeatures: {editor: {}}\n', "'49' is not an amount", "and a currency"),
         (PLAN + "{seats: ▶0}}", "0 is less than 1", "1 or more"),
         (PLAN + "{heartbeat: ▶60s}}", "'heartbeat' is for seats", "Add 'seats'"),
         (PLAN + "{seats: 1, heartbeat: ▶60}}", "60 is not a duration", "90s"),

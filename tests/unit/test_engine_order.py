@@ -301,6 +301,31 @@ def test_a_flag_of_another_feature_does_not_matter() -> None:
     assert decided(engine_with(catalog(Flag("off", "other", 0.0)), ACME), inquiry()).reason is Reason.OK
 
 
+def test_a_decision_says_which_flags_it_was_subject_to() -> None:
+    flags = (
+        Flag("a-all", "reports"),
+        Flag("b-mine", "reports", by="subject"),
+        Flag("elsewhere", "other"),
+    )
+    assert decided(engine_with(catalog(*flags), ACME), inquiry()).exposures == {"a-all": "on", "b-mine": "on"}
+    assert decided(engine_with(catalog(*flags), FREE), inquiry()).exposures == {}
+    assert decided(engine_with(catalog(*flags), SUSPENDED), inquiry()).exposures == {}
+    assert decided(engine_with(catalog(), ACME), inquiry()).exposures == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "exposures"),
+    [
+        ((OFF, Flag("on", "reports")), {"off": "off"}),
+        ((Flag("before", "reports"), OFF, PERSONAL), {"before": "on", "off": "off"}),
+        ((Flag("on", "reports"), PERSONAL), {"on": "on", "personal": "off"}),
+    ],
+)
+def test_flags_are_exposed_up_to_the_one_that_denies(flags: tuple[Flag, ...], exposures: dict[str, str]) -> None:
+    decision = decided(engine_with(catalog(*flags), ACME), inquiry())
+    assert (decision.reason, decision.exposures) == (Reason.FEATURE_OFF, exposures)
+
+
 @pytest.mark.parametrize(
     ("roles", "held", "allowed"),
     [
@@ -447,6 +472,7 @@ def test_a_price_by_attribute_picks_its_amount(context: dict[str, Any], cost_nan
     )
     decision = decided(engine_with(content, ACME), inquiry(quantity=1_000, context=context))
     assert (decision.cost_nanos, decision.currency) == (cost_nanos, "USD")
+    assert decision.priced_as == ({"reports": "large"} if cost_nanos == 80 * NANOS else {})
 
 
 def test_costs_of_several_meters_are_added() -> None:

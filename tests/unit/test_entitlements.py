@@ -54,6 +54,18 @@ def test_an_addon_adds_its_amount_to_the_limit_of_the_same_key_only() -> None:
     assert limits_of(granted) == {MONTHLY: 2_000, DAILY: 100, SEATS: 6}
 
 
+def test_included_units_are_added_as_often_as_an_addon_is_held() -> None:
+    plans = [
+        Plan("pro", {"tokens": Entitlement(PRICE, included=100)}),
+        Plan("pack", {"tokens": Entitlement(included=10), "reports": Entitlement(OTHER_PRICE, included=3)}),
+    ]
+    granted = entitlements_of(License("acme", "pro", addons={"pack": 4}), Catalog.of(plans))
+    assert granted == {
+        "tokens": Entitlement(PRICE, included=140),
+        "reports": Entitlement(OTHER_PRICE, included=12),
+    }
+
+
 def test_an_addon_brings_features_the_plan_lacks_as_many_times_as_bought() -> None:
     granted = entitlements_of(License("acme", "pro", addons={"pack": 2}), CATALOG)
     assert granted["editor"] == Entitlement(seats=6, heartbeat_s=60)

@@ -15,6 +15,7 @@ from licet.domain.money import (
     Price,
     divide_half_even,
     format_budget,
+    format_minor,
     format_nanos,
     parse_budget,
     parse_nanos,
@@ -86,3 +87,17 @@ def test_a_budget_survives_being_written(amount_nanos: int, currency: str) -> No
 def test_refuses_what_is_no_budget(text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         parse_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("amount_nanos", "currency", "text"),
+    [
+        (12_300_000_000, "USD", "12.30"),
+        (0, "USD", "0.00"),
+        (500 * NANOS, "JPY", "500"),
+        (1_234_000_000, "BHD", "1.234"),
+        (-10_000_000, "USD", "-0.01"),
+    ],
+)
+def test_writes_an_invoiced_amount_with_the_places_of_its_currency(amount_nanos: int, currency: str, text: str) -> None:
+    assert format_minor(amount_nanos, currency) == text

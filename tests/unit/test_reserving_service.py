@@ -17,6 +17,7 @@ from licet.domain.catalog import (
     Catalog,
     Entitlement,
     Feature,
+    Flag,
     OnExpiry,
     OnUnavailable,
     Plan,
@@ -151,6 +152,28 @@ async def test_reserving_records_what_is_held_and_uses_nothing(sidecar: FakeSide
     assert event.idempotency_key == "k"
 
 
+async def test_a_commit_says_by_what_it_was_priced_and_which_flags_its_reservation_was_subject_to(world: World) -> None:
+    modeled = Price(NANOS, 1, "USD", "context.model", {"small": 1})
+    world.push(
+        content(
+            Feature("modeled"),
+            Flag("new-editor", "modeled"),
+            Action("modeled", {"": "modeled"}, {"model": Attribute(AttributeType.STRING)}),
+            Plan("pro", {"modeled": Entitlement(modeled)}),
+        )
+    )
+    async with running(world) as sidecar:
+        made = await sidecar.reserve(action="modeled", quantity=10, context={"model": "small"})
+        again = await restarted(world, sidecar)
+        try:
+            await again.commit(made.reservation_id, quantity=4)
+            (used,) = again.events()
+        finally:
+            await again.stop()
+    assert (used.kind, used.units) == (EventKind.COMMIT, {"modeled": 4})
+    assert (used.priced_as, used.exposures) == ({"modeled": "small"}, {"new-editor": "on"})
+
+
 async def test_units_held_cannot_be_had_by_others(sidecar: FakeSidecar) -> None:
     await sidecar.reserve(action="monthly", quantity=990)
     response = await sidecar.check(action="monthly", quantity=11)
@@ -164,6 +187,7 @@ async def test_a_reservation_that_is_denied_holds_nothing_and_has_no_id(sidecar:
     assert (response.reservation_id, response.HasField("expires_at"), sidecar.reserved()) == ("", False, 0)
     (event,) = sidecar.events()
     assert (event.kind, event.effect, event.units, event.expires_us) == (EventKind.RESERVE, Effect.DENIED, {}, 0)
+    assert (event.units_held, event.held) == ({"reports": 101}, [])
 
 
 async def test_a_reservation_that_a_person_has_to_approve_is_pending(sidecar: FakeSidecar) -> None:

@@ -96,6 +96,11 @@ _quota.command("reclaim", epilog=EXIT_CODES_HELP)(quotas.reclaim)
 
 _usage = _group("usage", "What was used, and what it costs.")
 _usage.command("summary", epilog=EXIT_CODES_HELP)(usage.summary)
+_usage.command("top", epilog=EXIT_CODES_HELP)(usage.top)
+_usage.command("denied", epilog=EXIT_CODES_HELP)(usage.denied)
+_usage.command("tail", epilog=EXIT_CODES_HELP)(usage.tail)
+_usage.command("export", epilog=EXIT_CODES_HELP)(usage.export)
+_usage.command("invoice", epilog=EXIT_CODES_HELP)(usage.invoice)
 
 _subject = typer.Typer(
     help="What the ledger holds about somebody.", no_args_is_help=True, epilog=EXIT_CODES_HELP, rich_markup_mode=None

@@ -6,14 +6,18 @@ Each event is decoded once, here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from licet.domain.outcomes import Effect
+from licet.domain.windows import Period, window_at
 from licet.wire.usage import FLAG_OBSERVED, EventKind, UsageBatch, UsageEvent, unpack_event
 
-_HOUR_US = 3_600 * 1_000_000
+_HOUR_US: Final = 3_600 * 1_000_000
+DAY_S: Final = 86_400
+_APPROVED: Final = int(Effect.APPROVED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,32 @@ class RollupKey(NamedTuple):
     currency: str
 
 
+class BilledKey(NamedTuple):
+    """One row of the units that are billed. ``month`` is its first second since the Unix epoch (UTC); ``priced_as``
+    the value that picked the price, empty for none; ``revision`` the one the event was decided under.
+    """
+
+    tenant: str
+    month: int
+    feature: str
+    priced_as: str
+    revision: int
+
+
+class ExposureKey(NamedTuple):
+    """One row of the hourly sums by flag; its other fields are those of a ``RollupKey``."""
+
+    hour: int
+    tenant: str
+    flag: str
+    variant: str
+    feature: str
+    action: str
+    effect: int
+    reason: int
+    currency: str
+
+
 class RollupSums(NamedTuple):
     """See ``store.schema.rollups`` for what counts where."""
 
@@ -55,49 +85,114 @@ class RollupSums(NamedTuple):
     cost_nanos: int
 
 
+Sums = dict[tuple[Any, ...], list[int]]
+"""Decisions, events, units and cost, as ``RollupSums`` has them, by key. Plain tuples and lists: there are many."""
+
+
 @dataclass(slots=True)
 class Account:
-    """What the rows inserted in one transaction add to the rollups and to what registers spent."""
+    """What the rows inserted in one transaction add to the rollups, to the bill and to what registers spent.
 
-    _rollups: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)
+    ``hours`` are the hourly rollups, by ``RollupKey``; ``exposed`` those by flag, by ``ExposureKey``, an event once for
+    each of its flags; ``billed`` events and units by ``BilledKey``.
+    """
+
+    hours: Sums = field(default_factory=dict)
+    exposed: Sums = field(default_factory=dict)
+    billed: Sums = field(default_factory=dict)
     _spend: defaultdict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, sidecar: str, events: Iterable[UsageEvent]) -> None:
         """Count events of a log of ``sidecar``, which must be counted here only once."""
-        rollups, spend = self._rollups, self._spend
+        hours, billed, spend = self.hours, self.billed, self._spend
         for event in events:
-            if event.kind and not is_outcome(event):
+            kind = event.kind
+            if kind and not is_outcome(event):
                 continue
-            features = event.units
             hour = event.at_us // _HOUR_US * 3_600
-            bearer = next(iter(features)) if len(features) == 1 else ""
-            named = features.items() if bearer in features else [("", 0), *features.items()]
-            for feature, units in named:
-                key = (hour, event.tenant, feature, event.action, event.effect, event.reason, event.currency)
-                sums = rollups.get(key)
-                if sums is None:
-                    sums = rollups[key] = [0, 0, 0, 0]
-                if feature == bearer:
-                    sums[0] += 1
-                    if not event.feature_costs:
-                        sums[3] += event.cost_nanos
-                sums[3] += event.feature_costs.get(feature, 0)
-                if feature or not features:
-                    sums[1] += 1
-                sums[2] += units
+            tenant, units = event.tenant, event.units
+            of = (event.action, event.effect, event.reason, event.currency)
+            parts = _parts(event, event.units_held if kind == EventKind.RESERVE else units)
+            for feature, *counts in parts:
+                _add(hours, (hour, tenant, feature, *of), *counts)
+            if event.exposures:
+                for flag, variant in event.exposures.items():
+                    for feature, *counts in parts:
+                        _add(self.exposed, (hour, tenant, flag, variant, feature, *of), *counts)
+            if units and event.effect == _APPROVED:
+                month, revision, priced_as = month_of(hour), event.revision, event.priced_as
+                for feature, count in units.items():
+                    if count:
+                        _add(billed, (tenant, month, feature, priced_as.get(feature, ""), revision), 0, 1, count, 0)
             if event.spends and spends_count(event):
-                for quota, units in event.spends:
-                    spend[event.tenant, quota, sidecar] += units
+                for quota, count in event.spends:
+                    spend[tenant, quota, sidecar] += count
+
+    def merge(self, hours: Sums, exposed: Sums, billed: Sums) -> None:
+        """Add what another account counted, of other events."""
+        for mine, others in ((self.hours, hours), (self.exposed, exposed), (self.billed, billed)):
+            for key, sums in others.items():
+                _add(mine, key, *sums)
+
+    def days(self) -> Sums:
+        """The rollups by day: the ``hour`` of a key is the first of its day."""
+        days: Sums = {}
+        for (hour, *of), sums in self.hours.items():
+            _add(days, (hour // DAY_S * DAY_S, *of), *sums)
+        return days
 
     @property
     def rollups(self) -> dict[RollupKey, RollupSums]:
-        """What to add to each row."""
-        return {RollupKey(*key): RollupSums(*sums) for key, sums in self._rollups.items()}
+        """``hours``, with names."""
+        return {RollupKey(*key): RollupSums(*sums) for key, sums in self.hours.items()}
 
     @property
     def spend(self) -> dict[tuple[str, str, str], int]:
         """Units by (tenant, quota, sidecar)."""
         return dict(self._spend)
+
+
+def _parts(event: UsageEvent, features: Mapping[str, int]) -> Sequence[tuple[str, int, int, int, int]]:
+    """Feature, decisions, events, units and cost of each row that an event over ``features`` adds to."""
+    costs = event.feature_costs
+    if len(features) == 1 and not costs:
+        for feature, units in features.items():
+            return ((feature, 1, 1, units, event.cost_nanos),)
+    bearer = next(iter(features)) if len(features) == 1 else ""
+    return [
+        (
+            feature,
+            1 if feature == bearer else 0,
+            1 if feature or not features else 0,
+            units,
+            costs.get(feature, 0) if costs else event.cost_nanos if feature == bearer else 0,
+        )
+        for feature, units in (features.items() if bearer in features else [("", 0), *features.items()])
+    ]
+
+
+def _add(
+    sums: Sums,
+    key: tuple[Any, ...],
+    decisions: int,
+    events: int,
+    units: int,
+    cost_nanos: int,
+) -> None:
+    old = sums.get(key)
+    if old is None:
+        sums[key] = [decisions, events, units, cost_nanos]
+    else:
+        old[0] += decisions
+        old[1] += events
+        old[2] += units
+        old[3] += cost_nanos
+
+
+@lru_cache(maxsize=1_024)
+def month_of(at_s: int) -> int:
+    """The first second of the calendar month (UTC) of an instant."""
+    return window_at(Period.MONTH, at_s).start
 
 
 _STEPS: Final = frozenset(

@@ -91,7 +91,10 @@ def bodies(connection: Connection, digests: tuple[str, ...]) -> dict[str, bytes]
 
 def catalog(connection: Connection, bundle: Bundle | None) -> Catalog:
     """The catalog of a bundle; an empty one for none."""
-    if bundle is None:
-        return Catalog()
-    found = bodies(connection, bundle.chunks)
-    return catalog_of_chunks([found[digest] for digest in bundle.chunks], bundle.chunks)
+    return catalog_of(connection, bundle.chunks) if bundle else Catalog()
+
+
+def catalog_of(connection: Connection, digests: tuple[str, ...]) -> Catalog:
+    """The catalog of a manifest's chunks."""
+    found = bodies(connection, digests)
+    return catalog_of_chunks([found[digest] for digest in digests], digests)

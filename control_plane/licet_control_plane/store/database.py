@@ -137,7 +137,7 @@ def upsert(connection: Connection, table: Table) -> sqlite.Insert:
 
 @lru_cache
 def insert_sql(dialect: str, table: Table, columns: tuple[str, ...]) -> str:
-    """An INSERT of ``columns`` that takes tuples, for ``exec_driver_sql`` on a database of ``dialect``."""
+    """An INSERT of ``columns`` that takes tuples in the table's order, for ``exec_driver_sql`` on ``dialect``."""
     dialects: Any = postgresql if dialect == "postgresql" else sqlite
     positional = dialects.dialect(paramstyle="format" if dialect == "postgresql" else "qmark")
     return str(table.insert().compile(dialect=positional, column_keys=list(columns)))
@@ -169,6 +169,24 @@ def read_only_engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN")
 
     return engine
+
+
+@lru_cache
+def upsert_sql(
+    dialect: str, table: Table, columns: tuple[str, ...], *, key: tuple[str, ...], added: tuple[str, ...]
+) -> str:
+    """``insert_sql`` that, where there is a row with the same ``key``, adds the ``added`` columns to it.
+
+    Like there, ``columns`` are in the order of the table.
+    """
+    dialects: Any = postgresql if dialect == "postgresql" else sqlite
+    positional = dialects.dialect(paramstyle="format" if dialect == "postgresql" else "qmark")
+    statement = dialects.insert(table)
+    statement = statement.on_conflict_do_update(
+        index_elements=[table.c[name] for name in key],
+        set_={name: table.c[name] + statement.excluded[name] for name in added},
+    )
+    return str(statement.compile(dialect=positional, column_keys=list(columns)))
 
 
 def _engine(url: str) -> Engine:

@@ -29,7 +29,7 @@ from licet_control_plane.core.accounting import Account, DecodedBatch, window_st
 from licet_control_plane.core.recorded import RecordedSeqs
 from licet_control_plane.core.sealed_events import RANDOM_BYTES, Sealed, is_same, leaf_hash, seal
 from licet_control_plane.core.subject_keys import LedgerKey, Subject
-from licet_control_plane.store import meta, subjects
+from licet_control_plane.store import ledger_sums, meta, subjects
 from licet_control_plane.store.database import insert_sql, upsert
 from licet_control_plane.store.schema import (
     blocks,
@@ -38,7 +38,6 @@ from licet_control_plane.store.schema import (
     logs,
     ranges,
     register_spend,
-    rollups,
     shards,
 )
 from licet_control_plane.store.schema import subjects as subjects_table
@@ -143,7 +142,7 @@ def record(
             done.inserted += len(new)
     for log in known.values():
         _save_log(connection, log)
-    _add_rollups(connection, account)
+    ledger_sums.add(connection, account)
     _add_spend(connection, account)
     if made.leaves:
         head = _append(
@@ -468,19 +467,6 @@ def _compare(
         )
         connection.execute(statement.on_conflict_do_nothing())
     return len(different)
-
-
-def _add_rollups(connection: Connection, account: Account) -> None:
-    rows = [{**key._asdict(), **sums._asdict()} for key, sums in account.rollups.items()]
-    if not rows:
-        return
-    statement = upsert(connection, rollups)
-    added = {
-        name: rollups.c[name] + statement.excluded[name] for name in ("decisions", "events", "units", "cost_nanos")
-    }
-    connection.execute(
-        statement.on_conflict_do_update(index_elements=list(rollups.primary_key.columns), set_=added), rows
-    )
 
 
 def _add_spend(connection: Connection, account: Account) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    text,
 )
 
 metadata: Final = MetaData(
@@ -292,3 +293,71 @@ register_spend: Final = Table(
     Column("window_start", BigInteger, nullable=False),  # seconds since the Unix epoch
     Column("units", BigInteger, nullable=False),
 )
+
+# --- bill and insight -------------------------------------------------------------------------------------------------
+
+# What these say follows from the events, as the hourly rollups do: they are added to in the ledger transaction. They
+# are kept by tenant, so that one tenant's year lies together: without row ids SQLite keeps a table in that order.
+
+rollup_days: Final = Table(
+    # ``ledger_rollups`` by day (UTC): a year of one tenant is read from some thousand rows.
+    "ledger_rollup_days",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),  # the first of the day, seconds since the epoch
+    Column("feature", String(128), primary_key=True),
+    Column("action", String(128), primary_key=True),
+    Column("effect", Integer, primary_key=True, autoincrement=False),
+    Column("reason", Integer, primary_key=True, autoincrement=False),
+    Column("currency", String(8), primary_key=True),
+    Column("decisions", BigInteger, nullable=False),
+    Column("events", BigInteger, nullable=False),
+    Column("units", BigInteger, nullable=False),
+    Column("cost_nanos", BigInteger, nullable=False),
+    Index(None, "hour"),
+    sqlite_with_rowid=False,
+)
+
+exposures: Final = Table(
+    # As ``ledger_rollups``, for events that were subject to feature flags: once for each of its flags.
+    "ledger_exposures",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),  # seconds since the Unix epoch
+    Column("flag", String(128), primary_key=True),
+    Column("variant", String(128), primary_key=True),
+    Column("feature", String(128), primary_key=True),
+    Column("action", String(128), primary_key=True),
+    Column("effect", Integer, primary_key=True, autoincrement=False),
+    Column("reason", Integer, primary_key=True, autoincrement=False),
+    Column("currency", String(8), primary_key=True),
+    Column("decisions", BigInteger, nullable=False),
+    Column("events", BigInteger, nullable=False),
+    Column("units", BigInteger, nullable=False),
+    Column("cost_nanos", BigInteger, nullable=False),
+    Index(None, "hour"),
+    sqlite_with_rowid=False,
+)
+
+billed: Final = Table(
+    # Approved units by month and by all that their price follows from: the value that picked it, and the revision they
+    # were decided under, which names the license and the plan. Invoices are computed from these.
+    "ledger_billed",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("month", BigInteger, primary_key=True, autoincrement=False),  # its first second since the Unix epoch, UTC
+    Column("feature", String(128), primary_key=True),
+    Column("priced_as", Text, primary_key=True),  # empty: the price of every other value
+    Column("revision", BigInteger, primary_key=True, autoincrement=False),
+    Column("events", BigInteger, nullable=False),
+    Column("units", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# Who was denied is counted from the events: by time, and only of those that were. Costs nothing for all others.
+Index(
+    "ix_ledger_events_denied", events.c.at, sqlite_where=text("effect = 2"), postgresql_where=text("effect = 2")
+)  # 2: DENIED
+
+# Overage is read by the windows of a month.
+Index(None, register_spend.c.tenant, register_spend.c.window_start)

@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Engine, func, select
 
 from licet.wire.signing import VerificationError, Verifier
 from licet_control_plane.core import chain
-from licet_control_plane.core.accounting import Account
+from licet_control_plane.core.accounting import Account, Sums
 from licet_control_plane.core.chain import Block
 from licet_control_plane.core.recorded import RecordedSeqs
 from licet_control_plane.core.sealed_events import (
@@ -36,10 +36,10 @@ from licet_control_plane.core.sealed_events import (
     leaf_hash,
 )
 from licet_control_plane.core.subject_keys import LedgerKey
-from licet_control_plane.store import checkpoints, meta
+from licet_control_plane.store import checkpoints, ledger_sums, meta
 from licet_control_plane.store.checkpoints import Checkpoint
 from licet_control_plane.store.database import read_only_engine
-from licet_control_plane.store.schema import blocks, conflicts, events, logs, ranges, rollups, shards, subjects
+from licet_control_plane.store.schema import blocks, conflicts, events, logs, ranges, shards, subjects
 from licet_control_plane.store.subjects import EventReader
 
 PROCESSES_MAX: Final = 8
@@ -189,7 +189,7 @@ class _Found:
     findings_total: int = 0
     ranges: list[tuple[int, int, chain.Range]] = field(default_factory=list)
     erased: list[tuple[int, int, int]] = field(default_factory=list)
-    sums: dict[tuple[Any, ...], tuple[int, ...]] = field(default_factory=dict)
+    sums: tuple[Sums, Sums, Sums] = ({}, {}, {})
 
     def add(self, finding: Finding) -> None:
         self.findings_total += 1
@@ -210,7 +210,7 @@ class _Plan:
     logs: list[Any]
     above: dict[int, list[tuple[int, int]]]
     counts: dict[int, int]
-    rollups: dict[tuple[Any, ...], tuple[int, ...]]
+    sums: ledger_sums.Contents
     conflicts: int
     erased: dict[int, bool]
     checkpoint: bytes | None
@@ -240,7 +240,7 @@ class _Plan:
             logs=known,
             above=above,
             counts=counts,
-            rollups=_stored_rollups(connection),
+            sums=ledger_sums.contents(connection),
             conflicts=connection.scalar(select(func.count()).select_from(conflicts)) or 0,
             erased=erased,
             checkpoint=checkpoints.newest(connection),
@@ -317,11 +317,6 @@ def _subjects(connection: Connection, ledger_key: LedgerKey | None) -> tuple[dic
     return erased, altered
 
 
-def _stored_rollups(connection: Connection) -> dict[tuple[Any, ...], tuple[int, ...]]:
-    keys = len(rollups.primary_key.columns)
-    return {tuple(row[:keys]): tuple(map(int, row[keys:])) for row in connection.execute(select(rollups))}
-
-
 # --- one piece --------------------------------------------------------------------------------------------------------
 
 _here: dict[str, Any] = {}
@@ -373,7 +368,7 @@ def _check(engine: Engine, piece: _Piece, deployment: str, ledger_key: LedgerKey
                 _check_group(connection, reader, numbers, group, found, account)
                 group, size = [], 0
         _check_group(connection, reader, numbers, group, found, account)
-    found.sums = {tuple(key): tuple(sums) for key, sums in account.rollups.items()}
+    found.sums = (account.hours, account.exposed, account.billed)
     return found
 
 
@@ -474,7 +469,7 @@ def _check_group(
                 leaves.append(leaf_hash(kept[-3], kept[-2]))
                 try:
                     fields = fields_of(kept[-3])
-                    fields[SPENDS] = ()  # of what is summed below only the sums by hour are wanted
+                    fields[SPENDS] = ()  # of what is summed below, what registers spent is not wanted
                     readable.append(fields)
                     _check_row(kept, fields, log_id, reader, ciphers[kept[0]], found)
                 except Damaged as error:
@@ -546,6 +541,7 @@ class _Books:
     def __init__(self, plan: _Plan) -> None:
         self._plan = plan
         self._found = _Found()
+        self._account = Account()
         self._found.findings += plan.stray[:FINDINGS_MAX]
         self._found.findings_total += len(plan.stray)
 
@@ -562,9 +558,7 @@ class _Books:
         found.findings_total += piece.findings_total
         found.ranges += piece.ranges
         found.erased += piece.erased
-        for key, sums in piece.sums.items():
-            known = found.sums.get(key)
-            found.sums[key] = sums if known is None else tuple(a + b for a, b in zip(known, sums, strict=True))
+        self._account.merge(*piece.sums)
 
     def closed(
         self, connection: Connection, verifier: Verifier | None, given: Sequence[Checkpoint], *, opened: bool
@@ -581,7 +575,7 @@ class _Books:
             logs=facts,
             gaps=gaps,
             conflicts=plan.conflicts,
-            rollups_match=plan.rollups == found.sums,
+            rollups_match=plan.sums == ledger_sums.contents_of(self._account),
             findings=findings,
             findings_total=found.findings_total,
             heads=[(shard, number, head.hex()) for shard, number, head in sorted(plan.heads) if number],

@@ -47,6 +47,10 @@ BOUND_ACTIONS_MAX: Final = 1_000
 """Actions remembered for each tenant; more than any catalog has, against callers that invent names."""
 
 
+ON: Final = "on"
+OFF: Final = "off"
+"""The variants of a flag."""
+
 _NEVER_US: Final = 2**63
 _APPROVED: Final = Effect.APPROVED
 _OK: Final = Reason.OK
@@ -69,10 +73,12 @@ class Decision:
         "currency",
         "degraded",
         "effect",
+        "exposures",
         "feature_costs",
         "message",
         "observed",
         "overage",
+        "priced_as",
         "prices",
         "rates",
         "reason",
@@ -97,6 +103,10 @@ class Decision:
         self.context: Mapping[str, AttributeValue] = _NOTHING
         self.prices: Prices = ()
         """What the license says the action's features cost."""
+        self.priced_as: Mapping[str, str] = _NOTHING
+        """By feature, the value of its price's attribute, where that has a price of its own."""
+        self.exposures: Mapping[str, str] = _NOTHING
+        """The variant of each flag that was looked at."""
         self.spends: list[tuple[Lease, int]] = []
         self.rates: list[tuple[RateShare, int]] = []
         """What is to be taken from buckets; never given back, never recorded."""
@@ -236,11 +246,15 @@ class BoundLimit:
 class TenantAction:
     """What the tenant's license says about one action: a denial, or its prices and limits."""
 
-    __slots__ = ("action", "denial", "limits", "prices", "subject_flags")
+    __slots__ = ("action", "denial", "exposures", "limits", "prices", "subject_flags")
 
-    def __init__(self, action: BoundAction, denial: tuple[Reason, str, str] | None) -> None:
+    def __init__(
+        self, action: BoundAction, denial: tuple[Reason, str, str] | None, exposures: Mapping[str, str]
+    ) -> None:
         self.action = action
         self.denial = denial
+        self.exposures = exposures
+        """The variant of each of the tenant's flags, as far as they were looked at."""
         self.prices: Prices = ()
         self.limits: tuple[BoundLimit, ...] = ()
         self.subject_flags = tuple(flag for flag in action.flags if flag.by == "subject")
@@ -418,12 +432,15 @@ class Engine:
                 Reason.STALE_POLICY,
                 "What this sidecar knows has not been confirmed for longer than its staleness_max.",
             )
+        exposures = plan.exposures if decision is None else _NOTHING
         if decision is None and plan.denial is not None:
             reason, message, rule = plan.denial
             decision = Decision(Effect.DENIED, reason, message, rule)
         shadow: Sequence[str] = ()
-        if decision is None and (plan.subject_flags or bound.roles is not None):
-            decision = self._subject_denial(plan, inquiry)
+        if decision is None and plan.subject_flags:
+            decision, exposures = self._subject_flags(plan, inquiry)
+        if decision is None and bound.roles is not None:
+            decision = self._role_denial(plan, inquiry)
         if decision is None and bound.rules:
             ruling = rule_on(bound, tenant.license, inquiry, now_us)
             shadow = ruling.shadow
@@ -439,18 +456,27 @@ class Engine:
         decision.units = units
         decision.context = context
         decision.shadow = shadow
+        if exposures:
+            decision.exposures = exposures
         if plan.prices and decision.effect is _APPROVED:  # what was not allowed costs nothing
             decision.prices = plan.prices
             add_cost(decision)
         return decision
 
     @staticmethod
-    def _subject_denial(plan: TenantAction, inquiry: Inquiry) -> Decision | None:
+    def _subject_flags(plan: TenantAction, inquiry: Inquiry) -> tuple[Decision | None, Mapping[str, str]]:
+        """The denial of a flag that is off for the subject, and the variants of all flags that were looked at."""
+        exposures = dict(plan.exposures)
         for flag in plan.subject_flags:
             if not rollout_includes(flag, inquiry.subject_id):
-                return Decision(
-                    Effect.DENIED, Reason.FEATURE_OFF, f"{flag.feature} is not rolled out to this subject.", flag.name
-                )
+                exposures[flag.name] = OFF
+                message = f"{flag.feature} is not rolled out to this subject."
+                return Decision(Effect.DENIED, Reason.FEATURE_OFF, message, flag.name), exposures
+            exposures[flag.name] = ON
+        return None, exposures
+
+    @staticmethod
+    def _role_denial(plan: TenantAction, inquiry: Inquiry) -> Decision | None:
         roles = plan.action.roles
         if roles is not None and roles.isdisjoint(inquiry.roles):
             needed = ", ".join(sorted(roles))
@@ -662,13 +688,23 @@ def _rate_limited(limit: BoundLimit, lease: Lease, asked: int, boot_ms: int) -> 
 
 
 def add_cost(decision: Decision) -> None:
-    """Adds what the units cost. One currency: the first; ``cost`` is for information, an invoice counts units."""
+    """Adds what the units cost. One currency: the first; ``cost`` is for information, an invoice counts units.
+
+    And which value picked the price of what is priced by an attribute, for the invoice.
+    """
     costs: dict[str, int] = {}
     for feature, price, attribute in decision.prices:
         asked = decision.units.get(feature)
-        if asked and (not costs or decision.currency == price.currency):
-            by = decision.context.get(attribute, "") if attribute else ""
-            nanos = price.cost_nanos(asked, by if type(by) is str else str(by))
+        if not asked:
+            continue
+        value = ""
+        if attribute:
+            by = decision.context.get(attribute, "")
+            value = by if type(by) is str else str(by)
+            if value in price.amounts_nanos:
+                decision.priced_as = {**decision.priced_as, feature: value}
+        if not costs or decision.currency == price.currency:
+            nanos = price.cost_nanos(asked, value)
             costs[feature] = nanos if nanos <= AMOUNT_NANOS_MAX else AMOUNT_NANOS_MAX
             decision.currency = price.currency
     if costs:
@@ -682,16 +718,21 @@ def _bind_action(tenant: Tenant, bound: BoundAction) -> TenantAction:
     license_ = tenant.license
     features = tuple(dict.fromkeys(bound.action.meters.values()))
     denial: tuple[Reason, str, str] | None = None
+    exposures: dict[str, str] = {}
     for feature in features:
         if feature not in tenant.entitlements:
             denial = (Reason.NOT_ENTITLED, f"Plan {license_.plan} does not include {feature}.", "")
             break
     else:
         for flag in bound.flags:
-            if flag.by == "tenant" and not rollout_includes(flag, license_.tenant):
+            if flag.by != "tenant":
+                continue
+            if not rollout_includes(flag, license_.tenant):
+                exposures[flag.name] = OFF
                 denial = (Reason.FEATURE_OFF, f"{flag.feature} is not rolled out to this tenant.", flag.name)
                 break
-    plan = TenantAction(bound, denial)
+            exposures[flag.name] = ON
+    plan = TenantAction(bound, denial, exposures)
     if denial is None:
         granted = [(feature, tenant.entitlements[feature]) for feature in features]
         plan.prices = tuple(

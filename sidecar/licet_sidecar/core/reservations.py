@@ -90,6 +90,7 @@ class Reservation:
         "degraded",
         "effect",
         "expires_us",
+        "exposures",
         "given_up",
         "holds",
         "id",
@@ -117,6 +118,7 @@ class Reservation:
         self.holds: tuple[Hold, ...] = ()
         self.meters: Mapping[str, str] = {}
         self.prices: tuple[tuple[str, Price, str], ...] = ()
+        self.exposures: Mapping[str, str] = {}
         self.terms_s = 0
         self.commits_on_expiry = False
         self.effect = 0
@@ -381,6 +383,7 @@ def to_wire(reservation: Reservation) -> list[Any]:
         reservation.observed,
         reservation.reported,
         reservation.given_up,
+        dict(reservation.exposures),
     ]
 
 
@@ -394,7 +397,7 @@ def from_wire(wire: list[Any], lease_of: LeaseOf, boot_ms: int) -> Reservation:
     A lease that is not there any more (its window ended long ago) is made from what the reservation says of it.
     """
     (id_, tenant, action, asked, units, holds, meters, prices, expires_us, terms_s, commits, *rest) = wire
-    effect, reason, rule, degraded, observed, reported, given_up = rest[:7]
+    effect, reason, rule, degraded, observed, reported, given_up, *later = rest
     inquiry = Inquiry(tenant, action)
     for name, value in zip(_INQUIRY_FIELDS, asked, strict=False):
         setattr(inquiry, name, _values_from_wire(value) if name in _MAPPINGS else value)
@@ -415,6 +418,7 @@ def from_wire(wire: list[Any], lease_of: LeaseOf, boot_ms: int) -> Reservation:
     reservation.effect, reservation.reason, reservation.rule = effect, reason, rule
     reservation.degraded, reservation.observed = degraded, observed
     reservation.reported, reservation.given_up = reported, given_up
+    reservation.exposures = later[0] if later else {}
     return reservation
 
 

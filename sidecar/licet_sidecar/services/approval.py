@@ -344,7 +344,9 @@ class ApprovalService:
         return responses
 
     def _record(self, inquiry: Inquiry, decision: Decision, seq: int, now_us: int) -> bytes:
-        later = (usage.EventKind.CHECK, "", (), {}, decision.overage) if decision.overage else ()
+        later: tuple[Any, ...] = ()
+        if decision.exposures or decision.priced_as or decision.overage:
+            later = _later_fields(decision)
         return frame(
             EVENT,
             self._pack(
@@ -429,6 +431,14 @@ class ApprovalService:
         """Raises ``NotReady`` while there is nothing to decide from."""
         if not self._sync.ready.is_set():
             raise NotReady(f"this sidecar has no state to decide from yet: {self._sync.problem}")
+
+
+def _later_fields(decision: Decision) -> tuple[Any, ...]:
+    """The fields of an event from ``kind`` on, up to the last that is not empty, as ``usage.pack_event`` has them."""
+    fields: tuple[Any, ...] = (usage.EventKind.CHECK, "", (), {}, decision.overage)
+    if decision.exposures:
+        return (*fields, {}, 0, decision.priced_as, decision.exposures)
+    return (*fields, {}, 0, decision.priced_as) if decision.priced_as else fields
 
 
 def _same_request(one: bytes, other: bytes) -> bool:

@@ -85,4 +85,6 @@ def event_of(
         shadow=list(decision.shadow),
         feature_costs=decision.feature_costs,
         kind=kind,
+        priced_as=decision.priced_as,
+        exposures=decision.exposures,
     )

@@ -246,6 +246,7 @@ class Reserving:
         reservation.units = dict(decision.units)
         reservation.meters = dict(bound.action.meters)
         reservation.prices = decision.prices
+        reservation.exposures = decision.exposures
         reservation.terms_s = terms.expires_after_s
         reservation.commits_on_expiry = terms.on_expiry is OnExpiry.COMMIT
         reservation.effect, reservation.reason, reservation.rule = decision.effect, decision.reason, decision.rule
@@ -262,12 +263,18 @@ class Reserving:
             record = reservation_record(to_wire(reservation))
             reservation.size = len(record)
         event = self._event(EventKind.RESERVE, inquiry, decision)._replace(
-            units={}, cost_nanos=0, currency="", feature_costs={}, spends=[], idempotency_key=inquiry.idempotency_key
+            units={},
+            cost_nanos=0,
+            currency="",
+            feature_costs={},
+            spends=[],
+            priced_as={},
+            idempotency_key=inquiry.idempotency_key,
+            units_held=dict(decision.units),
         )
         if reservation is not None:
             event = event._replace(
                 held=[(one.lease.quota, one.units) for one in reservation.holds],
-                units_held=dict(reservation.units),
                 expires_us=reservation.expires_us,
             )
         return self._log.append(record + frame(EVENT, usage.pack_event(event)), 1) + len(record)
@@ -473,6 +480,7 @@ class Reserving:
                 what = " and ".join(f"{units:,} units of {feature}" for feature, units in unfunded.items())
                 decision.message = f"Used beyond the reservation and not approved: {what}. {extra.message}"
         decision.units, decision.context, decision.prices = funded, reservation.context, reservation.prices
+        decision.exposures = reservation.exposures
         if decision.effect is Effect.APPROVED:
             add_cost(decision)
         return decision

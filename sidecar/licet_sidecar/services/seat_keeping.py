@@ -378,6 +378,7 @@ class SeatKeeper:
             shadow=list(decision.shadow),
             kind=kind,
             about=seat.id if seat else "",
+            exposures=decision.exposures,
         )
         return frame(EVENT, usage.pack_event(event))
 

@@ -9,11 +9,33 @@ from pydantic import Field, StrictBool, ValidationInfo, field_validator
 from licet.domain.catalog import Limit, OnExceeded, budget_key
 from licet.domain.entitlements import RATE_MAX
 from licet.domain.ids import LimitKey
+from licet.domain.money import Price
 from licet.domain.windows import Anchor, Period
 from licet_control_plane.core.documents.model import Source
-from licet_control_plane.core.documents.scalars import Budget, LimitName, PositiveUnits, ScopePath, Units, refused
+from licet_control_plane.core.documents.scalars import (
+    Budget,
+    Currency,
+    LimitName,
+    Nanos,
+    PositiveUnits,
+    ScopePath,
+    Units,
+    refused,
+)
 
 SCOPE_MAX: Final = 4
+
+
+class OveragePriceSource(Source):
+    """``{amount: "0.10", per_units: 1, currency: USD}``."""
+
+    amount: Nanos
+    per_units: PositiveUnits = 1
+    currency: Currency
+
+    def to_domain(self) -> Price:
+        """The record both programs act on."""
+        return Price(self.amount, self.per_units, self.currency)
 
 
 class LimitSource(Source):
@@ -31,6 +53,7 @@ class LimitSource(Source):
     on_exceeded: OnExceeded = OnExceeded.DENY
     burst: PositiveUnits | None = None
     durable: StrictBool = False
+    overage_price: OveragePriceSource | None = None
 
     @field_validator("amount")
     @classmethod
@@ -100,6 +123,30 @@ class LimitSource(Source):
             raise refused("a limit per second cannot be durable: its shares expire by themselves", "Remove 'durable'.")
         return durable
 
+    @field_validator("overage_price")
+    @classmethod
+    def _overage_can_be_counted(
+        cls, overage_price: OveragePriceSource | None, info: ValidationInfo
+    ) -> OveragePriceSource | None:
+        if overage_price is None:
+            return None
+        if "on_exceeded" in info.data and info.data["on_exceeded"] is not OnExceeded.OVERAGE:
+            raise refused(
+                "'overage_price' is only for limits that can be exceeded",
+                "Write 'on_exceeded: overage', or remove 'overage_price'.",
+            )
+        if info.data.get("spend") is not None:
+            raise refused(
+                "'overage_price' is a price of units, and this limit counts money",
+                "Limit units with 'amount', or remove 'overage_price'.",
+            )
+        if info.data.get("per") is Period.TERM:
+            raise refused(
+                "the overage of a term is known only at its end, which may never come",
+                "Write 'per: year' or shorter, or remove 'overage_price'.",
+            )
+        return overage_price
+
     def to_domain(self, feature: str) -> Limit:
         """The record both programs act on, its key made from ``feature``."""
         derived = f"{self.per.value}@{'+'.join(self.scope)}" if self.scope else self.per.value
@@ -115,6 +162,7 @@ class LimitSource(Source):
             currency=currency,
             burst=self.burst or 0,
             durable=self.durable,
+            overage_price=self.overage_price.to_domain() if self.overage_price else None,
         )
 
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 from pydantic_core import PydanticCustomError
 
 from licet.domain.ids import NAME_CHARS_MAX, NAME_PATTERN, UNITS_MAX
-from licet.domain.money import parse_budget, parse_nanos
+from licet.domain.money import parse_budget, parse_money, parse_nanos
 
 TEXT_CHARS_MAX: Final = 256
 """Longest title, unit or default."""
@@ -141,6 +141,15 @@ def _budget(value: Any) -> tuple[int, str]:
         raise refused(str(error), 'Write a plain decimal and a currency, such as "500.00 USD".') from None
 
 
+def _fee(value: Any) -> tuple[int, str]:
+    if not isinstance(value, str):
+        raise refused(f"{value!r} is not an amount of money", 'Write it with its currency, such as "49.00 USD".')
+    try:
+        return parse_money(value)
+    except ValueError as error:
+        raise refused(str(error), 'Write a plain decimal and a currency, such as "49.00 USD".') from None
+
+
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise refused("the text is empty", "Leave the field out, or fill it in.")
@@ -161,6 +170,8 @@ Seconds = Annotated[int, BeforeValidator(_seconds)]
 Nanos = Annotated[int, BeforeValidator(_nanos)]
 Budget = Annotated[tuple[int, str], BeforeValidator(_budget)]
 """Nanos, and their currency."""
+FeeAmount = Annotated[tuple[int, str], BeforeValidator(_fee)]
+"""As ``Budget``, but not bounded by what a quota can count."""
 Units = Annotated[int, Strict(), Field(ge=0, le=UNITS_MAX)]
 PositiveUnits = Annotated[int, Strict(), Field(ge=1, le=UNITS_MAX)]
 """Whole numbers only: a unit is the smallest thing that is counted."""

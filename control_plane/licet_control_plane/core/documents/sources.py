@@ -34,7 +34,7 @@ from licet.domain.catalog import (
     RuleEffect,
     UnavailableMode,
 )
-from licet.domain.money import Price
+from licet.domain.money import Fee, Price, Step, TierMode, Tiers
 from licet_control_plane.core.documents.limits import LimitSource
 from licet_control_plane.core.documents.model import Source
 from licet_control_plane.core.documents.scalars import (
@@ -45,6 +45,7 @@ from licet_control_plane.core.documents.scalars import (
     AttributePath,
     ConditionText,
     Currency,
+    FeeAmount,
     LimitName,
     Name,
     Nanos,
@@ -59,6 +60,9 @@ METERS_MAX: Final = 16
 
 LIMITS_MAX: Final = 16
 """Most limits of a feature in a plan, for the same reason."""
+
+STEPS_MAX: Final = 64
+"""Most steps of a tiered price: more than anybody reads on a price list."""
 
 STAGES_MAX: Final = 16
 APPROVERS_MAX: Final = 64
@@ -236,19 +240,83 @@ class ActionSource(Source):
         )
 
 
-class PriceSource(Source):
-    """``{amount: "8.00", per_units: 1_000_000, currency: USD}``; ``by`` and ``amounts`` price by an attribute."""
+class StepSource(Source):
+    """``{up_to: 1_000_000, amount: "8.00", flat: "5.00"}``; ``amounts`` are prices for values of the price's ``by``."""
 
     amount: Nanos
+    up_to: PositiveUnits | None = None
+    flat: Nanos = 0
+    amounts: dict[Text, Nanos] = Field(default_factory=dict)
+
+
+class TiersSource(Source):
+    """``{mode: graduated, steps: […]}``."""
+
+    mode: TierMode
+    steps: Annotated[tuple[StepSource, ...], Field(min_length=1, max_length=STEPS_MAX)]
+
+    @field_validator("steps")
+    @classmethod
+    def _steps_cover_every_unit_once(cls, steps: tuple[StepSource, ...]) -> tuple[StepSource, ...]:
+        if steps[-1].up_to is not None:
+            raise refused(
+                f"nothing says what units after {steps[-1].up_to} cost", "Leave 'up_to' out of the last step."
+            )
+        reached = 0
+        for number, step in enumerate(steps[:-1], 1):
+            if step.up_to is None:
+                raise refused(
+                    f"step {number} has no end, so that no unit reaches the steps after it",
+                    "Give every step but the last an 'up_to'.",
+                )
+            if step.up_to <= reached:
+                raise refused(
+                    f"step {number} ends at {step.up_to}, and the one before it at {reached}",
+                    "Write the steps in ascending order of 'up_to'.",
+                )
+            reached = step.up_to
+        return steps
+
+    def to_domain(self) -> Tiers:
+        """The record both programs act on."""
+        return Tiers(self.mode, tuple(Step(s.up_to or 0, s.amount, s.flat, s.amounts) for s in self.steps))
+
+
+class PriceSource(Source):
+    """``{amount: "8.00", per_units: 1_000_000, currency: USD}``, or ``tiers`` in place of ``amount``.
+
+    ``by`` and ``amounts`` price by an attribute; with tiers, each step has its own ``amounts``.
+    """
+
+    amount: Nanos | None = None
+    tiers: TiersSource | None = None
     per_units: PositiveUnits = 1
     currency: Currency
     by: AttributePath | None = None
-    amounts: dict[str, Nanos] | None = None
+    amounts: dict[Text, Nanos] | None = None
+
+    @field_validator("tiers", mode="wrap")
+    @classmethod
+    def _one_way_to_say_it(cls, value: Any, handler: Any, info: ValidationInfo) -> TiersSource | None:
+        tiers: TiersSource | None = handler(value)
+        if "amount" in info.data and (tiers is None) == (info.data["amount"] is None):
+            raise refused(
+                "a price needs either 'amount' or 'tiers'",
+                "Write 'amount: \"8.00\"', or"
+                ' \'tiers: {mode: graduated, steps: [{up_to: 1_000, amount: "8.00"}, {amount: "6.00"}]}\'.',
+            )
+        return tiers
 
     @field_validator("amounts")
     @classmethod
     def _by_and_amounts_together(cls, amounts: dict[str, int] | None, info: ValidationInfo) -> dict[str, int] | None:
-        if "by" in info.data and (info.data["by"] is None) != (amounts is None):
+        if not {"tiers", "by"} <= info.data.keys():
+            return amounts
+        tiers: TiersSource | None = info.data["tiers"]
+        if tiers is not None and amounts is not None:
+            raise refused("with 'tiers', each step has its own 'amounts'", "Move 'amounts' into the steps.")
+        listed = amounts is not None if tiers is None else any(step.amounts for step in tiers.steps)
+        if (info.data["by"] is not None) != listed:
             raise refused(
                 "'by' and 'amounts' need each other",
                 "'by' names the attribute, 'amounts' a price for its values; 'amount' is for every other value.",
@@ -257,7 +325,13 @@ class PriceSource(Source):
 
     def to_domain(self) -> Price:
         """The record both programs act on."""
-        return Price(self.amount, self.per_units, self.currency, self.by or "", self.amounts or {})
+        if self.tiers is None:
+            return Price(self.amount or 0, self.per_units, self.currency, self.by or "", self.amounts or {})
+        tiers = self.tiers.to_domain()
+        first = tiers.steps[0]
+        values = dict.fromkeys(value for step in tiers.steps for value in step.amounts_nanos)
+        amounts = {value: first.amounts_nanos.get(value, first.amount_nanos) for value in values}
+        return Price(first.amount_nanos, self.per_units, self.currency, self.by or "", amounts, tiers)
 
 
 class EntitlementSource(Source):
@@ -265,6 +339,7 @@ class EntitlementSource(Source):
 
     price: PriceSource | None = None
     limits: Annotated[tuple[LimitSource, ...], Field(max_length=LIMITS_MAX)] = ()
+    included: PositiveUnits | None = None
     seats: Annotated[int, Strict(), Field(ge=1, le=SEATS_MAX)] | None = None
     heartbeat: Seconds | None = None
 
@@ -285,6 +360,7 @@ class EntitlementSource(Source):
             limits=tuple(limit.to_domain(feature) for limit in self.limits),
             seats=self.seats or 0,
             heartbeat_s=(self.heartbeat or HEARTBEAT_S_DEFAULT) if self.seats else 0,
+            included=self.included or 0,
         )
 
 
@@ -293,11 +369,13 @@ class PlanSource(Source):
 
     name: Name
     title: Text = ""
+    fee: FeeAmount | None = None
     features: dict[Name, Annotated[EntitlementSource, BeforeValidator(_empty_when_null)]]
 
     def to_domain(self) -> Plan:
         """The record both programs act on."""
-        return Plan(self.name, {name: one.to_domain(name) for name, one in self.features.items()}, self.title)
+        features = {name: one.to_domain(name) for name, one in self.features.items()}
+        return Plan(self.name, features, self.title, Fee(*self.fee) if self.fee else None)
 
 
 class RuleSource(Source):

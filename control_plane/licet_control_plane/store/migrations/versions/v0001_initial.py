@@ -242,3 +242,76 @@ def upgrade() -> None:
         sa.Column("heartbeat", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("sidecar", name=op.f("pk_sidecars")),
     )
+    op.create_table(
+        "ledger_rollup_days",
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("hour", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("feature", sa.String(length=128), nullable=False),
+        sa.Column("action", sa.String(length=128), nullable=False),
+        sa.Column("effect", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("reason", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("currency", sa.String(length=8), nullable=False),
+        sa.Column("decisions", sa.BigInteger(), nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.Column("units", sa.BigInteger(), nullable=False),
+        sa.Column("cost_nanos", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint(
+            "tenant", "hour", "feature", "action", "effect", "reason", "currency", name=op.f("pk_ledger_rollup_days")
+        ),
+        sqlite_with_rowid=False,
+    )
+    op.create_index(op.f("ix_ledger_rollup_days_hour"), "ledger_rollup_days", ["hour"], unique=False)
+    op.create_table(
+        "ledger_exposures",
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("hour", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("flag", sa.String(length=128), nullable=False),
+        sa.Column("variant", sa.String(length=128), nullable=False),
+        sa.Column("feature", sa.String(length=128), nullable=False),
+        sa.Column("action", sa.String(length=128), nullable=False),
+        sa.Column("effect", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("reason", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("currency", sa.String(length=8), nullable=False),
+        sa.Column("decisions", sa.BigInteger(), nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.Column("units", sa.BigInteger(), nullable=False),
+        sa.Column("cost_nanos", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint(
+            "tenant",
+            "hour",
+            "flag",
+            "variant",
+            "feature",
+            "action",
+            "effect",
+            "reason",
+            "currency",
+            name=op.f("pk_ledger_exposures"),
+        ),
+        sqlite_with_rowid=False,
+    )
+    op.create_index(op.f("ix_ledger_exposures_hour"), "ledger_exposures", ["hour"], unique=False)
+    op.create_table(
+        "ledger_billed",
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("month", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("feature", sa.String(length=128), nullable=False),
+        sa.Column("priced_as", sa.Text(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.Column("units", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("tenant", "month", "feature", "priced_as", "revision", name=op.f("pk_ledger_billed")),
+        sqlite_with_rowid=False,
+    )
+    op.create_index(
+        op.f("ix_register_spend_tenant_window_start"), "register_spend", ["tenant", "window_start"], unique=False
+    )
+    denied = sa.text("effect = 2")
+    op.create_index(
+        "ix_ledger_events_denied",
+        "ledger_events",
+        ["at"],
+        unique=False,
+        sqlite_where=denied,
+        postgresql_where=denied,
+    )

@@ -1,0 +1,75 @@
+"""The sums that the ledger transaction keeps: the rollups by hour, by day and by flag, and what is billed.
+
+They follow from the events, and cover exactly those that were inserted with them; verifying the ledger recounts them.
+"""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection, Table, select
+
+from licet_control_plane.core.accounting import Account, BilledKey, ExposureKey, RollupKey, RollupSums, Sums
+from licet_control_plane.store.database import upsert_sql
+from licet_control_plane.store.schema import billed, exposures, rollup_days, rollups
+
+_SUMS: Final = RollupSums._fields
+_PAGE_ROWS: Final = 5_000
+
+
+class _Kept(NamedTuple):
+    """A table, its key in the order of an account's, and which of the four sums it has."""
+
+    table: Table
+    key: tuple[str, ...]
+    sums: tuple[str, ...] = _SUMS
+
+
+_HOURS: Final = _Kept(rollups, RollupKey._fields)
+_DAYS: Final = _Kept(rollup_days, RollupKey._fields)
+_EXPOSED: Final = _Kept(exposures, ExposureKey._fields)
+_BILLED: Final = _Kept(billed, BilledKey._fields, ("events", "units"))
+
+
+def add(connection: Connection, account: Account) -> None:
+    """Add what an account of newly inserted events says."""
+    for kept, sums in _of(account):
+        if sums:
+            columns = tuple(column.name for column in kept.table.columns)
+            in_order = itemgetter(*map((*kept.key, *_SUMS).index, columns))
+            # In one order, so that two transactions never wait for each other's rows. As tuples straight to the driver:
+            # naming each value costs as much as adding the row.
+            connection.exec_driver_sql(
+                upsert_sql(connection.dialect.name, kept.table, columns, key=kept.key, added=kept.sums),
+                [in_order((*key, *sums[key])) for key in sorted(sums)],
+            )
+
+
+Contents = list[dict[tuple[Any, ...], list[int]]]
+"""What the tables hold: by key, the sums that each has."""
+
+
+def contents(connection: Connection) -> Contents:
+    """What the tables hold now."""
+    return [_stored(connection, kept) for kept in (_HOURS, _DAYS, _EXPOSED, _BILLED)]
+
+
+def contents_of(account: Account) -> Contents:
+    """What the tables hold when ``account`` is of all events."""
+    found = []
+    for kept, sums in _of(account):
+        which = [_SUMS.index(name) for name in kept.sums]
+        found.append({key: [row[index] for index in which] for key, row in sums.items()})
+    return found
+
+
+def _of(account: Account) -> list[tuple[_Kept, Sums]]:
+    return [(_HOURS, account.hours), (_DAYS, account.days()), (_EXPOSED, account.exposed), (_BILLED, account.billed)]
+
+
+def _stored(connection: Connection, kept: _Kept) -> dict[tuple[Any, ...], list[int]]:
+    columns = [kept.table.c[name] for name in (*kept.key, *kept.sums)]
+    rows = connection.execution_options(yield_per=_PAGE_ROWS).execute(select(*columns))
+    width = len(kept.key)
+    return {tuple(row[:width]): [int(value) for value in row[width:]] for row in rows}
