@@ -6,7 +6,8 @@ kind       key         Redis key                     payload
 bundle     ``bundle``  ``licet:doc:bundle``          ``Manifest``: digests of the chunks with the documents
 license    tenant      ``licet:{tenant}:license``    ``licet.domain.catalog.License``
 head       ``head``    ``licet:head``                ``Head``: "this server's contents were checked"
-ack        log id      ``licet:acked`` (hash)        none; the revision is the watermark, the generation the ledger's
+ack        log id      ``licet:acked`` (hash)        ``AckPayload``; the revision is the watermark, the generation the
+                                                     ledger's
 =========  ==========  ============================  ====================================================
 """
 
@@ -81,6 +82,30 @@ class Head:
             KeyError: a field is missing.
         """
         return cls(payload["at_us"], payload["run_id"], payload["epoch"], max(1, payload["live"]))
+
+
+@dataclass(frozen=True, slots=True)
+class AckPayload:
+    """``lost``: ranges (first, last) up to the watermark that the ledger has not, as they were declared lost.
+
+    Signed with the acknowledgement: whoever can write Redis can declare anything lost, and must not make a sidecar
+    delete events that it still has.
+    """
+
+    lost: tuple[tuple[int, int], ...] = ()
+
+    def to_payload(self) -> dict[str, Any]:
+        """As msgpack-able primitives."""
+        return {"lost": [list(one) for one in self.lost]} if self.lost else {}
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any] | None) -> Self:
+        """The inverse of ``to_payload``; unknown keys are ignored.
+
+        Raises:
+            TypeError, ValueError: a range is not one.
+        """
+        return cls(tuple((int(first), int(last)) for first, last in (payload or {}).get("lost", ())))
 
 
 @dataclass(frozen=True, slots=True)

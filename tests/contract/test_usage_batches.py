@@ -35,7 +35,17 @@ from licet.wire import documents, envelope
 from licet.wire.documents import Head, Heartbeat, Manifest, catalog_of_chunks, chunk_catalog, digest_of
 from licet.wire.envelope import EnvelopeError
 from licet.wire.signing import Verifier
-from licet.wire.usage import EventKind, UsageBatch, UsageEvent, decision_id, event_seq, log_id, unpack_event
+from licet.wire.usage import (
+    LOST_RANGES_MAX,
+    EventKind,
+    LostRange,
+    UsageBatch,
+    UsageEvent,
+    decision_id,
+    event_seq,
+    log_id,
+    unpack_event,
+)
 from licet_sidecar.adapters.usage_log import EVENT, HEADER, floor_record, frame, lease_record
 from licet_sidecar.core.leases import Lease, Terms
 from tests.support.published import KEY, Signer, limit
@@ -294,6 +304,47 @@ def payload_of(written: str, kind: str, key: str) -> Any:
     statement = Verifier([KEY.public_key]).verify(bytes.fromhex(written), kind=kind, key=key)
     assert (statement.deployment, statement.generation) == ("d" * 32, 1)
     return statement.payload
+
+
+LOST = (LostRange(3, 9, "bytes 700 to 2,100 are damaged"),)
+DECLARING = (
+    "9301a5757361676599d9206161616161616161616161616161616161616161616161616161616161616161010000c408707265666978303"
+    "00a09c40878010300000000019193"
+    "0309be62797465732037303020746f20322c313030206172652064616d61676564"
+)
+"""A batch that only declares: its events, none, are compressed the same by every zlib."""
+
+
+def test_a_batch_that_declares_what_is_lost_has_golden_bytes() -> None:
+    assert batch(10, 9, lost=LOST).pack().hex() == DECLARING
+    assert UsageBatch.unpack(bytes.fromhex(DECLARING)) == batch(10, 9, lost=LOST)
+
+
+def test_a_batch_with_events_declares_too() -> None:
+    made = batch(10, 12, lost=LOST)
+    assert UsageBatch.unpack(made.pack()) == made
+    assert msgpack.unpackb(made.pack())[2][8] == [[3, 9, LOST[0].reason]]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        (LostRange(0, 1, "x"),),
+        (LostRange(5, 4, "x"),),
+        (LostRange(1, 2**63, "x"),),
+        (LostRange(1, 2, 7),),  # type: ignore[arg-type]
+        (LostRange(1, 1, "x"),) * (LOST_RANGES_MAX + 1),
+    ],
+    ids=["zero", "backwards", "huge", "no reason", "too many"],
+)
+def test_what_is_no_range_of_lost_events_is_refused(lost: tuple[LostRange, ...]) -> None:
+    with pytest.raises(EnvelopeError):
+        UsageBatch.unpack(batch(10, 12, lost=lost).pack())
+
+
+@pytest.mark.parametrize("seq", [1, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, 2**63 - 1])
+def test_a_number_of_any_size_is_read_from_an_event(seq: int) -> None:
+    assert event_seq(packed(event(seq))) == seq
 
 
 def test_golden_documents_verify_and_are_read() -> None:

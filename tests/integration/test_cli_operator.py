@@ -305,11 +305,12 @@ def test_exit_code_tells_whether_the_ledger_is_consistent(
     gap = {"log_id": "ab", "from_seq": 3, "to_seq": 4, "why": "never arrived"}
     server.answers["GET /v1/ledger/verify"] = {
         "ok": ok, "events": 5, "logs": ["a"], "gaps": [] if ok else [gap], "duplicates": 0,
-        "conflicts": 0, "rollups_match": ok,
+        "lost": [{"log_id": "ab", "from_seq": 7, "to_seq": 9, "why": "damaged"}], "conflicts": 0, "rollups_match": ok,
     }  # fmt: skip
     ended = licet_command("ledger", "verify")
     assert ended.code == code
     assert ("log ab, 3 to 4: never arrived" in ended.out) is not ok
+    assert "declared lost: log ab, 7 to 9: damaged" in ended.out
     assert licet_command("ledger", "verify", "--json").json["ok"] is ok
 
 

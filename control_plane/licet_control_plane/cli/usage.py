@@ -56,6 +56,8 @@ def summary(
 def verify(as_json: JsonOption = False, server: ServerOption = None, api_key: ApiKeyOption = None) -> None:
     """Recount the ledger: gaps, duplicates, conflicts, and whether the rollups add up. Exits with 1 when they do not.
 
+    Events that a sidecar declared lost (its disk failed, or the ledger was restored) are listed, and are no gap.
+
     \b
     Example:
       licet ledger verify
@@ -71,6 +73,8 @@ def verify(as_json: JsonOption = False, server: ServerOption = None, api_key: Ap
         say(f"{result['events']:,} events in {len(result['logs'])} logs: {verdict}")
         for gap in result["gaps"]:
             say(f"  gap: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
+        for gap in result.get("lost", ()):
+            say(f"  declared lost: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
         for word in ("duplicates", "conflicts"):
             if result[word]:
                 say(f"  {word}: {result[word]}")

@@ -61,3 +61,22 @@ class RecordedSeqs:
         if self._firsts[0] <= self.watermark + 1:
             self.watermark = self._lasts[0]
             del self._firsts[0], self._lasts[0]
+
+
+def overlaps(ranges: Iterable[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
+    """The parts of ``first…last`` that lie in disjoint ``ranges``, ascending; bounds included."""
+    return [(max(first, one), min(last, end)) for one, end in sorted(ranges) if one <= last and first <= end]
+
+
+def without(ranges: Iterable[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
+    """Disjoint ``ranges`` without the numbers ``first…last``, ascending; bounds included."""
+    rest: list[tuple[int, int]] = []
+    for one, end in sorted(ranges):
+        if end < first or last < one:
+            rest.append((one, end))
+            continue
+        if one < first:
+            rest.append((one, first - 1))
+        if last < end:
+            rest.append((last + 1, end))
+    return rest

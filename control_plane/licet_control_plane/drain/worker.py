@@ -17,7 +17,7 @@ import structlog
 from redis.exceptions import ResponseError
 from sqlalchemy.exc import SQLAlchemyError
 
-from licet.wire.documents import ACK
+from licet.wire.documents import ACK, AckPayload
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import RedisNames
 from licet.wire.signing import SigningKey, Statement
@@ -54,6 +54,7 @@ class DrainCounts:
     batches: int = 0
     duplicates: int = 0
     conflicts: int = 0
+    declared_lost: int = 0
     poison: int = 0
     trouble: dict[int, str] = field(default_factory=dict)
     backlog: dict[int, int] = field(default_factory=dict)
@@ -167,7 +168,16 @@ class ShardWorker:
         counts.events += done.inserted
         counts.duplicates += done.duplicates
         counts.conflicts += done.conflicts
+        counts.declared_lost += done.declared
         counts.poison += len(poison)
+        if done.declared:
+            log.error(
+                "a sidecar declared events lost: they were answered, perhaps, and cannot be billed",
+                shard=self._shard,
+                events=done.declared,
+                ranges={log_id: ranges[:10] for log_id, ranges in done.lost.items()},
+                fix="See licet ledger verify for the reasons, and look at the disk of the sidecar.",
+            )
         if done.conflicts:
             log.error(
                 "events came again with other content, and are kept aside",
@@ -193,7 +203,9 @@ class ShardWorker:
             done.inserted += one.inserted
             done.duplicates += one.duplicates
             done.conflicts += one.conflicts
+            done.declared += one.declared
             done.watermarks |= one.watermarks
+            done.lost |= one.lost
         return done
 
     async def _acknowledge(self, done: Recorded) -> None:
@@ -202,7 +214,7 @@ class ShardWorker:
             return
         about = await self._database.read(meta.read)
         acks = {
-            log_id: self._key.sign(Statement(about.deployment, ACK, log_id, about.ledger_generation, watermark, {}))
+            log_id: acknowledgement(self._key, about, log_id, watermark, done.lost.get(log_id, []))
             for log_id, watermark in done.watermarks.items()
         }
         with redis_errors():
@@ -222,6 +234,14 @@ class ShardWorker:
                 pipe.xdel(self._stream, *entries)
                 pipe.xlen(self._stream)
                 self._counts.backlog[self._shard] = (await pipe.execute())[2]
+
+
+def acknowledgement(
+    key: SigningKey, about: meta.Meta, log_id: str, watermark: int, lost: Sequence[tuple[int, int]]
+) -> bytes:
+    """A signed acknowledgement of a log, up to its watermark. ``lost``: what of it was declared lost."""
+    payload = AckPayload(tuple(lost)).to_payload()
+    return key.sign(Statement(about.deployment, ACK, log_id, about.ledger_generation, watermark, payload))
 
 
 def _decode(

@@ -3,7 +3,9 @@
 Guaranteed, under repeats, reordering, and workers that were paused and resume:
 - an event (log, seq) is inserted once; the rollups and the register spend cover only events inserted with them;
 - the watermark of a log says that everything up to it is inserted, and never falls;
-- the same (log, seq) with other content is kept in ``ledger_conflicts`` and changes nothing else.
+- the same (log, seq) with other content is kept in ``ledger_conflicts`` and changes nothing else;
+- what a sidecar declares lost is kept in ``ledger_gaps`` and counts as recorded, unless it is recorded; an event that
+  comes after all is inserted, and leaves the gap.
 
 Not guaranteed here: that an event was honestly made. Whoever can write the usage stream can invent events.
 Source: the rule of the ledger transaction, ``docs/adr/0001-redis-is-not-the-record.md``.
@@ -18,13 +20,14 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, delete, insert, or_, select, update
 
-from licet.wire.usage import UsageEvent, unpack_event
+from licet.wire.usage import LostRange, UsageEvent, unpack_event
 from licet_control_plane.core.accounting import Account, DecodedBatch, window_start_of
-from licet_control_plane.core.recorded import RecordedSeqs
+from licet_control_plane.core.recorded import RecordedSeqs, overlaps, without
 from licet_control_plane.store.database import insert_sql, upsert
 from licet_control_plane.store.schema import (
     conflicts,
     events,
+    gaps,
     logs,
     ranges,
     register_spend,
@@ -52,12 +55,22 @@ _EVENT_COLUMNS: Final = (
 
 @dataclass(slots=True)
 class Recorded:
-    """What one transaction did. ``watermarks`` by log id, of every log it saw."""
+    """What one transaction did. ``watermarks`` by log id, of every log it saw; ``lost`` likewise, of those with gaps:
+    the ranges below it that are declared lost. ``declared`` counts numbers that became so.
+    """
 
     inserted: int = 0
     duplicates: int = 0
     conflicts: int = 0
+    declared: int = 0
     watermarks: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    reason: str
+    at: int
 
 
 @dataclass(slots=True)
@@ -67,6 +80,24 @@ class _Log:
     stored_ranges: set[tuple[int, int]]
     stored_watermark: int
     last_at: int
+    gaps: dict[tuple[int, int], _Gap] = field(default_factory=dict)
+    gaps_changed: bool = False
+
+    def declare(self, lost: LostRange, now_us: int) -> int:
+        """Take a range for lost, as far as it is not recorded; how many numbers that are."""
+        parts = self.recorded.missing(lost.first_seq, lost.last_seq)
+        for first, last in parts:
+            self.recorded.add(first, last)
+            self.gaps[first, last] = _Gap(lost.reason, now_us)
+            self.gaps_changed = True
+        return sum(last - first + 1 for first, last in parts)
+
+    def found(self, first: int, last: int) -> None:
+        """What was declared lost is there after all."""
+        for one in [gap for gap in self.gaps if overlaps([gap], first, last)]:
+            gap = self.gaps.pop(one)
+            self.gaps |= dict.fromkeys(without([one], first, last), gap)
+            self.gaps_changed = True
 
 
 def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], *, now_us: int) -> Recorded:
@@ -83,7 +114,11 @@ def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], 
         log = known.get(batch.log_id)
         if log is None:
             log = known[batch.log_id] = _open_log(connection, shard, decoded, now_us)
+        for lost in batch.lost:
+            done.declared += log.declare(lost, now_us)
         missing = log.recorded.missing(batch.first_seq, batch.last_seq)
+        if log.gaps:
+            missing = sorted([*missing, *overlaps(log.gaps, batch.first_seq, batch.last_seq)])
         present = len(decoded.events) - sum(last - first + 1 for first, last in missing)
         if present:
             different = _compare(connection, log.number, decoded, missing, now_us)
@@ -95,6 +130,8 @@ def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], 
             _insert(connection, log.number, new, batch.events[start:end])
             account.add(batch.sidecar, new)
             log.recorded.add(first, last)
+            if log.gaps:
+                log.found(first, last)
             log.last_at = max(log.last_at, new[-1].at_us)
             done.inserted += len(new)
     for log in known.values():
@@ -107,6 +144,7 @@ def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], 
         .values(batches=shards.c.batches + len(batches), events=shards.c.events + done.inserted)
     )
     done.watermarks = {log_id: log.recorded.watermark for log_id, log in known.items()}
+    done.lost = {log_id: sorted(log.gaps) for log_id, log in known.items() if log.gaps}
     return done
 
 
@@ -177,7 +215,9 @@ def _open_log(connection: Connection, shard: int, decoded: DecodedBatch, now_us:
             select(ranges.c.first_seq, ranges.c.last_seq).where(ranges.c.log == row.log)
         )
     }
-    return _Log(row.log, RecordedSeqs(row.watermark, stored), stored, row.watermark, row.last_at)
+    found = connection.execute(select(gaps).where(gaps.c.log == row.log))
+    declared = {(gap.first_seq, gap.last_seq): _Gap(gap.reason, gap.at) for gap in found}
+    return _Log(row.log, RecordedSeqs(row.watermark, stored), stored, row.watermark, row.last_at, declared)
 
 
 def _save_log(connection: Connection, log: _Log) -> None:
@@ -188,6 +228,14 @@ def _save_log(connection: Connection, log: _Log) -> None:
         connection.execute(
             insert(ranges), [{"log": log.number, "first_seq": first, "last_seq": last} for first, last in sorted(added)]
         )
+    if log.gaps_changed:
+        connection.execute(delete(gaps).where(gaps.c.log == log.number))
+        rows = [
+            {"log": log.number, "first_seq": first, "last_seq": last, "reason": gap.reason, "at": gap.at}
+            for (first, last), gap in log.gaps.items()
+        ]
+        if rows:
+            connection.execute(insert(gaps), rows)
     connection.execute(
         update(logs).where(logs.c.log == log.number).values(watermark=log.recorded.watermark, last_at=log.last_at)
     )

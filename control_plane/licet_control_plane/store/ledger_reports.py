@@ -15,7 +15,7 @@ from licet.domain.outcomes import Effect, Reason
 from licet.wire.usage import unpack_event
 from licet_control_plane.core.accounting import Account
 from licet_control_plane.core.recorded import RecordedSeqs
-from licet_control_plane.store.schema import conflicts, events, logs, ranges, rollups, shards
+from licet_control_plane.store.schema import conflicts, events, gaps, logs, ranges, rollups, shards
 
 GROUPS: Final = ("tenant", "feature", "action", "effect", "reason")
 """What usage can be summed by."""
@@ -68,11 +68,16 @@ class LogFacts:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Whether the ledger is whole. ``duplicates`` counts events recorded twice, which the schema forbids."""
+    """Whether the ledger is whole. ``duplicates`` counts events recorded twice, which the schema forbids.
+
+    ``lost`` are events that their sidecar numbered and declared lost: the ledger has what it can have, so that these do
+    not make it less whole. Each is a loss that somebody should look into.
+    """
 
     events: int
     logs: list[LogFacts]
     gaps: list[Gap]
+    lost: list[Gap]
     duplicates: int
     conflicts: int
     rollups_match: bool
@@ -173,7 +178,7 @@ def verify(connection: Connection) -> Verification:
 
     Reads every event; about two minutes for ten million.
     """
-    found_logs, gaps = _verify_logs(connection)
+    found_logs, missing, lost = _verify_logs(connection)
     total = sum(log.events for log in found_logs)
     distinct = connection.scalar(
         select(func.count()).select_from(select(events.c.log, events.c.seq).distinct().subquery())
@@ -181,14 +186,15 @@ def verify(connection: Connection) -> Verification:
     return Verification(
         events=total,
         logs=found_logs,
-        gaps=gaps,
+        gaps=missing,
+        lost=lost,
         duplicates=total - (distinct or 0),
         conflicts=conflict_count(connection),
         rollups_match=_rollups_match(connection),
     )
 
 
-def _verify_logs(connection: Connection) -> tuple[list[LogFacts], list[Gap]]:
+def _verify_logs(connection: Connection) -> tuple[list[LogFacts], list[Gap], list[Gap]]:
     counts = {
         log: (count, last)
         for log, count, last in connection.execute(
@@ -198,26 +204,33 @@ def _verify_logs(connection: Connection) -> tuple[list[LogFacts], list[Gap]]:
     above: dict[int, list[tuple[int, int]]] = {}
     for log, first, last in connection.execute(select(ranges)):
         above.setdefault(log, []).append((first, last))
+    declared: dict[int, list[Any]] = {}
+    for gap in connection.execute(select(gaps).order_by(gaps.c.log, gaps.c.first_seq)):
+        declared.setdefault(gap.log, []).append(gap)
     rows = connection.execute(select(logs).order_by(logs.c.sidecar, logs.c.incarnation)).all()
     watermarks = {(row.sidecar, row.incarnation): row.watermark for row in rows}
     facts: list[LogFacts] = []
-    gaps: list[Gap] = []
+    missing: list[Gap] = []
+    lost: list[Gap] = []
     for row in rows:
         count, last = counts.get(row.log, (0, 0))
         facts.append(LogFacts(row.log_id, row.sidecar, row.incarnation, row.watermark, count))
         recorded = RecordedSeqs(row.watermark, above.get(row.log, ()))
-        gaps.extend(Gap(row.log_id, first, last, "not received yet, or lost") for first, last in recorded.holes())
+        missing.extend(Gap(row.log_id, first, last, "not received yet, or lost") for first, last in recorded.holes())
+        mine = declared.get(row.log, [])
+        lost.extend(Gap(row.log_id, gap.first_seq, gap.last_seq, gap.reason) for gap in mine)
         promised = row.watermark + sum(last - first + 1 for first, last in recorded.ranges)
+        promised -= sum(gap.last_seq - gap.first_seq + 1 for gap in mine)
         if count != promised or last > recorded.last:
-            gaps.append(Gap(row.log_id, 1, recorded.last, f"{promised} events acknowledged, {count} in the ledger"))
+            missing.append(Gap(row.log_id, 1, recorded.last, f"{promised} events acknowledged, {count} in the ledger"))
         if row.previous_last_seq:
             reached = watermarks.get((row.sidecar, row.previous_incarnation), 0)
             if reached < row.previous_last_seq:
                 log_id = f"{row.sidecar}:{row.previous_incarnation}"
-                gaps.append(
+                missing.append(
                     Gap(log_id, reached + 1, row.previous_last_seq, "its successor says that it went on to here")
                 )
-    return facts, gaps
+    return facts, missing, lost
 
 
 def _rollups_match(connection: Connection) -> bool:

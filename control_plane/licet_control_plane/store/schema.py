@@ -178,6 +178,18 @@ ranges: Final = Table(
     Column("last_seq", BigInteger, nullable=False),
 )
 
+gaps: Final = Table(
+    # What a sidecar numbered and declared lost, and nobody has sent since. Its numbers count as recorded, so that the
+    # watermark passes them; an event that comes after all is inserted and its number leaves the gap.
+    "ledger_gaps",
+    metadata,
+    Column("log", BigInteger, primary_key=True, autoincrement=False),
+    Column("first_seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", BigInteger, nullable=False),
+)
+
 events: Final = Table(
     "ledger_events",
     metadata,
