@@ -46,7 +46,11 @@ from licet.wire.usage import (
     log_id,
     unpack_event,
 )
-from licet_sidecar.adapters.usage_log import EVENT, HEADER, floor_record, frame, lease_record
+from licet_sidecar.adapters.log_records import EVENT, HEADER, frame
+from licet_sidecar.adapters.usage_log import (
+    floor_record,
+    lease_record,
+)
 from licet_sidecar.core.leases import Lease, Terms
 from tests.support.published import KEY, Signer, limit
 from tests.support.usage import batch, event, packed

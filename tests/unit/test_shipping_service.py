@@ -11,7 +11,13 @@ import pytest
 
 from licet.wire.signing import Verifier
 from licet.wire.usage import UsageBatch
-from licet_sidecar.adapters.usage_log import EVENT, RETAINED_S, LogHeader, UsageLog, UsageLogError, frame
+from licet_sidecar.adapters.log_records import EVENT, frame
+from licet_sidecar.adapters.usage_log import (
+    RETAINED_S,
+    LogHeader,
+    UsageLog,
+    UsageLogError,
+)
 from licet_sidecar.ports import PulseReport
 from licet_sidecar.services import shipping
 from licet_sidecar.services.shipping import RESEND_AFTER_MS, ShippingService
@@ -239,10 +245,11 @@ async def test_a_gap_that_damage_left_is_shipped_around(tmp_path: Path) -> None:
     before.log.close()
     first = min(tmp_path.glob("usage-*.log"))
     data = bytearray(first.read_bytes())
-    data[-len(frame(EVENT, packed(event(4)))) - 5] ^= 1  # event 3 is damaged, and hides 4
+    data[-len(frame(EVENT, packed(event(4)))) - 5] ^= 1  # event 3 is damaged, and does not hide 4
     first.write_bytes(bytes(data))
     rig = Rig(tmp_path, incarnation=2)
-    assert await rig.pulse() == [(1, 2), (5, 7)]
+    assert await rig.pulse() == [(1, 2), (4, 7)]
+    assert rig.declared == [(3, 3)]
     rig.log.close()
 
 

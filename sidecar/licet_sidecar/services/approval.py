@@ -20,7 +20,11 @@ from licet.domain.outcomes import Effect, Reason
 from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
 from licet.wire.usage import UsageEvent
-from licet_sidecar.adapters.usage_log import EVENT, UsageLog, UsageLogError, frame
+from licet_sidecar.adapters.log_records import EVENT, frame
+from licet_sidecar.adapters.usage_log import (
+    UsageLog,
+    UsageLogError,
+)
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import BucketWait, Decision, Engine, LeaseWait, LoadWait, Wait, prepare
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry

@@ -25,11 +25,10 @@ from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
 from licet.wire.registers import WINDOW_GRACE_S
 from licet.wire.usage import EventKind
+from licet_sidecar.adapters.log_records import EVENT, frame
 from licet_sidecar.adapters.usage_log import (
-    EVENT,
     UsageLog,
     UsageLogError,
-    frame,
     reservation_record,
 )
 from licet_sidecar.clock import Clock
