@@ -28,6 +28,7 @@ from licet.domain.ids import LimitKey
 from licet.domain.money import Price
 from licet.domain.windows import Period
 from licet.v1 import approval_pb2 as pb
+from licet.wire.signing import SigningKey, Verifier
 from licet_sidecar.adapters.usage_log import LogHeader, UsageLog
 from licet_sidecar.clock import SystemClock
 from licet_sidecar.core.engine import Engine, Tenant
@@ -35,9 +36,11 @@ from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.services.approval import ApprovalService
+from licet_sidecar.services.durability import DurabilityGate
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.requests import parse_check
+from licet_sidecar.services.shipping import ShippingService
 from licet_sidecar.services.tally import Tally
 
 BATCH = 32
@@ -111,8 +114,13 @@ def service() -> Iterator[tuple[ApprovalService, Engine]]:
         link, tally = LinkState(), Tally()
         link.succeeded()
         stand_ins: Any = (_NoLeasing(), _Synced())
+        recent, shipping = (
+            RecentAnswers(log, tally),
+            ShippingService(log, Verifier([SigningKey.generate().public_key]), clock, tally),
+        )
+        gate = DurabilityGate(engine, log, shipping, link, tally)
         yield (
-            ApprovalService(engine, log, clock, link, *stand_ins, RecentAnswers(log, tally), tally, ReservationBook()),
+            ApprovalService(engine, log, clock, link, *stand_ins, recent, tally, ReservationBook(), gate),
             engine,
         )
         log.close()

@@ -31,9 +31,10 @@ from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.core.seats import SeatBook
 from licet_sidecar.logs import Logger
-from licet_sidecar.ports import LinkDown, LinkRefused
+from licet_sidecar.ports import LinkDown, LinkRefused, PulseReport
 from licet_sidecar.services import reservation_records
 from licet_sidecar.services.approval import ApprovalService
+from licet_sidecar.services.durability import DurabilityGate
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
@@ -141,6 +142,7 @@ class Sidecar:
         self.sync.restore(recovered.floor)
         self.recent = RecentAnswers(self.log, self.tally)
         self.recent.recover()
+        gate = DurabilityGate(self.engine, self.log, self.shipping, self.link, self.tally)
         self.service = ApprovalService(
             self.engine,
             self.log,
@@ -151,6 +153,7 @@ class Sidecar:
             self.recent,
             self.tally,
             self.reservations,
+            gate,
         )
         self._metrics = Metrics(
             self.engine, self.log, self.shipping, self.link, self.clock, self.tally, self.reservations
@@ -174,7 +177,7 @@ class Sidecar:
         for (tenant, _), packed in recovered.seats.items():
             self.seats.restore(tenant, packed)
         seats = SeatService(
-            self.engine, self.seats, self.log, self.clock, self.link, self.sync, self.recent, self.tally
+            self.engine, self.seats, self.log, self.clock, self.link, self.sync, self.recent, self.tally, gate
         )
         self.service.register(seats.methods())
         self._address = ""
@@ -214,6 +217,7 @@ class Sidecar:
                 for name, work in (
                     ("sync", self.sync.run()),
                     ("pulse", self._pulse_loop()),
+                    ("shipping", self._ship_loop()),
                     ("upkeep", self._upkeep_loop()),
                     ("recalls", self._recall_loop()),
                     ("seats", self._seats_loop()),
@@ -275,28 +279,40 @@ class Sidecar:
 
     async def _pulse(self) -> None:
         self._turned_ms = self.clock.boot_ms()
-        batches = await self.shipping.next_batches()
         try:
-            report = await self._sink.pulse(
-                (self.identity.sidecar, self._heartbeat().pack()), self.shipping.logs(), batches
-            )
+            report = await self.shipping.hand_over(self._send_pulse)
         except (LinkDown, LinkRefused) as error:
-            if self.link.failed(error, refused=isinstance(error, LinkRefused)):
-                level = self._logger.error if isinstance(error, LinkRefused) else self._logger.warning
-                level("Redis does not answer; leases and cache carry on", error=str(error))
-            if not self.sync.ready.is_set():
-                self.sync.problem = str(error)
+            self._link_failed(error)
             return
         if not self.link.up:
             self._logger.info("Redis answers")
         self.link.succeeded()
-        self.shipping.handed_over()
-        self.shipping.take_acks(report)
+        self.shipping.take_report(report)
         self.engine.leases.heard(report.redis_ms, self.clock.boot_ms())
         self.sync.take_head(report)
         if self._epoch:
             # A restarted server is learning until everybody has asserted: do not wait for the head to say so.
             self._assert_all(self._epoch, report.run_id)
+
+    async def _send_pulse(self, batches: list[bytes]) -> PulseReport:
+        return await self._sink.pulse((self.identity.sidecar, self._heartbeat().pack()), self.shipping.logs(), batches)
+
+    async def _ship_loop(self) -> None:
+        """Between pulses, for answers that wait until their event is shipped. Those that come meanwhile are next."""
+        while True:
+            await self.shipping.urgent.wait()
+            self.shipping.urgent.clear()
+            try:
+                await self.shipping.hand_over(self._sink.ship)
+            except (LinkDown, LinkRefused) as error:
+                self._link_failed(error)
+
+    def _link_failed(self, error: LinkDown | LinkRefused) -> None:
+        if self.link.failed(error, refused=isinstance(error, LinkRefused)):
+            level = self._logger.error if isinstance(error, LinkRefused) else self._logger.warning
+            level("Redis does not answer; leases and cache carry on", error=str(error))
+        if not self.sync.ready.is_set():
+            self.sync.problem = str(error)
 
     async def _upkeep_loop(self) -> None:
         while True:

@@ -20,6 +20,10 @@ class LinkDown(Exception):
     """Transient: Redis cannot be reached, is loading, is read-only, or is out of memory."""
 
 
+class LinkFull(LinkDown):
+    """Redis has no memory left for what was sent: it needs time, and less."""
+
+
 class Unconfirmed(LinkDown):
     """The call took effect, and what it granted is not yet on disk or on enough replicas: repeat it verbatim."""
 
@@ -45,13 +49,16 @@ class Change:
 class PulseReport:
     """What one pulse brought back. Bytes are signed documents, not verified yet; ``None`` where there is none.
 
-    ``redis_ms``: what the Redis clock showed, milliseconds since the Unix epoch.
+    ``redis_ms``: what the Redis clock showed, milliseconds since the Unix epoch. ``backlog_batches``: entries in the
+    usage stream of this sidecar's shard. ``memory_share``: of the memory Redis may use, 0 when there is no bound.
     """
 
     head: bytes | None
     acks: Mapping[str, bytes]
     run_id: str
     redis_ms: int = 0
+    backlog_batches: int = 0
+    memory_share: float = 0.0
 
 
 class LeaseStore(Protocol):
@@ -106,6 +113,9 @@ class UsageSink(Protocol):
         """Once a second, one round trip: hands batches over, leaves a heartbeat, fetches the head and the
         acknowledgements of ``logs``. May be repeated.
         """
+
+    async def ship(self, batches: Sequence[bytes]) -> None:
+        """Hands batches over between two pulses. May be repeated."""
 
     async def deregister(self, sidecar: str) -> None:
         """Takes the heartbeat out: this sidecar has returned what it held and stops."""

@@ -40,6 +40,7 @@ class Rig:
         self.log.recover(ME, incarnation - 1)
         self.log.start(LogHeader(ME, incarnation, incarnation - 1, 0, b"prefix00", 1), [])
         self.shipping = ShippingService(self.log, Verifier([KEY.public_key]), self.clock, self.tally)
+        self.declared: list[tuple[int, int]] = []
 
     def decide(self, events: int) -> None:
         for _ in range(events):
@@ -48,6 +49,7 @@ class Rig:
     async def pulse(self, *, arrives: bool = True) -> list[tuple[int, int]]:
         """What one pulse hands over: first and last of each batch."""
         batches = [UsageBatch.unpack(data) for data in await self.shipping.next_batches()]
+        self.declared = [(one.first_seq, one.last_seq) for batch in batches for one in batch.lost]
         if arrives:
             self.shipping.handed_over()
         return [(batch.first_seq, batch.last_seq) for batch in batches]

@@ -399,6 +399,19 @@ class UsageLog:
         note(next_seq, last_seq, GONE)
         return found
 
+    def first_held(self, sidecar: str, incarnation: int, ranges: Sequence[tuple[int, int]]) -> int | None:
+        """The first number in ``ranges`` whose event the files hold; ``None`` when they hold none of them."""
+        firsts: list[int] = []
+        for segment in [one for one in self.segments if one.log == (sidecar, incarnation)]:
+            for first, last in ranges:
+                seq = max(first, segment.header.first_seq)
+                for damage in segment.damage:
+                    if damage.first_lost <= seq <= damage.last_lost:
+                        seq = damage.last_lost + 1
+                if seq <= min(last, segment.last_seq):
+                    firsts.append(seq)
+        return min(firsts, default=None)
+
     @property
     def events_damaged(self) -> int:
         """Events that damage has taken, at most, of the files that are there."""

@@ -208,6 +208,7 @@ class Outcome(NamedTuple):
     state: ReservationState
     answer: bytes
     settled_ms: int
+    action: str = ""
 
 
 class ReservationBook:
