@@ -22,10 +22,12 @@ from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.server import listen, serve
 from licet_control_plane.state_dir import StartError, StateDir
 from licet_control_plane.store import access, meta
+from licet_control_plane.store.access import ADMIN, SIDECAR
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.telemetry import configure_logging
 
-ADMIN: Final = "admin"
+KEYS: Final = ((ADMIN, "admin-key"), (SIDECAR, "sidecar-key"))
+"""(role and name, file) of the keys that the first start makes."""
 
 log = structlog.get_logger(__name__)
 
@@ -103,7 +105,8 @@ def _prepare(config: ServerConfig, state_dir: StateDir) -> tuple[Database, Signi
         is_new = is_new or not database.read_now(access.keys)
         key = state_dir.signing_key(may_create=is_new)
         if is_new:
-            database.write_now(_add_admin, state_dir.new_admin_key())
+            for role, file in KEYS:
+                database.write_now(_add_key, role, state_dir.new_api_key(file))
         return database, key, database.read_now(meta.read).deployment
     except DatabaseUnavailable as error:
         database.close()
@@ -115,5 +118,5 @@ def _prepare(config: ServerConfig, state_dir: StateDir) -> tuple[Database, Signi
         raise
 
 
-def _add_admin(connection: Connection, key: str) -> None:
-    access.add_key(connection, name=ADMIN, role=ADMIN, key=key, now_us=time.time_ns() // 1_000)
+def _add_key(connection: Connection, role: str, key: str) -> None:
+    access.add_key(connection, name=role, role=role, key=key, now_us=time.time_ns() // 1_000)

@@ -14,8 +14,8 @@ ack        log id      ``licet:acked`` (hash)        ``AckPayload``; the revisio
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
 
 from licet.domain.catalog import Catalog, Document, document_from_wire, document_to_wire
@@ -32,6 +32,7 @@ CHUNK_COUNT: Final = 256
 """Chunks a bundle is cut into, at most. Of 10,000 rules of 200 bytes, one changed rule then moves about 8 KB."""
 _CHUNK_KIND: Final = "chunk"
 _HEARTBEAT_KIND: Final = "heartbeat"
+_SECOND_ROUTE_KIND: Final = "second-route"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,41 @@ class AckPayload:
             TypeError, ValueError: a range is not one.
         """
         return cls(tuple((int(first), int(last)) for first, last in (payload or {}).get("lost", ())))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a sidecar that cannot reach Redis gets over HTTPS: signed documents, of one committed state.
+
+    ``manifest`` is ``None`` when the sidecar has the bundle, or nothing was ever pushed. ``absent``: tenants that were
+    asked for and have no license.
+    """
+
+    head: bytes
+    manifest: bytes | None = None
+    chunks: Mapping[str, bytes] = field(default_factory=dict)
+    licenses: Mapping[str, bytes] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+
+    def pack(self) -> bytes:
+        """In an envelope."""
+        return envelope.pack(
+            _SECOND_ROUTE_KIND, [self.head, self.manifest, dict(self.chunks), dict(self.licenses), list(self.absent)]
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """The inverse of ``pack``; fields that a newer program appended are ignored.
+
+        Raises:
+            EnvelopeError: not a snapshot.
+        """
+        body = envelope.unpack(_SECOND_ROUTE_KIND, data)
+        try:
+            head, manifest, chunks, licenses, absent = body[:5]
+            return cls(head, manifest, dict(chunks), dict(licenses), tuple(absent))
+        except (TypeError, ValueError) as error:
+            raise envelope.EnvelopeError(f"snapshot: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,11 +48,14 @@ class EventKind(IntEnum):
 BATCH_EVENTS_MAX: Final = 4_096
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 """Uncompressed. A Redis stream entry should stay small enough not to stall the server."""
+BATCHES_MAX: Final = 8
+"""Of one request over HTTP."""
 LOST_RANGES_MAX: Final = 1_000
 """Of one batch. A log has a handful at worst: one for each place where its disk failed."""
 REASON_CHARS_MAX: Final = 200
 SEQ_MAX: Final = 2**63 - 1
 _BATCH_KIND: Final = "usage"
+_BATCHES_KIND: Final = "usage-batches"
 
 
 class UsageEvent(NamedTuple):
@@ -183,6 +186,25 @@ class UsageBatch:
                 f"usage: the batch declares {len(lost):,} ranges; {LOST_RANGES_MAX:,} are read"
             )
         return cls(sidecar, incarnation, prev_incarnation, prev_last, prefix, first, last, tuple(events), lost)
+
+
+def pack_batches(batches: Sequence[bytes]) -> bytes:
+    """Several packed batches as one body of a request."""
+    return envelope.pack(_BATCHES_KIND, list(batches))
+
+
+def unpack_batches(data: bytes) -> list[bytes]:
+    """The inverse of ``pack_batches``.
+
+    Raises:
+        EnvelopeError: not that, empty, or more than ``BATCHES_MAX``.
+    """
+    body = envelope.unpack(_BATCHES_KIND, data)
+    if not isinstance(body, list) or not all(isinstance(one, bytes) for one in body):
+        raise envelope.EnvelopeError("usage: not a list of batches")
+    if not 1 <= len(body) <= BATCHES_MAX:
+        raise envelope.EnvelopeError(f"usage: {len(body)} batches; send 1 to {BATCHES_MAX} at once")
+    return body
 
 
 def log_id(sidecar: str, incarnation: int) -> str:

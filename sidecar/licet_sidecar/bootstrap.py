@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import secrets
 import signal
 import socket
@@ -17,6 +18,7 @@ from licet.wire.documents import Head, Heartbeat
 from licet.wire.names import RedisNames
 from licet.wire.registers import QUOTA_KEPT_S, Pair
 from licet.wire.signing import Verifier
+from licet_sidecar.adapters.https_route import HttpsRoute
 from licet_sidecar.adapters.redis_lease_store import RedisLeaseStore
 from licet_sidecar.adapters.redis_link import connect
 from licet_sidecar.adapters.redis_seat_store import RedisSeatStore
@@ -51,6 +53,9 @@ PULSE_S: Final = 1.0
 PULSE_S_MIN: Final = 0.05
 UPKEEP_S: Final = 1.25
 """With a pulse each second and a blocking read each five that is two round trips a second, whatever is held."""
+SECOND_ROUTE_S: Final = 5.0
+"""Between rounds over HTTPS while Redis is away: far below ``--staleness-max``, and no burden."""
+SECOND_ROUTE_S_AT_START: Final = 0.5
 LOOP_STALLED_MS: Final = 10_000
 """Without a turn of the event loop for this long, ``/healthz`` says that the process hangs."""
 
@@ -127,7 +132,19 @@ class Sidecar:
                 *(seat_record(tenant, seat_id, packed) for (tenant, seat_id), packed in recovered.seats.items()),
             ],
         )
-        self.shipping = ShippingService(self.log, verifier, self.clock, self.tally)
+        self.shipping = ShippingService(
+            self.log,
+            verifier,
+            self.clock,
+            self.tally,
+            backlog_batches_max=config.usage_backlog_max,
+            memory_share_max=config.redis_memory_max,
+        )
+        self._second: HttpsRoute | None = None
+        if config.control_plane_url:
+            self._second = HttpsRoute(
+                config.control_plane_url, config.sidecar_key, ca_file=config.control_plane_ca_file
+            )
         self.sync = SyncService(
             self.engine,
             source,
@@ -138,6 +155,7 @@ class Sidecar:
             self.link,
             self.tally,
             on_head=self._head_taken,
+            second=self._second,
         )
         self.sync.restore(recovered.floor)
         self.recent = RecentAnswers(self.log, self.tally)
@@ -218,6 +236,7 @@ class Sidecar:
                     ("sync", self.sync.run()),
                     ("pulse", self._pulse_loop()),
                     ("shipping", self._ship_loop()),
+                    ("second route", self._second_route_loop()),
                     ("upkeep", self._upkeep_loop()),
                     ("recalls", self._recall_loop()),
                     ("seats", self._seats_loop()),
@@ -307,6 +326,32 @@ class Sidecar:
             except (LinkDown, LinkRefused) as error:
                 self._link_failed(error)
 
+    async def _second_route_loop(self) -> None:
+        """While Redis cannot be reached the control plane is asked itself, and given what was used."""
+        trouble = ""
+        while self._second is not None:
+            pause_s = SECOND_ROUTE_S if self.sync.ready.is_set() else SECOND_ROUTE_S_AT_START
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            if self.link.up:
+                trouble = ""
+                continue
+            try:
+                await self.sync.follow_second_route()
+                await self._ship_by_second_route(self._second)
+                if trouble or not self.tally.second_route_rounds:
+                    self._logger.info("the control plane is asked itself, while Redis is away")
+                trouble = ""
+                self.tally.second_route_rounds += 1
+            except (LinkDown, LinkRefused) as error:
+                self.tally.second_route_failures += 1
+                if str(error) != trouble:
+                    trouble = str(error)
+                    self._logger.warning("the second route does not work either", error=trouble)
+
+    async def _ship_by_second_route(self, second: HttpsRoute) -> None:
+        acks = await self.shipping.hand_over(second.ship, to_redis=False)
+        self.shipping.take_acks(PulseReport(None, acks, ""))
+
     def _link_failed(self, error: LinkDown | LinkRefused) -> None:
         if self.link.failed(error, refused=isinstance(error, LinkRefused)):
             level = self._logger.error if isinstance(error, LinkRefused) else self._logger.warning
@@ -370,12 +415,15 @@ class Sidecar:
                     await self._say_goodbye()
                 except (LinkDown, LinkRefused) as error:
                     self.link.failed(error)
+        if self._second is not None and not self.link.up and not self._exit_reason:
+            await self._drain_by_second_route(self._second, deadline)
         await self.sync.save_snapshot(last=True)
         unacked = self.shipping.unacked_events
         if unacked:
-            self._logger.warning(
+            self._logger.error(
                 "stopping with events the ledger has not acknowledged; they stay in the state directory",
                 events=unacked,
+                fix="They are shipped when a sidecar starts on this state directory again; without it they are lost.",
             )
         if self.reservations.open_count:
             self._logger.warning(
@@ -383,6 +431,17 @@ class Sidecar:
                 reservations=self.reservations.open_count,
             )
         self._logger.info("stopped", unacknowledged=unacked)
+
+    async def _drain_by_second_route(self, second: HttpsRoute, deadline: float) -> None:
+        self.shipping.start_over()
+        while self.shipping.unacked_events and time.monotonic() < deadline:
+            try:
+                await self._ship_by_second_route(second)
+            except (LinkDown, LinkRefused) as error:
+                self._logger.warning("usage cannot be handed to the control plane either", error=str(error))
+                if isinstance(error, LinkRefused):
+                    return
+                await asyncio.sleep(SECOND_ROUTE_S_AT_START)
 
     async def _retire(self) -> int:
         """Everything is returned and nothing reserved: gives up this id and its registers, so that pods that come and

@@ -7,7 +7,7 @@ help until somebody changes something.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,6 +104,18 @@ class StateSource(Protocol):
 
     async def read_changes(self, after: int, block_ms: int) -> list[Change]:
         """Entries after revision ``after``, in order; waits up to ``block_ms`` for the first."""
+
+
+class SecondRoute(Protocol):
+    """The control plane itself, while Redis cannot be reached."""
+
+    async def snapshot(self, have: tuple[int, int], known: Collection[str], wanted: Collection[str]) -> bytes:
+        """The published state, a packed ``Snapshot``, for who has (generation, revision) ``have`` with the licenses of
+        ``known`` and wants those of ``wanted`` too. May be repeated.
+        """
+
+    async def ship(self, batches: Sequence[bytes]) -> Mapping[str, bytes]:
+        """Hands packed batches over; signed acknowledgements, by log. May be repeated."""
 
 
 class UsageSink(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from licet_control_plane.api import bundles, grants, ledger, licenses, problems, quotas, status
+from licet_control_plane.api import bundles, grants, ledger, licenses, problems, quotas, second_route, status
 from licet_control_plane.api.auth import authenticate
 from licet_control_plane.api.limits import BodyLimit
 from licet_control_plane.control_plane import ControlPlane
@@ -20,5 +20,6 @@ def make_app(plane: ControlPlane) -> FastAPI:
     for part in (bundles.router, licenses.router, grants.router, ledger.router, quotas.router, status.router):
         v1.include_router(part)
     app.include_router(v1)
+    app.include_router(second_route.router)
     app.include_router(status.open_router)
     return app

@@ -105,6 +105,30 @@ class ShardWorker:
                 self._counts.trouble[self._shard] = str(error)
                 await asyncio.sleep(backoff_s(failures))
 
+    async def take(self, raws: Sequence[bytes]) -> dict[str, bytes]:
+        """Commits packed batches that came by another way than the stream. Signed acknowledgements, by log id.
+
+        May be repeated, also with what came through the stream: the ledger takes each event once. A batch that does not
+        fit the ledger is not acknowledged.
+
+        Raises:
+            EnvelopeError: what was sent is not a batch; nothing was committed.
+            DatabaseUnavailable: nothing is known of what was committed: send it again.
+        """
+        entries: list[Entry] = [(b"-", {FIELD: raw}) for raw in raws]
+        decoded, poison, _ = await asyncio.to_thread(_decode, entries)
+        if poison:
+            raise EnvelopeError(poison[0][2])
+        done = Recorded()
+        try:
+            done = await self._record([batch for _, batch in decoded])
+        except _MISFIT:
+            done = await self._record_singly(decoded, poison)
+        for _, _, reason in poison:
+            log.error("a batch that came over HTTP is not taken", shard=self._shard, reason=reason)
+        self._count(done, batches=len(decoded), poison=len(poison))
+        return await self._acks(done)
+
     async def _step(self) -> None:
         entries = await self._read()
         if entries:
@@ -163,13 +187,16 @@ class ShardWorker:
         await self._acknowledge(done)
         await self._set_aside(poison)
         await self._remove([*(entry for entry, _ in decoded), *(entry for entry, _, _ in poison), *gone])
+        self._count(done, batches=len(decoded), poison=len(poison))
+
+    def _count(self, done: Recorded, *, batches: int, poison: int) -> None:
         counts = self._counts
-        counts.batches += len(decoded)
+        counts.batches += batches
         counts.events += done.inserted
         counts.duplicates += done.duplicates
         counts.conflicts += done.conflicts
         counts.declared_lost += done.declared
-        counts.poison += len(poison)
+        counts.poison += poison
         if done.declared:
             log.error(
                 "a sidecar declared events lost: they were answered, perhaps, and cannot be billed",
@@ -212,13 +239,16 @@ class ShardWorker:
         """Tell sidecars what is committed, signed: who can write Redis must not make them delete the bill."""
         if not done.watermarks:
             return
+        acks = await self._acks(done)
+        with redis_errors():
+            await self._redis.hset(self._acked, mapping=acks)
+
+    async def _acks(self, done: Recorded) -> dict[str, bytes]:
         about = await self._database.read(meta.read)
-        acks = {
+        return {
             log_id: acknowledgement(self._key, about, log_id, watermark, done.lost.get(log_id, []))
             for log_id, watermark in done.watermarks.items()
         }
-        with redis_errors():
-            await self._redis.hset(self._acked, mapping=acks)
 
     async def _set_aside(self, poison: Sequence[tuple[bytes, bytes, str]]) -> None:
         for entry, raw, reason in poison:

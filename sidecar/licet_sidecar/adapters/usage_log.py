@@ -293,6 +293,19 @@ class UsageLog:
         return self.segments[-1].size - self._head_bytes >= SEGMENT_BYTES
 
     @property
+    def bytes_max(self) -> int:
+        """What all files together may take."""
+        return self._bytes_max
+
+    def disk_free_bytes(self) -> float:
+        """What the file system of the log has room for; not a number when that cannot be said."""
+        try:
+            found = os.statvfs(self._directory)
+        except OSError:
+            return float("nan")
+        return float(found.f_bavail * found.f_frsize)
+
+    @property
     def has_room(self) -> bool:
         """Whether there is room for what is useful to know after a restart, and not needed."""
         return self._total_bytes < self._bytes_max

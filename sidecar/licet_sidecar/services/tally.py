@@ -42,6 +42,8 @@ class Tally:
         "seats_held",
         "seats_reclaimed",
         "seats_released",
+        "second_route_failures",
+        "second_route_rounds",
         "settle_calls",
         "settle_failures",
         "shipping_full",
@@ -68,6 +70,8 @@ class Tally:
         self.events_declared_lost = 0
         self.acks_contested = 0
         self.durability_waits = 0
+        self.second_route_rounds = 0
+        self.second_route_failures = 0
         self.durability_missed = 0
         self.shipping_full = 0
         self.log_failures = 0
