@@ -37,6 +37,7 @@ from licet_sidecar.services.tally import Tally
 from tests.support.fake_clock import FakeClock
 from tests.support.fake_lease_store import FakeLeaseStore, FakeRegisters
 from tests.support.fake_seat_store import FakeSeats, FakeSeatStore
+from tests.support.fake_second_route import FakeSecondRoute
 from tests.support.fake_state_source import FakePublisher, FakeStateSource
 from tests.support.fake_usage_sink import FakeUsageSink
 from tests.support.published import KEY
@@ -109,7 +110,9 @@ class FakeSidecar:
         tenants_max: int = 1_000,
         staleness_us_max: int = 300_000_000,
         public_keys: tuple[SigningKey, ...] = (KEY,),
+        second: FakeSecondRoute | None = None,
     ) -> None:
+        self.second = second
         self.world = world
         clock = world.clock
         place = world.directory if sidecar == SIDECAR else world.directory / sidecar
@@ -152,6 +155,7 @@ class FakeSidecar:
             self.link,
             self.tally,
             on_head=self.heads.append,
+            second=second,
         )
         self.sync.restore(self.recovered.floor)
         self.recent = RecentAnswers(self.log, self.tally)
