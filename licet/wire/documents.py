@@ -63,13 +63,15 @@ class Head:
     """Said each second, only after the contents of the Redis server ``run_id`` were checked against the database.
 
     ``at_us`` is the control plane's clock, microseconds since the Unix epoch; ``epoch`` the newest epoch of quota
-    registers; ``live`` the number of sidecars heard of lately, at least 1.
+    registers; ``live`` the number of sidecars heard of lately, at least 1; ``ledger_generation`` tells sidecars of a
+    ledger that was restored, 0 for what an older control plane says.
     """
 
     at_us: int
     run_id: str
     epoch: int
     live: int
+    ledger_generation: int = 0
 
     def to_payload(self) -> dict[str, Any]:
         """As msgpack-able primitives."""
@@ -82,7 +84,13 @@ class Head:
         Raises:
             KeyError: a field is missing.
         """
-        return cls(payload["at_us"], payload["run_id"], payload["epoch"], max(1, payload["live"]))
+        return cls(
+            payload["at_us"],
+            payload["run_id"],
+            payload["epoch"],
+            max(1, payload["live"]),
+            payload.get("ledger_generation", 0),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -461,6 +461,7 @@ class Sidecar:
 
     def _head_taken(self, head: Head) -> None:
         self.engine.leases.live = head.live
+        self.shipping.ledger_began(head.ledger_generation)
         self._epoch = head.epoch
         self._assert_all(head.epoch, head.run_id)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,16 @@ kind: Action
 name: report.export
 feature: reports
 ---
+kind: Action
+name: report.synced
+feature: reports
+durability: synced
+---
+kind: Action
+name: report.shipped
+feature: reports
+durability: shipped
+---
 kind: Plan
 name: pro
 features:
@@ -41,6 +52,7 @@ features:
     limits:
       - {{name: monthly, amount: 1_000_000_000, per: month}}
 """
+ACTIONS = ["report.export", "report.synced", "report.shipped"]
 APPROVED = 1
 AWAY_S = 10
 """How long Redis answers nothing. A lease can be spent for 60 seconds after its last renewal."""
@@ -97,7 +109,9 @@ def pause_redis(fleet: Fleet, _: random.Random) -> None:
         pytest.param([kill_redis], 2, id="redis killed"),
         pytest.param([empty_redis], 1, id="redis emptied"),
         pytest.param([wipe_redis], 1, id="redis replaced by an empty one"),
-        pytest.param([kill_a_sidecar, kill_the_server, pause_redis], 6, id="one after the other"),
+        pytest.param(
+            [kill_a_sidecar, kill_the_server, pause_redis, kill_a_sidecar, kill_redis], 10, id="one after the other"
+        ),
     ],
 )
 def test_answers_hold_under(fleet: Fleet, faults: list[Callable[[Fleet, random.Random], None]], count: int) -> None:
@@ -107,7 +121,7 @@ def test_answers_hold_under(fleet: Fleet, faults: list[Callable[[Fleet, random.R
     async def load() -> None:
         until = asyncio.Event()
         clients = asyncio.create_task(
-            drive(fleet.addresses, record, tenant="acme", action="report.export", until=until, clients=12, pause_s=0.02)
+            drive(fleet.addresses, record, tenant="acme", action=ACTIONS, until=until, clients=12, pause_s=0.02)
         )
         for number in range(count):
             before = len(record.approved) + len(record.refused)
@@ -136,6 +150,35 @@ def test_answers_hold_under(fleet: Fleet, faults: list[Callable[[Fleet, random.R
     rest = asyncio.run(spend_the_rest(fleet.addresses[0], tenant="acme", action="report.export"))
     assert spent + rest == LIMIT
     wait_until("the ledger is consistent", lambda: fleet.licet("ledger", "verify")["ok"])
+
+
+@pytest.mark.timeout(120)
+def test_what_was_answered_as_shipped_outlives_the_pod_and_its_volume(fleet: Fleet) -> None:
+    fleet.licet("license", "create", "globex", "--plan", "large", "--wait")
+    record = Record()
+
+    async def load() -> None:
+        until = asyncio.Event()
+        clients = asyncio.create_task(
+            drive(fleet.addresses, record, tenant="globex", action="report.shipped", until=until, clients=12)
+        )
+        for number, sidecar in enumerate(fleet.sidecars[:2]):
+            before = len(record.approved)
+            await asyncio.to_thread(wait_until, "answers go on", lambda then=before: len(record.approved) > then + 300)
+            sidecar.kill()
+            shutil.rmtree(fleet.directory / f"sidecar-{number}")
+            sidecar.start()
+        until.set()
+        await clients
+
+    asyncio.run(load())
+    wait_until("the ledger has every answer", lambda: record.approved.keys() <= recorded_decisions(fleet).keys())
+    ledger = recorded_decisions(fleet)
+    assert {name: ledger[name] for name in record.approved} == {
+        name: (APPROVED, units) for name, units in record.approved.items()
+    }
+    assert not record.refused
+    assert len(record.approved) > 600
 
 
 @pytest.mark.timeout(180)

@@ -288,6 +288,34 @@ async def test_what_the_ledger_was_told_is_lost_and_is_not_is_kept_and_sent(rig:
     assert rig.shipping.acked_seq == 10
 
 
+async def test_what_was_never_written_may_be_declared_lost_and_stops_nothing(rig: Rig) -> None:
+    rig.decide(5)
+    await rig.pulse()
+    hear_lost(rig, 10**15, [[1, 3], [4, 10**15]])
+    assert rig.shipping.acked_seq == 0
+    hear_lost(rig, 10**15, [[6, 8], [9, 10**15]])
+    assert rig.shipping.acked_seq == 5
+    rig.decide(1)
+    assert await rig.pulse() == [(6, 6)]
+    hear_lost(rig, 10**15, [[6, 10**15]])
+    assert rig.shipping.acked_seq == 5
+    hear_lost(rig, 10**15, [[8, 10**15]])  # and not 7, which was never written
+    assert rig.shipping.acked_seq == 5
+
+
+async def test_a_head_of_a_restored_ledger_has_everything_sent_again(rig: Rig) -> None:
+    rig.decide(5)
+    await rig.pulse()
+    rig.hear(5)
+    rig.shipping.ledger_began(1)
+    assert await rig.pulse() == []
+    rig.shipping.ledger_began(2)
+    rig.hear(5)  # the word of before
+    assert await rig.pulse() == [(1, 5)]
+    rig.hear(5, generation=2)
+    assert rig.shipping.unacked_events == 0
+
+
 async def test_what_is_lost_indeed_is_acknowledged(tmp_path: Path) -> None:
     before = Rig(tmp_path)
     before.decide(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import struct
 from collections.abc import Callable, Sequence
@@ -214,6 +215,60 @@ def test_other_files_are_left_alone_and_unfinished_ones_go(tmp_path: Path) -> No
     _, report = recovered(tmp_path)
     assert report.damaged == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["identity", "notes.new", "usage-1.log"]
+
+
+# Disks that are full
+
+
+def test_a_file_that_may_not_grow_takes_nothing_and_goes_on_when_it_may(tmp_path: Path) -> None:
+    log = started(tmp_path)
+    log.append(record(1), 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # The kernel takes a part of the record, and refuses the rest.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.total_bytes + 10, limits[1]))
+        for _ in range(3):
+            with pytest.raises(UsageLogError, match="cannot be written"):
+                log.append(record(2), 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (log.last_seq, only_file(tmp_path).stat().st_size) == (1, log.total_bytes)
+    log.append(record(2), 1)
+    assert seqs(log, 1) == [1, 2]
+    log.close()
+    again, report = recovered(tmp_path)
+    assert (seqs(again, 1), report.damaged, report.intact) == ([1, 2], [], True)
+
+
+def test_a_device_without_room_takes_nothing_and_says_so(tmp_path: Path) -> None:
+    log = started(tmp_path)
+    log.append(record(1), 1)
+    descriptor = log._descriptor
+    log._descriptor = os.open("/dev/full", os.O_RDWR)
+    with pytest.raises(UsageLogError, match="No space left on device"):
+        log.append(record(2), 1)
+    os.close(log._descriptor)
+    log._descriptor = descriptor
+    log.append(record(2), 1)
+    assert seqs(log, 1) == [1, 2]
+    log.close()
+
+
+def test_a_disk_that_became_read_only_takes_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = started(tmp_path)
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: object) -> int:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        patch.setattr(os, "pwrite", refuse)
+        with pytest.raises(UsageLogError, match="Read-only file system"):
+            log.append(record(1), 1)
+    log.append(record(1), 1)
+    assert seqs(log, 1) == [1]
+    log.close()
 
 
 # What a restart knows

@@ -20,9 +20,9 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, delete, insert, or_, select, update
 
-from licet.wire.usage import LostRange, UsageEvent, unpack_event
+from licet.wire.usage import UsageEvent, unpack_event
 from licet_control_plane.core.accounting import Account, DecodedBatch, window_start_of
-from licet_control_plane.core.recorded import RecordedSeqs, overlaps, without
+from licet_control_plane.core.recorded import Gap, LogNumbers, RecordedSeqs
 from licet_control_plane.store.database import insert_sql, upsert
 from licet_control_plane.store.schema import (
     conflicts,
@@ -67,37 +67,13 @@ class Recorded:
     lost: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Gap:
-    reason: str
-    at: int
-
-
 @dataclass(slots=True)
 class _Log:
     number: int
-    recorded: RecordedSeqs
+    numbers: LogNumbers
     stored_ranges: set[tuple[int, int]]
     stored_watermark: int
     last_at: int
-    gaps: dict[tuple[int, int], _Gap] = field(default_factory=dict)
-    gaps_changed: bool = False
-
-    def declare(self, lost: LostRange, now_us: int) -> int:
-        """Take a range for lost, as far as it is not recorded; how many numbers that are."""
-        parts = self.recorded.missing(lost.first_seq, lost.last_seq)
-        for first, last in parts:
-            self.recorded.add(first, last)
-            self.gaps[first, last] = _Gap(lost.reason, now_us)
-            self.gaps_changed = True
-        return sum(last - first + 1 for first, last in parts)
-
-    def found(self, first: int, last: int) -> None:
-        """What was declared lost is there after all."""
-        for one in [gap for gap in self.gaps if overlaps([gap], first, last)]:
-            gap = self.gaps.pop(one)
-            self.gaps |= dict.fromkeys(without([one], first, last), gap)
-            self.gaps_changed = True
 
 
 def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], *, now_us: int) -> Recorded:
@@ -115,10 +91,8 @@ def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], 
         if log is None:
             log = known[batch.log_id] = _open_log(connection, shard, decoded, now_us)
         for lost in batch.lost:
-            done.declared += log.declare(lost, now_us)
-        missing = log.recorded.missing(batch.first_seq, batch.last_seq)
-        if log.gaps:
-            missing = sorted([*missing, *overlaps(log.gaps, batch.first_seq, batch.last_seq)])
+            done.declared += log.numbers.declare(lost.first_seq, lost.last_seq, Gap(lost.reason, now_us))
+        missing = log.numbers.missing(batch.first_seq, batch.last_seq)
         present = len(decoded.events) - sum(last - first + 1 for first, last in missing)
         if present:
             different = _compare(connection, log.number, decoded, missing, now_us)
@@ -129,9 +103,7 @@ def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], 
             new = decoded.events[start:end]
             _insert(connection, log.number, new, batch.events[start:end])
             account.add(batch.sidecar, new)
-            log.recorded.add(first, last)
-            if log.gaps:
-                log.found(first, last)
+            log.numbers.add(first, last)
             log.last_at = max(log.last_at, new[-1].at_us)
             done.inserted += len(new)
     for log in known.values():
@@ -143,8 +115,8 @@ def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], 
         .where(shards.c.shard == shard)
         .values(batches=shards.c.batches + len(batches), events=shards.c.events + done.inserted)
     )
-    done.watermarks = {log_id: log.recorded.watermark for log_id, log in known.items()}
-    done.lost = {log_id: sorted(log.gaps) for log_id, log in known.items() if log.gaps}
+    done.watermarks = {log_id: log.numbers.recorded.watermark for log_id, log in known.items()}
+    done.lost = {log_id: sorted(log.numbers.gaps) for log_id, log in known.items() if log.numbers.gaps}
     return done
 
 
@@ -208,7 +180,7 @@ def _open_log(connection: Connection, shard: int, decoded: DecodedBatch, now_us:
         )
         key = made.inserted_primary_key
         assert key is not None
-        return _Log(key[0], RecordedSeqs(), set(), 0, 0)
+        return _Log(key[0], LogNumbers(RecordedSeqs()), set(), 0, 0)
     stored = {
         (first, last)
         for first, last in connection.execute(
@@ -216,28 +188,31 @@ def _open_log(connection: Connection, shard: int, decoded: DecodedBatch, now_us:
         )
     }
     found = connection.execute(select(gaps).where(gaps.c.log == row.log))
-    declared = {(gap.first_seq, gap.last_seq): _Gap(gap.reason, gap.at) for gap in found}
-    return _Log(row.log, RecordedSeqs(row.watermark, stored), stored, row.watermark, row.last_at, declared)
+    declared = {(gap.first_seq, gap.last_seq): Gap(gap.reason, gap.at) for gap in found}
+    numbers = LogNumbers(RecordedSeqs(row.watermark, stored), declared)
+    return _Log(row.log, numbers, stored, row.watermark, row.last_at)
 
 
 def _save_log(connection: Connection, log: _Log) -> None:
-    now = set(log.recorded.ranges)
+    now = set(log.numbers.recorded.ranges)
     for first, _ in log.stored_ranges - now:
         connection.execute(delete(ranges).where(ranges.c.log == log.number, ranges.c.first_seq == first))
     if added := now - log.stored_ranges:
         connection.execute(
             insert(ranges), [{"log": log.number, "first_seq": first, "last_seq": last} for first, last in sorted(added)]
         )
-    if log.gaps_changed:
+    if log.numbers.gaps_changed:
         connection.execute(delete(gaps).where(gaps.c.log == log.number))
         rows = [
             {"log": log.number, "first_seq": first, "last_seq": last, "reason": gap.reason, "at": gap.at}
-            for (first, last), gap in log.gaps.items()
+            for (first, last), gap in log.numbers.gaps.items()
         ]
         if rows:
             connection.execute(insert(gaps), rows)
     connection.execute(
-        update(logs).where(logs.c.log == log.number).values(watermark=log.recorded.watermark, last_at=log.last_at)
+        update(logs)
+        .where(logs.c.log == log.number)
+        .values(watermark=log.numbers.recorded.watermark, last_at=log.last_at)
     )
 
 

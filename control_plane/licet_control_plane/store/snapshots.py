@@ -33,7 +33,7 @@ def read(
     The head names no server of Redis: none was looked at, so that it vouches for nothing there.
     """
     about = meta.read(connection)
-    head = Head(now_us, "", epoch, max(1, live))
+    head = Head(now_us, "", epoch, max(1, live), about.ledger_generation)
     statement = Statement(about.deployment, HEAD, HEAD_KEY, about.generation, about.revision, head.to_payload())
     changed = have != (about.generation, about.revision)
     manifest: bytes | None = None

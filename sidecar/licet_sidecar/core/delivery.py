@@ -4,10 +4,13 @@ An event is delivered when an acknowledgement of the ledger covers it. Rules, in
 
 1. What was handed over counts as under way. When the watermark does not move for ``RESEND_AFTER_MS``, everything after
    it is sent again: a stream entry can be lost.
-2. An acknowledgement of an earlier generation of the ledger counts no more, nor one of numbers that were never written.
+2. An acknowledgement of an earlier generation of the ledger counts no more, nor one of numbers that were never written,
+   unless they were declared lost: whoever can write Redis can declare any, and must not make a log grow for ever.
 3. A later generation was restored from a backup: it may have lost what it had acknowledged, and is taken at its word.
 4. So is the first acknowledgement after a start, when it is below what was deleted: that was acknowledged once.
 5. What the ledger was told is lost, and is not, was never acknowledged: whoever can write Redis can tell it so.
+6. When a head speaks of a later generation of the ledger, all that the log holds is sent again, and the rest declared:
+   a ledger that was restored from before a log began has nothing to say about it.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class Acknowledgement:
 class Delivery:
     """One log. ``acked``: the ledger has everything up to there. ``shipped``: handed over up to there, and not to be
     repeated yet. ``reached``: the highest number that was ever handed over. ``generation`` is the ledger's, 0 before
-    its first acknowledgement.
+    its first acknowledgement; ``newest`` is the newest that was heard of.
     """
 
     acked: int
@@ -42,6 +45,7 @@ class Delivery:
     moved_ms: int
     reached: int = 0
     generation: int = 0
+    newest: int = 0
 
     @classmethod
     def begun(cls, first_seq: int, boot_ms: int) -> Delivery:
@@ -69,13 +73,22 @@ class Delivery:
         self.shipped, self.moved_ms = self.acked, boot_ms
         return again
 
+    def ledger_began(self, generation: int, boot_ms: int) -> None:
+        """A head says that the ledger is at ``generation``."""
+        if generation <= self.newest:
+            return
+        self.newest = generation
+        if 0 < self.generation < generation:
+            self.acked = self.shipped = 0
+            self.moved_ms = boot_ms
+
     def acknowledged(self, ack: Acknowledgement, written: int, held: int | None, boot_ms: int) -> bool:
         """Takes an acknowledgement. ``written``: the log's last number. ``held``: the first number in ``ack.lost`` that
         the log still holds, if any. Whether it counts.
         """
-        if ack.generation < self.generation or ack.watermark > written:
+        if ack.generation < max(self.generation, self.newest) or _recorded_beyond(ack, written):
             return False
-        watermark = ack.watermark if held is None else min(ack.watermark, held - 1)
+        watermark = min(ack.watermark, written if held is None else held - 1)
         if ack.generation > self.generation:
             if self.generation or watermark < self.acked:
                 self.acked = self.shipped = watermark
@@ -87,3 +100,12 @@ class Delivery:
             self.reached = max(self.reached, watermark)
             self.moved_ms = boot_ms
         return True
+
+
+def _recorded_beyond(ack: Acknowledgement, written: int) -> bool:
+    """Whether the ledger says that it has events that were never written."""
+    at = written + 1
+    for first, last in sorted(ack.lost):
+        if first <= at <= last:
+            at = last + 1
+    return at <= ack.watermark

@@ -86,6 +86,7 @@ class ShippingService:
         self._full_times = 0
         self._full_until_ms = 0
         self._unreadable: set[str] = set()
+        self._contested: set[str] = set()
         self.urgent = asyncio.Event()
         """Set when somebody waits for what is to be shipped."""
         self.backlog_batches = 0
@@ -238,6 +239,14 @@ class ShippingService:
 
     # Acknowledgements
 
+    def ledger_began(self, generation: int) -> None:
+        """A signed head tells the ledger's generation."""
+        boot_ms = self._clock.boot_ms()
+        for header, _ in self._log.logs():
+            one = self._logs.get(log_id(header.sidecar, header.incarnation))
+            if one is not None:
+                one.delivery.ledger_began(generation, boot_ms)
+
     def take_report(self, report: PulseReport) -> None:
         """How full Redis is, and the acknowledgements."""
         self.backlog_batches, self.memory_share = report.backlog_batches, report.memory_share
@@ -259,7 +268,10 @@ class ShippingService:
                 continue
             header, delivery = one.header, one.delivery
             held = self._log.first_held(header.sidecar, header.incarnation, lost) if lost else None
-            if held is not None:
+            if held is None:
+                self._contested.discard(log)
+            elif log not in self._contested:
+                self._contested.add(log)
                 self._tally.acks_contested += 1
                 self._logger.error(
                     "the ledger was told that events are lost which are not; they are kept and sent",
