@@ -114,7 +114,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         drain_grace_s=_duration("drain_grace", setting("drain_grace", "10s")),
         durable_replicas=_count("durable_replicas", setting("durable_replicas", "0"), 0),
         usage_backlog_max=_count("usage_backlog_max", setting("usage_backlog_max", "1000"), 1),
-        redis_memory_max=_share("redis_memory_max", setting("redis_memory_max", "85%")),
+        redis_memory_max=_share("redis_memory_max", setting("redis_memory_max", "0.85")),
         control_plane_url=control_plane_url,
         control_plane_ca_file=setting("control_plane_ca_file", ""),
         sidecar_key=sidecar_key,
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--redis-memory-max",
         metavar="SHARE",
-        help="share of the memory of Redis beyond which usage stays in the log (default 85%%)",
+        help="share of the memory of Redis beyond which usage stays in the log (default 0.85)",
     )
     add(
         "--control-plane-url",
@@ -201,10 +201,10 @@ def _duration(name: str, text: str) -> float:
 
 
 def _share(name: str, text: str) -> float:
-    match = re.fullmatch(r"(\d{1,3})%", text.strip())
-    if match is None or not 1 <= int(match.group(1)) <= 100:
-        raise ConfigError(f"--{name.replace('_', '-')} {text!r} is not a share; write 1% to 100%")
-    return int(match.group(1)) / 100
+    match = re.fullmatch(r"[01](?:\.\d+)?", text.strip())
+    if match is None or not 0 < float(text) <= 1:
+        raise ConfigError(f"--{name.replace('_', '-')} {text!r} is not a share; write 0.85, at most 1")
+    return float(text)
 
 
 def _count(name: str, text: str, least: int) -> int:

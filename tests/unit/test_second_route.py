@@ -200,5 +200,5 @@ def test_settings_of_the_second_route_are_read_and_refused_with_a_reason(tmp_pat
         parse(["--sidecar-key", "k"], environment)
     assert parse(["--sidecar-key", "k", "--control-plane-insecure"], environment).control_plane_url
     with pytest.raises(ConfigError, match="is not a share"):
-        parse(["--redis-memory-max", "0.8"], {"LICET_PUBLIC_KEY": KEY.public_key})
-    assert parse(["--redis-memory-max", "60%"], {"LICET_PUBLIC_KEY": KEY.public_key}).redis_memory_max == 0.6
+        parse(["--redis-memory-max", "80"], {"LICET_PUBLIC_KEY": KEY.public_key})
+    assert parse(["--redis-memory-max", "0.6"], {"LICET_PUBLIC_KEY": KEY.public_key}).redis_memory_max == 0.6
