@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,47 @@ def test_what_was_answered_as_shipped_outlives_the_pod_and_its_volume(fleet: Fle
     }
     assert not record.refused
     assert len(record.approved) > 600
+
+
+@pytest.mark.timeout(120)
+def test_a_ledger_restored_from_a_backup_of_mid_run_gets_again_what_it_lost(fleet: Fleet) -> None:
+    fleet.licet("license", "create", "globex", "--plan", "large", "--wait")
+    record = Record()
+    live, backup = fleet.directory / "server" / "licet.db", fleet.directory / "backup.db"
+
+    async def load(answers: int) -> None:
+        until = asyncio.Event()
+        clients = asyncio.create_task(
+            drive(fleet.addresses, record, tenant="globex", action=ACTIONS, until=until, clients=12)
+        )
+        wanted = len(record.approved) + answers
+        await asyncio.to_thread(wait_until, "answers go on", lambda: len(record.approved) >= wanted)
+        until.set()
+        await clients
+
+    asyncio.run(load(500))
+    with closing(sqlite3.connect(live, timeout=30)) as database, closing(sqlite3.connect(backup)) as copied:
+        database.backup(copied)
+    asyncio.run(load(500))
+    wait_until("the ledger has every answer", lambda: record.approved.keys() <= recorded_decisions(fleet).keys())
+    waits = "licet_log_events_unacknowledged"
+    wait_until("all is acknowledged", lambda: not any(fleet.metric(one, waits) for one in range(fleet.count)))
+
+    fleet.server.kill()
+    for suffix in ("-wal", "-shm"):
+        live.with_name(live.name + suffix).unlink(missing_ok=True)
+    shutil.copy(backup, live)
+    assert not record.approved.keys() <= recorded_decisions(fleet).keys()
+    fleet.server.command = [*fleet.server.command, "--new-generation"]
+    fleet.server.start()
+    # Nobody asks anything: what was acknowledged before comes again by itself.
+    wait_until("the ledger has every answer again", lambda: record.approved.keys() <= recorded_decisions(fleet).keys())
+    ledger = recorded_decisions(fleet)
+    assert {name: ledger[name] for name in record.approved} == {
+        name: (APPROVED, units) for name, units in record.approved.items()
+    }
+    wait_until("the ledger is consistent", lambda: fleet.licet("ledger", "verify")["ok"])
+    assert fleet.licet("ledger", "verify")["lost"] == []
 
 
 @pytest.mark.timeout(180)
