@@ -131,6 +131,20 @@ async def test_all_that_wait_share_one_sync(sidecar: FakeSidecar, monkeypatch: p
     assert disk.syncs == 2  # the second for those that came while the first ran
 
 
+async def test_a_call_that_comes_as_a_sync_ends_begins_another(sidecar: FakeSidecar) -> None:
+    gate = sidecar.service._gate
+    await sidecar.check(action="synced")
+
+    async def over() -> int:
+        return 0
+
+    ended = asyncio.ensure_future(over())
+    await asyncio.wait([ended])
+    gate._syncing = ended  # as it is between the end of a sync and its callback
+    response = await asyncio.wait_for(sidecar.check(action="synced"), 5)
+    assert (response.effect, response.degraded) == (pb.EFFECT_APPROVED, False)
+
+
 async def test_an_answer_at_shipped_leaves_after_redis_has_its_batch(sidecar: FakeSidecar) -> None:
     waiting = asked(sidecar, "shipped")
     await until(sidecar.shipping.urgent.is_set)

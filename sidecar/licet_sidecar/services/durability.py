@@ -153,7 +153,8 @@ class DurabilityGate:
 
     async def _synced(self, seq: int) -> None:
         while self._log.synced_seq < seq:
-            if self._syncing is None:
+            # Done, and its callback not called yet: to wait for that would return at once, and let nothing else run.
+            if self._syncing is None or self._syncing.done():
                 self._syncing = asyncio.get_running_loop().create_task(
                     asyncio.to_thread(self._log.sync), name="sync log"
                 )
@@ -161,7 +162,8 @@ class DurabilityGate:
             await asyncio.shield(self._syncing)
 
     def _ended(self, task: asyncio.Task[int]) -> None:
-        self._syncing = None
+        if self._syncing is task:
+            self._syncing = None
         if not task.cancelled() and task.exception() is not None:
             self._tally.log_failures += 1
 
