@@ -10,6 +10,7 @@ from typing import Any
 
 SERVICE_US_MAX = 25.0
 BATCH_US_MAX = 15.0
+APPEND_US_MAX = 5.0
 FOUR_LIMITS_RATIO_MAX = 1.5
 WAITED_SHARE_MAX = 0.001
 ROUND_TRIPS_PER_S_MAX = 2.0
@@ -37,6 +38,7 @@ def main() -> None:
         ratio = costs["check, four limits"].best_us / costs["check, one limit"].best_us
         print(f"  four limits cost {ratio:.2f} times what one costs; promised: {FOUR_LIMITS_RATIO_MAX}", file=out)
         found["service"] = {name: dataclasses.asdict(cost) for name, cost in costs.items()}
+        print(f"  promised: an append at most {APPEND_US_MAX:.0f} µs", file=out)
         print(f"  promised: a check {SERVICE_US_MAX:.0f} µs, a decision in a batch {BATCH_US_MAX:.0f} µs", file=out)
     if arguments.part in (None, "waits"):
         from bench import waits

@@ -28,6 +28,9 @@ from licet.domain.ids import LimitKey
 from licet.domain.money import Price
 from licet.domain.windows import Period
 from licet.v1 import approval_pb2 as pb
+from licet.wire import usage
+from licet.wire.signing import SigningKey, Verifier
+from licet_sidecar.adapters.log_records import EVENT, frame
 from licet_sidecar.adapters.usage_log import LogHeader, UsageLog
 from licet_sidecar.clock import SystemClock
 from licet_sidecar.core.engine import Engine, Tenant
@@ -35,9 +38,11 @@ from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.services.approval import ApprovalService
+from licet_sidecar.services.durability import DurabilityGate
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.requests import parse_check
+from licet_sidecar.services.shipping import ShippingService
 from licet_sidecar.services.tally import Tally
 
 BATCH = 32
@@ -111,8 +116,13 @@ def service() -> Iterator[tuple[ApprovalService, Engine]]:
         link, tally = LinkState(), Tally()
         link.succeeded()
         stand_ins: Any = (_NoLeasing(), _Synced())
+        recent, shipping = (
+            RecentAnswers(log, tally),
+            ShippingService(log, Verifier([SigningKey.generate().public_key]), clock, tally),
+        )
+        gate = DurabilityGate(engine, log, shipping, link, tally)
         yield (
-            ApprovalService(engine, log, clock, link, *stand_ins, RecentAnswers(log, tally), tally, ReservationBook()),
+            ApprovalService(engine, log, clock, link, *stand_ins, recent, tally, ReservationBook(), gate),
             engine,
         )
         log.close()
@@ -168,9 +178,45 @@ def run() -> dict[str, Cost]:
             costs[f"decision in a batch of {BATCH}, {name}"] = cpu_cost(
                 lambda n, b=batches: approval.handle("CheckBatch", b[n], 1.0), per_round=40, units=BATCH
             )
+        costs["appending an event to the log, of that"] = _append_cost()
         tally = Tally()
         costs["counting, of that"] = cpu_cost(lambda _: tally.answered(1, 1, 17), per_round=5_000)
     return costs
+
+
+def _append_cost() -> Cost:
+    """Framing a packed event and appending it at ``logged``."""
+    with tempfile.TemporaryDirectory() as directory:
+        log = UsageLog(Path(directory), bytes_max=2**34)
+        log.start(LogHeader("0" * 32, 1, 0, 0, bytes(8), 1), [])
+        event = usage.pack_event(
+            usage.UsageEvent(
+                1,
+                1_790_000_000_000_000,
+                "acme",
+                "user",
+                "user-42",
+                "",
+                "llm.complete",
+                1,
+                1,
+                "",
+                7,
+                {"llm.tokens": 100},
+                800_000,
+                "USD",
+                0,
+                "plain-00000000000000000042",
+                "",
+                "",
+                {"model": "small"},
+                [("llm.tokens:month:1788220800", 100)],
+                [],
+            )
+        )
+        cost = cpu_cost(lambda _: log.append(frame(EVENT, event), 1), per_round=2_000)
+        log.close()
+        return cost
 
 
 def _fill_leases(engine: Engine) -> None:

@@ -23,10 +23,12 @@ from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.server import listen, serve
 from licet_control_plane.state_dir import StartError, StateDir
 from licet_control_plane.store import access, meta, subjects
+from licet_control_plane.store.access import ADMIN, SIDECAR
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.telemetry import configure_logging
 
-ADMIN: Final = "admin"
+KEYS: Final = ((ADMIN, "admin-key"), (SIDECAR, "sidecar-key"))
+"""(role and name, file) of the keys that the first start makes."""
 
 log = structlog.get_logger(__name__)
 
@@ -115,7 +117,8 @@ def _prepare(config: ServerConfig, state_dir: StateDir) -> tuple[Database, Signi
                 "Put the file ledger-key back that belongs to the database.",
             )
         if is_new:
-            database.write_now(_add_admin, state_dir.new_admin_key())
+            for role, file in KEYS:
+                database.write_now(_add_key, role, state_dir.new_api_key(file))
         return database, key, ledger_key, database.read_now(meta.read).deployment
     except DatabaseUnavailable as error:
         database.close()
@@ -127,5 +130,5 @@ def _prepare(config: ServerConfig, state_dir: StateDir) -> tuple[Database, Signi
         raise
 
 
-def _add_admin(connection: Connection, key: str) -> None:
-    access.add_key(connection, name=ADMIN, role=ADMIN, key=key, now_us=time.time_ns() // 1_000)
+def _add_key(connection: Connection, role: str, key: str) -> None:
+    access.add_key(connection, name=role, role=role, key=key, now_us=time.time_ns() // 1_000)

@@ -20,7 +20,7 @@ from licet.domain.entitlements import entitlements_of
 from licet.domain.ids import TENANT_PATTERN, UNITS_MAX
 from licet.wire import envelope
 from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest, chunk_catalog, digest_of
-from licet.wire.signing import SigningKey
+from licet.wire.signing import SigningKey, Statement
 from licet_control_plane.core.grants import GrantAsked, amount_of, grant_of, is_same, kept
 from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.core.suggestion import did_you_mean
@@ -79,6 +79,10 @@ class Changes:
         self._wake = wake
         self._now_s = now_s
         self._catalog: tuple[str, Catalog] = ("", Catalog())
+
+    def sign(self, statement: Statement) -> bytes:
+        """Signs with the deployment's key."""
+        return self._key.sign(statement)
 
     async def push(
         self,

@@ -184,6 +184,7 @@ class ControlPlane:
         metrics.counter("licet_ledger_duplicates", "Events that came again.", lambda: drain.duplicates)
         metrics.counter("licet_ledger_conflicts", "Events that came again otherwise.", lambda: drain.conflicts)
         metrics.gauge("licet_ledger_checkpoint", "Number of the newest checkpoint.", lambda: self.checkpointer.number)
+        metrics.counter("licet_ledger_lost", "Events declared lost.", lambda: drain.declared_lost)
         metrics.counter("licet_ledger_poison", "Batches set aside.", lambda: drain.poison)
 
 

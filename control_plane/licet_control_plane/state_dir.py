@@ -120,10 +120,10 @@ class StateDir:
         except (OSError, ValueError) as error:
             raise StartError(f"The ledger key {path} cannot be read: {error}.", "Put the right file back.") from error
 
-    def new_admin_key(self) -> str:
-        """Make the administrator's API key and leave it in ``admin-key``. The caller keeps only its hash."""
+    def new_api_key(self, name: str) -> str:
+        """Make an API key and leave it in the file ``name``. The caller keeps only its hash."""
         key = API_KEY_PREFIX + secrets.token_urlsafe(_API_KEY_BYTES)
-        self._write(self.path / "admin-key", f"{key}\n".encode(), mode=0o600)
+        self._write(self.path / name, f"{key}\n".encode(), mode=0o600)
         return key
 
     def close(self) -> None:

@@ -6,15 +6,16 @@ kind       key         Redis key                     payload
 bundle     ``bundle``  ``licet:doc:bundle``          ``Manifest``: digests of the chunks with the documents
 license    tenant      ``licet:{tenant}:license``    ``licet.domain.catalog.License``
 head       ``head``    ``licet:head``                ``Head``: "this server's contents were checked"
-ack        log id      ``licet:acked`` (hash)        none; the revision is the watermark, the generation the ledger's
+ack        log id      ``licet:acked`` (hash)        ``AckPayload``; the revision is the watermark, the generation the
+                                                     ledger's
 =========  ==========  ============================  ====================================================
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
 
 from licet.domain.catalog import Catalog, Document, document_from_wire, document_to_wire
@@ -31,6 +32,7 @@ CHUNK_COUNT: Final = 256
 """Chunks a bundle is cut into, at most. Of 10,000 rules of 200 bytes, one changed rule then moves about 8 KB."""
 _CHUNK_KIND: Final = "chunk"
 _HEARTBEAT_KIND: Final = "heartbeat"
+_SECOND_ROUTE_KIND: Final = "second-route"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,15 @@ class Head:
     """Said each second, only after the contents of the Redis server ``run_id`` were checked against the database.
 
     ``at_us`` is the control plane's clock, microseconds since the Unix epoch; ``epoch`` the newest epoch of quota
-    registers; ``live`` the number of sidecars heard of lately, at least 1.
+    registers; ``live`` the number of sidecars heard of lately, at least 1; ``ledger_generation`` tells sidecars of a
+    ledger that was restored, 0 for what an older control plane says.
     """
 
     at_us: int
     run_id: str
     epoch: int
     live: int
+    ledger_generation: int = 0
 
     def to_payload(self) -> dict[str, Any]:
         """As msgpack-able primitives."""
@@ -80,7 +84,72 @@ class Head:
         Raises:
             KeyError: a field is missing.
         """
-        return cls(payload["at_us"], payload["run_id"], payload["epoch"], max(1, payload["live"]))
+        return cls(
+            payload["at_us"],
+            payload["run_id"],
+            payload["epoch"],
+            max(1, payload["live"]),
+            payload.get("ledger_generation", 0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AckPayload:
+    """``lost``: ranges (first, last) up to the watermark that the ledger has not, as they were declared lost.
+
+    Signed with the acknowledgement: whoever can write Redis can declare anything lost, and must not make a sidecar
+    delete events that it still has.
+    """
+
+    lost: tuple[tuple[int, int], ...] = ()
+
+    def to_payload(self) -> dict[str, Any]:
+        """As msgpack-able primitives."""
+        return {"lost": [list(one) for one in self.lost]} if self.lost else {}
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any] | None) -> Self:
+        """The inverse of ``to_payload``; unknown keys are ignored.
+
+        Raises:
+            TypeError, ValueError: a range is not one.
+        """
+        return cls(tuple((int(first), int(last)) for first, last in (payload or {}).get("lost", ())))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a sidecar that cannot reach Redis gets over HTTPS: signed documents, of one committed state.
+
+    ``manifest`` is ``None`` when the sidecar has the bundle, or nothing was ever pushed. ``absent``: tenants that were
+    asked for and have no license.
+    """
+
+    head: bytes
+    manifest: bytes | None = None
+    chunks: Mapping[str, bytes] = field(default_factory=dict)
+    licenses: Mapping[str, bytes] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+
+    def pack(self) -> bytes:
+        """In an envelope."""
+        return envelope.pack(
+            _SECOND_ROUTE_KIND, [self.head, self.manifest, dict(self.chunks), dict(self.licenses), list(self.absent)]
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """The inverse of ``pack``; fields that a newer program appended are ignored.
+
+        Raises:
+            EnvelopeError: not a snapshot.
+        """
+        body = envelope.unpack(_SECOND_ROUTE_KIND, data)
+        try:
+            head, manifest, chunks, licenses, absent = body[:5]
+            return cls(head, manifest, dict(chunks), dict(licenses), tuple(absent))
+        except (TypeError, ValueError) as error:
+            raise envelope.EnvelopeError(f"snapshot: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 An event is packed once, when it is decided, and travels as those bytes: the log, the stream and the ledger's digest
 all see the same. A log is named by ``<sidecar>:<incarnation>``; its sequence numbers start at 1 and have no gaps.
+Where a sidecar cannot send events that it numbered, its batch says so: what is lost is declared, never skipped.
 """
 
 from __future__ import annotations
@@ -47,7 +48,14 @@ class EventKind(IntEnum):
 BATCH_EVENTS_MAX: Final = 4_096
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 """Uncompressed. A Redis stream entry should stay small enough not to stall the server."""
+BATCHES_MAX: Final = 8
+"""Of one request over HTTP."""
+LOST_RANGES_MAX: Final = 1_000
+"""Of one batch. A log has a handful at worst: one for each place where its disk failed."""
+REASON_CHARS_MAX: Final = 200
+SEQ_MAX: Final = 2**63 - 1
 _BATCH_KIND: Final = "usage"
+_BATCHES_KIND: Final = "usage-batches"
 
 
 class UsageEvent(NamedTuple):
@@ -101,9 +109,23 @@ class UsageEvent(NamedTuple):
     exposures: Mapping[str, str] = MappingProxyType({})
 
 
+class LostRange(NamedTuple):
+    """Events ``first_seq`` to ``last_seq``, bounds included, that their sidecar numbered and does not have any more.
+
+    It may name more than there were: where the end of a log is damaged, how many events it held is not known.
+    """
+
+    first_seq: int
+    last_seq: int
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class UsageBatch:
     """Events ``first_seq`` to ``last_seq`` of one log, each as its packed bytes.
+
+    ``lost`` declares what cannot be sent. A batch that only declares has no events, and ``last_seq`` is
+    ``first_seq - 1``.
 
     ``decision_prefix`` is 8 random bytes of the incarnation: a decision's id is the prefix and the sequence number.
     ``previous_incarnation`` and ``previous_last_seq`` say where the predecessor's log ended (0, 0 for the first), so
@@ -118,6 +140,7 @@ class UsageBatch:
     first_seq: int
     last_seq: int
     events: tuple[bytes, ...]
+    lost: tuple[LostRange, ...] = ()
 
     @property
     def log_id(self) -> str:
@@ -137,6 +160,7 @@ class UsageBatch:
                 self.first_seq,
                 self.last_seq,
                 zlib.compress(b"".join(self.events), level=1),
+                *([[list(one) for one in self.lost]] if self.lost else ()),
             ],
         )
 
@@ -148,9 +172,9 @@ class UsageBatch:
             EnvelopeError: not a batch, damaged, too large, or its events are not exactly ``first_seq…last_seq``.
         """
         try:
-            sidecar, incarnation, prev_incarnation, prev_last, prefix, first, last, packed = envelope.unpack(
-                _BATCH_KIND, data
-            )
+            body = envelope.unpack(_BATCH_KIND, data)
+            sidecar, incarnation, prev_incarnation, prev_last, prefix, first, last, packed = body[:8]
+            lost = tuple(_lost_range(*one) for one in body[8]) if len(body) > 8 else ()
             inflater = zlib.decompressobj()
             raw = inflater.decompress(packed, envelope.MESSAGE_BYTES_MAX)
             if inflater.unconsumed_tail:
@@ -161,9 +185,32 @@ class UsageBatch:
             if isinstance(error, envelope.EnvelopeError):
                 raise
             raise envelope.EnvelopeError(f"usage: damaged batch: {error}") from error
-        if not seqs or seqs != list(range(first, last + 1)):
+        if not (seqs or lost) or last - first + 1 != len(seqs) or seqs != list(range(first, last + 1)):
             raise envelope.EnvelopeError(f"usage: batch {first}…{last} of {sidecar} does not hold exactly these events")
-        return cls(sidecar, incarnation, prev_incarnation, prev_last, prefix, first, last, tuple(events))
+        if len(lost) > LOST_RANGES_MAX:
+            raise envelope.EnvelopeError(
+                f"usage: the batch declares {len(lost):,} ranges; {LOST_RANGES_MAX:,} are read"
+            )
+        return cls(sidecar, incarnation, prev_incarnation, prev_last, prefix, first, last, tuple(events), lost)
+
+
+def pack_batches(batches: Sequence[bytes]) -> bytes:
+    """Several packed batches as one body of a request."""
+    return envelope.pack(_BATCHES_KIND, list(batches))
+
+
+def unpack_batches(data: bytes) -> list[bytes]:
+    """The inverse of ``pack_batches``.
+
+    Raises:
+        EnvelopeError: not that, empty, or more than ``BATCHES_MAX``.
+    """
+    body = envelope.unpack(_BATCHES_KIND, data)
+    if not isinstance(body, list) or not all(isinstance(one, bytes) for one in body):
+        raise envelope.EnvelopeError("usage: not a list of batches")
+    if not 1 <= len(body) <= BATCHES_MAX:
+        raise envelope.EnvelopeError(f"usage: {len(body)} batches; send 1 to {BATCHES_MAX} at once")
+    return body
 
 
 def log_id(sidecar: str, incarnation: int) -> str:
@@ -180,6 +227,9 @@ _FIELDS_MIN: Final = UsageEvent._fields.index("kind")
 """Fields that every event has. Later ones are left out from where on all are empty."""
 _PLAIN: Final = b"\xdc" + _FIELDS_MIN.to_bytes(2, "big")
 """How an event of exactly those fields begins: an array of so many (msgpack's array 16)."""
+
+
+_ARRAY16: Final = b"\xdc"
 
 
 def pack_event(event: UsageEvent) -> bytes:
@@ -211,10 +261,22 @@ def has_kind(data: bytes) -> bool:
 
 def event_seq(data: bytes) -> int:
     """The sequence number of a packed event, without unpacking the rest."""
+    if data[:1] == _ARRAY16:  # the way every event begins; a reader for each would cost as much as the rest of a batch
+        first = data[3]
+        if first < 0x80:
+            return first
+        if 0xCC <= first <= 0xCF:  # an unsigned integer of 1, 2, 4 or 8 bytes
+            return int.from_bytes(data[4 : 4 + (1 << (first - 0xCC))], "big")
     unpacker = msgpack.Unpacker(raw=False)
     unpacker.feed(data[:16])
     unpacker.read_array_header()
     return int(unpacker.unpack())
+
+
+def _lost_range(first_seq: int, last_seq: int, reason: str, *_: Any) -> LostRange:
+    if not 1 <= first_seq <= last_seq <= SEQ_MAX or not isinstance(reason, str):
+        raise ValueError(f"{first_seq}…{last_seq} is no range of events")
+    return LostRange(int(first_seq), int(last_seq), reason[:REASON_CHARS_MAX])
 
 
 def _split(raw: bytes) -> list[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import secrets
 import signal
 import socket
@@ -17,6 +18,7 @@ from licet.wire.documents import Head, Heartbeat
 from licet.wire.names import RedisNames
 from licet.wire.registers import QUOTA_KEPT_S, Pair
 from licet.wire.signing import Verifier
+from licet_sidecar.adapters.https_route import HttpsRoute
 from licet_sidecar.adapters.redis_lease_store import RedisLeaseStore
 from licet_sidecar.adapters.redis_link import connect
 from licet_sidecar.adapters.redis_seat_store import RedisSeatStore
@@ -31,9 +33,10 @@ from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.core.seats import SeatBook
 from licet_sidecar.logs import Logger
-from licet_sidecar.ports import LinkDown, LinkRefused
+from licet_sidecar.ports import LinkDown, LinkRefused, PulseReport
 from licet_sidecar.services import reservation_records
 from licet_sidecar.services.approval import ApprovalService
+from licet_sidecar.services.durability import DurabilityGate
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
@@ -50,6 +53,9 @@ PULSE_S: Final = 1.0
 PULSE_S_MIN: Final = 0.05
 UPKEEP_S: Final = 1.25
 """With a pulse each second and a blocking read each five that is two round trips a second, whatever is held."""
+SECOND_ROUTE_S: Final = 5.0
+"""Between rounds over HTTPS while Redis is away: far below ``--staleness-max``, and no burden."""
+SECOND_ROUTE_S_AT_START: Final = 0.5
 LOOP_STALLED_MS: Final = 10_000
 """Without a turn of the event loop for this long, ``/healthz`` says that the process hangs."""
 
@@ -126,7 +132,19 @@ class Sidecar:
                 *(seat_record(tenant, seat_id, packed) for (tenant, seat_id), packed in recovered.seats.items()),
             ],
         )
-        self.shipping = ShippingService(self.log, verifier, self.clock, self.tally)
+        self.shipping = ShippingService(
+            self.log,
+            verifier,
+            self.clock,
+            self.tally,
+            backlog_batches_max=config.usage_backlog_max,
+            memory_share_max=config.redis_memory_max,
+        )
+        self._second: HttpsRoute | None = None
+        if config.control_plane_url:
+            self._second = HttpsRoute(
+                config.control_plane_url, config.sidecar_key, ca_file=config.control_plane_ca_file
+            )
         self.sync = SyncService(
             self.engine,
             source,
@@ -137,10 +155,12 @@ class Sidecar:
             self.link,
             self.tally,
             on_head=self._head_taken,
+            second=self._second,
         )
         self.sync.restore(recovered.floor)
         self.recent = RecentAnswers(self.log, self.tally)
         self.recent.recover()
+        gate = DurabilityGate(self.engine, self.log, self.shipping, self.link, self.tally)
         self.service = ApprovalService(
             self.engine,
             self.log,
@@ -151,6 +171,7 @@ class Sidecar:
             self.recent,
             self.tally,
             self.reservations,
+            gate,
         )
         self._metrics = Metrics(
             self.engine, self.log, self.shipping, self.link, self.clock, self.tally, self.reservations
@@ -174,7 +195,7 @@ class Sidecar:
         for (tenant, _), packed in recovered.seats.items():
             self.seats.restore(tenant, packed)
         seats = SeatService(
-            self.engine, self.seats, self.log, self.clock, self.link, self.sync, self.recent, self.tally
+            self.engine, self.seats, self.log, self.clock, self.link, self.sync, self.recent, self.tally, gate
         )
         self.service.register(seats.methods())
         self._address = ""
@@ -214,6 +235,8 @@ class Sidecar:
                 for name, work in (
                     ("sync", self.sync.run()),
                     ("pulse", self._pulse_loop()),
+                    ("shipping", self._ship_loop()),
+                    ("second route", self._second_route_loop()),
                     ("upkeep", self._upkeep_loop()),
                     ("recalls", self._recall_loop()),
                     ("seats", self._seats_loop()),
@@ -275,28 +298,66 @@ class Sidecar:
 
     async def _pulse(self) -> None:
         self._turned_ms = self.clock.boot_ms()
-        batches = await self.shipping.next_batches()
         try:
-            report = await self._sink.pulse(
-                (self.identity.sidecar, self._heartbeat().pack()), self.shipping.logs(), batches
-            )
+            report = await self.shipping.hand_over(self._send_pulse)
         except (LinkDown, LinkRefused) as error:
-            if self.link.failed(error, refused=isinstance(error, LinkRefused)):
-                level = self._logger.error if isinstance(error, LinkRefused) else self._logger.warning
-                level("Redis does not answer; leases and cache carry on", error=str(error))
-            if not self.sync.ready.is_set():
-                self.sync.problem = str(error)
+            self._link_failed(error)
             return
         if not self.link.up:
             self._logger.info("Redis answers")
         self.link.succeeded()
-        self.shipping.handed_over()
-        self.shipping.take_acks(report)
+        self.shipping.take_report(report)
         self.engine.leases.heard(report.redis_ms, self.clock.boot_ms())
         self.sync.take_head(report)
         if self._epoch:
             # A restarted server is learning until everybody has asserted: do not wait for the head to say so.
             self._assert_all(self._epoch, report.run_id)
+
+    async def _send_pulse(self, batches: list[bytes]) -> PulseReport:
+        return await self._sink.pulse((self.identity.sidecar, self._heartbeat().pack()), self.shipping.logs(), batches)
+
+    async def _ship_loop(self) -> None:
+        """Between pulses, for answers that wait until their event is shipped. Those that come meanwhile are next."""
+        while True:
+            await self.shipping.urgent.wait()
+            self.shipping.urgent.clear()
+            try:
+                await self.shipping.hand_over(self._sink.ship)
+            except (LinkDown, LinkRefused) as error:
+                self._link_failed(error)
+
+    async def _second_route_loop(self) -> None:
+        """While Redis cannot be reached the control plane is asked itself, and given what was used."""
+        trouble = ""
+        while self._second is not None:
+            pause_s = SECOND_ROUTE_S if self.sync.ready.is_set() else SECOND_ROUTE_S_AT_START
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            if self.link.up:
+                trouble = ""
+                continue
+            try:
+                await self.sync.follow_second_route()
+                await self._ship_by_second_route(self._second)
+                if trouble or not self.tally.second_route_rounds:
+                    self._logger.info("the control plane is asked itself, while Redis is away")
+                trouble = ""
+                self.tally.second_route_rounds += 1
+            except (LinkDown, LinkRefused) as error:
+                self.tally.second_route_failures += 1
+                if str(error) != trouble:
+                    trouble = str(error)
+                    self._logger.warning("the second route does not work either", error=trouble)
+
+    async def _ship_by_second_route(self, second: HttpsRoute) -> None:
+        acks = await self.shipping.hand_over(second.ship, to_redis=False)
+        self.shipping.take_acks(PulseReport(None, acks, ""))
+
+    def _link_failed(self, error: LinkDown | LinkRefused) -> None:
+        if self.link.failed(error, refused=isinstance(error, LinkRefused)):
+            level = self._logger.error if isinstance(error, LinkRefused) else self._logger.warning
+            level("Redis does not answer; leases and cache carry on", error=str(error))
+        if not self.sync.ready.is_set():
+            self.sync.problem = str(error)
 
     async def _upkeep_loop(self) -> None:
         while True:
@@ -354,12 +415,15 @@ class Sidecar:
                     await self._say_goodbye()
                 except (LinkDown, LinkRefused) as error:
                     self.link.failed(error)
+        if self._second is not None and not self.link.up and not self._exit_reason:
+            await self._drain_by_second_route(self._second, deadline)
         await self.sync.save_snapshot(last=True)
         unacked = self.shipping.unacked_events
         if unacked:
-            self._logger.warning(
+            self._logger.error(
                 "stopping with events the ledger has not acknowledged; they stay in the state directory",
                 events=unacked,
+                fix="They are shipped when a sidecar starts on this state directory again; without it they are lost.",
             )
         if self.reservations.open_count:
             self._logger.warning(
@@ -367,6 +431,17 @@ class Sidecar:
                 reservations=self.reservations.open_count,
             )
         self._logger.info("stopped", unacknowledged=unacked)
+
+    async def _drain_by_second_route(self, second: HttpsRoute, deadline: float) -> None:
+        self.shipping.start_over()
+        while self.shipping.unacked_events and time.monotonic() < deadline:
+            try:
+                await self._ship_by_second_route(second)
+            except (LinkDown, LinkRefused) as error:
+                self._logger.warning("usage cannot be handed to the control plane either", error=str(error))
+                if isinstance(error, LinkRefused):
+                    return
+                await asyncio.sleep(SECOND_ROUTE_S_AT_START)
 
     async def _retire(self) -> int:
         """Everything is returned and nothing reserved: gives up this id and its registers, so that pods that come and
@@ -386,6 +461,7 @@ class Sidecar:
 
     def _head_taken(self, head: Head) -> None:
         self.engine.leases.live = head.live
+        self.shipping.ledger_began(head.ledger_generation)
         self._epoch = head.epoch
         self._assert_all(head.epoch, head.run_id)
 

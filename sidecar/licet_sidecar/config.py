@@ -6,11 +6,12 @@ import argparse
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from licet.wire.signing import Verifier
+from licet_sidecar.adapters.https_route import refusal_of
 
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0}
 
@@ -35,6 +36,11 @@ class Config:
     message_bytes_max: int = 8 * 1024**2
     drain_grace_s: float = 10.0
     durable_replicas: int = 0
+    usage_backlog_max: int = 1_000
+    redis_memory_max: float = 0.85
+    control_plane_url: str = ""
+    control_plane_ca_file: str = ""
+    sidecar_key: str = field(default="", repr=False)
     log_level: str = "info"
 
 
@@ -75,6 +81,25 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         Verifier(list(keys))
     except ValueError as error:
         raise ConfigError(f"--public-key: {error}") from error
+    control_plane_url = setting("control_plane_url", "")
+    insecure = setting("control_plane_insecure", "no").lower() in ("yes", "true", "1")
+    if control_plane_url and (refusal := refusal_of(control_plane_url, insecure=insecure)):
+        raise ConfigError(f"--control-plane-url: {refusal}")
+    sidecar_key = setting("sidecar_key", "")
+    sidecar_key_file = setting("sidecar_key_file", "")
+    if control_plane_url and not sidecar_key and sidecar_key_file:
+        try:
+            sidecar_key = Path(sidecar_key_file).read_text().strip()
+        except OSError as error:
+            raise ConfigError(
+                f"--sidecar-key-file {sidecar_key_file}: {error.strerror}; the control plane writes one as sidecar-key"
+                " in its state directory"
+            ) from error
+    if control_plane_url and not sidecar_key:
+        raise ConfigError(
+            "--control-plane-url needs an API key: set LICET_SIDECAR_KEY to the text of the control plane's"
+            " sidecar-key, or name that file with --sidecar-key-file"
+        )
     return Config(
         listen=tuple(a for a in re.split(r"[\s,]+", setting("listen", "127.0.0.1:7420")) if a),
         http_listen=setting("http_listen", "127.0.0.1:7421"),
@@ -88,6 +113,11 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         message_bytes_max=_count("message_bytes_max", setting("message_bytes_max", str(8 * 1024**2)), 1024),
         drain_grace_s=_duration("drain_grace", setting("drain_grace", "10s")),
         durable_replicas=_count("durable_replicas", setting("durable_replicas", "0"), 0),
+        usage_backlog_max=_count("usage_backlog_max", setting("usage_backlog_max", "1000"), 1),
+        redis_memory_max=_share("redis_memory_max", setting("redis_memory_max", "0.85")),
+        control_plane_url=control_plane_url,
+        control_plane_ca_file=setting("control_plane_ca_file", ""),
+        sidecar_key=sidecar_key,
         log_level=setting("log_level", "info").lower(),
     )
 
@@ -135,6 +165,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="replicas of Redis that must have what a durable limit leased, beside its own disk (default 0)",
     )
+    add(
+        "--usage-backlog-max",
+        metavar="N",
+        help="batches in this sidecar's usage stream beyond which usage stays in the log (default 1000)",
+    )
+    add(
+        "--redis-memory-max",
+        metavar="SHARE",
+        help="share of the memory of Redis beyond which usage stays in the log (default 0.85)",
+    )
+    add(
+        "--control-plane-url",
+        metavar="URL",
+        help="https://host[:port] of the control plane, asked when Redis cannot be reached (default: it is not)",
+    )
+    add("--control-plane-ca-file", metavar="FILE", help="authorities that its certificate is checked against, in PEM")
+    add(
+        "--control-plane-insecure",
+        action="store_const",
+        const="yes",
+        help="allow http:// to another machine (default: only to this one)",
+    )
+    add("--sidecar-key", metavar="KEY", help="API key for it, of the role sidecar; better given as LICET_SIDECAR_KEY")
+    add("--sidecar-key-file", metavar="FILE", help="a file with that key")
     add("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
     return parser
 
@@ -144,6 +198,13 @@ def _duration(name: str, text: str) -> float:
     if match is None:
         raise ConfigError(f"--{name.replace('_', '-')} {text!r} is not a duration; write 300s, 5m or 500ms")
     return float(match.group(1)) * _UNITS_S[match.group(2) or "s"]
+
+
+def _share(name: str, text: str) -> float:
+    match = re.fullmatch(r"[01](?:\.\d+)?", text.strip())
+    if match is None or not 0 < float(text) <= 1:
+        raise ConfigError(f"--{name.replace('_', '-')} {text!r} is not a share; write 0.85, at most 1")
+    return float(text)
 
 
 def _count(name: str, text: str, least: int) -> int:

@@ -7,7 +7,7 @@ help until somebody changes something.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,10 @@ from licet_sidecar.core.seats import SeatAnswer, SeatCall
 
 class LinkDown(Exception):
     """Transient: Redis cannot be reached, is loading, is read-only, or is out of memory."""
+
+
+class LinkFull(LinkDown):
+    """Redis has no memory left for what was sent: it needs time, and less."""
 
 
 class Unconfirmed(LinkDown):
@@ -45,13 +49,16 @@ class Change:
 class PulseReport:
     """What one pulse brought back. Bytes are signed documents, not verified yet; ``None`` where there is none.
 
-    ``redis_ms``: what the Redis clock showed, milliseconds since the Unix epoch.
+    ``redis_ms``: what the Redis clock showed, milliseconds since the Unix epoch. ``backlog_batches``: entries in the
+    usage stream of this sidecar's shard. ``memory_share``: of the memory Redis may use, 0 when there is no bound.
     """
 
     head: bytes | None
     acks: Mapping[str, bytes]
     run_id: str
     redis_ms: int = 0
+    backlog_batches: int = 0
+    memory_share: float = 0.0
 
 
 class LeaseStore(Protocol):
@@ -99,6 +106,18 @@ class StateSource(Protocol):
         """Entries after revision ``after``, in order; waits up to ``block_ms`` for the first."""
 
 
+class SecondRoute(Protocol):
+    """The control plane itself, while Redis cannot be reached."""
+
+    async def snapshot(self, have: tuple[int, int], known: Collection[str], wanted: Collection[str]) -> bytes:
+        """The published state, a packed ``Snapshot``, for who has (generation, revision) ``have`` with the licenses of
+        ``known`` and wants those of ``wanted`` too. May be repeated.
+        """
+
+    async def ship(self, batches: Sequence[bytes]) -> Mapping[str, bytes]:
+        """Hands packed batches over; signed acknowledgements, by log. May be repeated."""
+
+
 class UsageSink(Protocol):
     """Where batches of usage events go, and where word comes from that the ledger has them."""
 
@@ -106,6 +125,9 @@ class UsageSink(Protocol):
         """Once a second, one round trip: hands batches over, leaves a heartbeat, fetches the head and the
         acknowledgements of ``logs``. May be repeated.
         """
+
+    async def ship(self, batches: Sequence[bytes]) -> None:
+        """Hands batches over between two pulses. May be repeated."""
 
     async def deregister(self, sidecar: str) -> None:
         """Takes the heartbeat out: this sidecar has returned what it held and stops."""

@@ -37,8 +37,22 @@ from licet.wire import documents, envelope
 from licet.wire.documents import Head, Heartbeat, Manifest, catalog_of_chunks, chunk_catalog, digest_of
 from licet.wire.envelope import EnvelopeError
 from licet.wire.signing import Verifier
-from licet.wire.usage import EventKind, UsageBatch, UsageEvent, decision_id, event_seq, log_id, unpack_event
-from licet_sidecar.adapters.usage_log import EVENT, HEADER, floor_record, frame, lease_record
+from licet.wire.usage import (
+    LOST_RANGES_MAX,
+    EventKind,
+    LostRange,
+    UsageBatch,
+    UsageEvent,
+    decision_id,
+    event_seq,
+    log_id,
+    unpack_event,
+)
+from licet_sidecar.adapters.log_records import EVENT, HEADER, frame
+from licet_sidecar.adapters.usage_log import (
+    floor_record,
+    lease_record,
+)
 from licet_sidecar.core.leases import Lease, Terms
 from tests.support.published import KEY, Signer, limit
 from tests.support.usage import batch, event, packed
@@ -183,10 +197,11 @@ GOLDEN: dict[str, str] = {
         "9196a6737072696e67ad7265706f7274733a6d6f6e746805060708"
     ),
     "head": (
-        "9301a67369676e656493b036333638643937366163306266383935c4403229cd7603808a9a41d9d6afb5e54a904c90c888c0"
-        "7b48a282dee2e756602b65267d1ca0e2d06c73452b8925995d81788cc2d41ecfd15789032ca22f9caf0004c45896d9206464"
-        "646464646464646464646464646464646464646464646464646464646464a468656164a468656164010784a561745f7573cf"
-        "00065bfeda25e000a672756e5f6964a472756e31a565706f636802a46c69766503"
+        "9301a67369676e656493b036333638643937366163306266383935c4403727e60d4736a8270cb558eb7217000101128b3f95"
+        "62855c08d686ff5740f879d5e777e0863f7497ffdc73e6aa9a298b00b9d3292baa9a280f0cab4d982ed00ec46b96d9206464"
+        "646464646464646464646464646464646464646464646464646464646464a468656164a468656164010785a561745f7573cf"
+        "00065bfeda25e000a672756e5f6964a472756e31a565706f636802a46c69766503b16c65646765725f67656e65726174696f"
+        "6e00"
     ),
     "acknowledgement": (
         "9301a67369676e656493b036333638643937366163306266383935c440cb489bfa963bee5f3eecc6ed20103c4dbe77c3a2d4"
@@ -240,6 +255,12 @@ GOLDEN: dict[str, str] = {
     ),
 }
 OLDER: dict[str, str] = {
+    "head": (
+        "9301a67369676e656493b036333638643937366163306266383935c4403229cd7603808a9a41d9d6afb5e54a904c90c888c0"
+        "7b48a282dee2e756602b65267d1ca0e2d06c73452b8925995d81788cc2d41ecfd15789032ca22f9caf0004c45896d9206464"
+        "646464646464646464646464646464646464646464646464646464646464a468656164a468656164010784a561745f7573cf"
+        "00065bfeda25e000a672756e5f6964a472756e31a565706f636802a46c69766503"
+    ),
     "heartbeat": (
         "9301a9686561727462656174de0013a773696465636172d92061616161616161616161616161616161616161616161616161"
         "61616161616161ab696e6361726e6174696f6e02a561745f757303aa737461727465645f757304a761646472657373ae3132"
@@ -276,7 +297,8 @@ OLDER: dict[str, str] = {
         "79203e2031a0"
     ),
 }
-"""What programs wrote before limits had an anchor, actions terms for reservations, and licenses grants."""
+"""What programs wrote before limits had an anchor, actions terms for reservations, licenses grants, and heads the
+generation of the ledger."""
 
 BATCH = (
     "9301a5757361676598d9206161616161616161616161616161616161616161616161616161616161616161010000c4087072"
@@ -347,6 +369,47 @@ def payload_of(written: str, kind: str, key: str) -> Any:
     return statement.payload
 
 
+LOST = (LostRange(3, 9, "bytes 700 to 2,100 are damaged"),)
+DECLARING = (
+    "9301a5757361676599d9206161616161616161616161616161616161616161616161616161616161616161010000c408707265666978303"
+    "00a09c40878010300000000019193"
+    "0309be62797465732037303020746f20322c313030206172652064616d61676564"
+)
+"""A batch that only declares: its events, none, are compressed the same by every zlib."""
+
+
+def test_a_batch_that_declares_what_is_lost_has_golden_bytes() -> None:
+    assert batch(10, 9, lost=LOST).pack().hex() == DECLARING
+    assert UsageBatch.unpack(bytes.fromhex(DECLARING)) == batch(10, 9, lost=LOST)
+
+
+def test_a_batch_with_events_declares_too() -> None:
+    made = batch(10, 12, lost=LOST)
+    assert UsageBatch.unpack(made.pack()) == made
+    assert msgpack.unpackb(made.pack())[2][8] == [[3, 9, LOST[0].reason]]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        (LostRange(0, 1, "x"),),
+        (LostRange(5, 4, "x"),),
+        (LostRange(1, 2**63, "x"),),
+        (LostRange(1, 2, 7),),  # type: ignore[arg-type]
+        (LostRange(1, 1, "x"),) * (LOST_RANGES_MAX + 1),
+    ],
+    ids=["zero", "backwards", "huge", "no reason", "too many"],
+)
+def test_what_is_no_range_of_lost_events_is_refused(lost: tuple[LostRange, ...]) -> None:
+    with pytest.raises(EnvelopeError):
+        UsageBatch.unpack(batch(10, 12, lost=lost).pack())
+
+
+@pytest.mark.parametrize("seq", [1, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, 2**63 - 1])
+def test_a_number_of_any_size_is_read_from_an_event(seq: int) -> None:
+    assert event_seq(packed(event(seq))) == seq
+
+
 def test_golden_documents_verify_and_are_read() -> None:
     def payload(name: str, kind: str, key: str) -> Any:
         return payload_of(GOLDEN[name], kind, key)
@@ -368,6 +431,8 @@ def test_what_older_programs_wrote_is_read() -> None:
     chunks = msgpack.unpackb(bytes.fromhex(OLDER["chunks"]))
     assert bytes.fromhex(OLDER["chunk"]) == chunks[0]
     assert catalog_of_chunks(chunks, [digest_of(chunk) for chunk in chunks]) == CATALOG
+    head = payload_of(OLDER["head"], documents.HEAD, "head")
+    assert Head.from_payload(head) == Head(1_790_000_000_000_000, "run1", 2, 3, ledger_generation=0)
     older = replace(HEARTBEAT, asserted_ms=0, retired=False)
     assert Heartbeat.unpack(bytes.fromhex(OLDER["heartbeat"])) == older
 

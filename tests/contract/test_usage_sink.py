@@ -12,7 +12,7 @@ from licet.wire.names import RedisNames, usage_shard
 from licet.wire.registers import RUN_SECTIONS, run_of
 from licet_sidecar.adapters.redis_link import connect
 from licet_sidecar.adapters.redis_usage_sink import RedisUsageSink
-from licet_sidecar.ports import LinkDown, PulseReport, UsageSink
+from licet_sidecar.ports import LinkDown, LinkFull, PulseReport, UsageSink
 from tests.support.fake_usage_sink import FakeUsageSink
 from tests.support.valkey import ValkeyProcess
 
@@ -101,6 +101,7 @@ async def doorstep(request: pytest.FixtureRequest) -> AsyncIterator[Doorstep]:
 async def test_a_pulse_into_an_empty_world_brings_nothing_back(doorstep: Doorstep) -> None:
     report = await doorstep.sink.pulse((ME, b"alive"), [LOG], [])
     assert report == PulseReport(None, {}, await doorstep.run_id(), report.redis_ms)
+    assert (report.backlog_batches, report.memory_share) == (0, 0.0)
     assert await doorstep.batches() == []
 
 
@@ -108,6 +109,15 @@ async def test_a_pulse_hands_batches_over_in_order_byte_for_byte(doorstep: Doors
     await doorstep.sink.pulse((ME, b"1"), [LOG], [b"one" + RAW, b"two"])
     await doorstep.sink.pulse((ME, b"2"), [LOG], [b"three"])
     assert await doorstep.batches() == [b"one" + RAW, b"two", b"three"]
+
+
+async def test_batches_are_handed_over_between_pulses_too(doorstep: Doorstep) -> None:
+    await doorstep.sink.pulse((ME, b"1"), [LOG], [b"one"])
+    await doorstep.sink.ship([b"two" + RAW, b"three"])
+    await doorstep.sink.ship([])
+    assert await doorstep.batches() == [b"one", b"two" + RAW, b"three"]
+    report = await doorstep.sink.pulse((ME, b"2"), [LOG], [b"four"])
+    assert report.backlog_batches == 4
 
 
 async def test_a_batch_may_be_handed_over_again(doorstep: Doorstep) -> None:
@@ -145,3 +155,21 @@ async def test_a_broken_link_is_told(doorstep: Doorstep) -> None:
         await doorstep.sink.pulse((ME, b"2"), [LOG], [b"one"])
     with pytest.raises(LinkDown):
         await doorstep.sink.deregister(ME)
+    with pytest.raises(LinkDown):
+        await doorstep.sink.ship([b"one"])
+
+
+async def test_a_full_server_says_so_and_takes_no_batch(valkey_process: ValkeyProcess) -> None:
+    doorstep = RedisDoorstep(valkey_process)
+    await doorstep.sink.pulse((ME, b"1"), [LOG], [])
+    used = int((await doorstep.redis.info("memory"))["used_memory"])
+    await doorstep.redis.config_set("maxmemory", used * 2)
+    report = await doorstep.sink.pulse((ME, b"1"), [LOG], [])
+    assert 0.4 < report.memory_share < 0.7
+    await doorstep.redis.config_set("maxmemory", 1)
+    for send in (doorstep.sink.ship([b"one"]), doorstep.sink.pulse((ME, b"2"), [LOG], [b"one"])):
+        with pytest.raises(LinkFull):
+            await send
+    await doorstep.redis.config_set("maxmemory", 0)
+    assert await doorstep.batches() == []
+    await doorstep.close()

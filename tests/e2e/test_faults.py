@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,16 @@ kind: Action
 name: report.export
 feature: reports
 ---
+kind: Action
+name: report.synced
+feature: reports
+durability: synced
+---
+kind: Action
+name: report.shipped
+feature: reports
+durability: shipped
+---
 kind: Plan
 name: pro
 features:
@@ -41,6 +54,7 @@ features:
     limits:
       - {{name: monthly, amount: 1_000_000_000, per: month}}
 """
+ACTIONS = ["report.export", "report.synced", "report.shipped"]
 APPROVED = 1
 AWAY_S = 10
 """How long Redis answers nothing. A lease can be spent for 60 seconds after its last renewal."""
@@ -97,7 +111,9 @@ def pause_redis(fleet: Fleet, _: random.Random) -> None:
         pytest.param([kill_redis], 2, id="redis killed"),
         pytest.param([empty_redis], 1, id="redis emptied"),
         pytest.param([wipe_redis], 1, id="redis replaced by an empty one"),
-        pytest.param([kill_a_sidecar, kill_the_server, pause_redis], 6, id="one after the other"),
+        pytest.param(
+            [kill_a_sidecar, kill_the_server, pause_redis, kill_a_sidecar, kill_redis], 10, id="one after the other"
+        ),
     ],
 )
 def test_answers_hold_under(fleet: Fleet, faults: list[Callable[[Fleet, random.Random], None]], count: int) -> None:
@@ -107,7 +123,7 @@ def test_answers_hold_under(fleet: Fleet, faults: list[Callable[[Fleet, random.R
     async def load() -> None:
         until = asyncio.Event()
         clients = asyncio.create_task(
-            drive(fleet.addresses, record, tenant="acme", action="report.export", until=until, clients=12, pause_s=0.02)
+            drive(fleet.addresses, record, tenant="acme", action=ACTIONS, until=until, clients=12, pause_s=0.02)
         )
         for number in range(count):
             before = len(record.approved) + len(record.refused)
@@ -136,6 +152,76 @@ def test_answers_hold_under(fleet: Fleet, faults: list[Callable[[Fleet, random.R
     rest = asyncio.run(spend_the_rest(fleet.addresses[0], tenant="acme", action="report.export"))
     assert spent + rest == LIMIT
     wait_until("the ledger is consistent", lambda: fleet.licet("ledger", "verify")["ok"])
+
+
+@pytest.mark.timeout(120)
+def test_what_was_answered_as_shipped_outlives_the_pod_and_its_volume(fleet: Fleet) -> None:
+    fleet.licet("license", "create", "globex", "--plan", "large", "--wait")
+    record = Record()
+
+    async def load() -> None:
+        until = asyncio.Event()
+        clients = asyncio.create_task(
+            drive(fleet.addresses, record, tenant="globex", action="report.shipped", until=until, clients=12)
+        )
+        for number, sidecar in enumerate(fleet.sidecars[:2]):
+            before = len(record.approved)
+            await asyncio.to_thread(wait_until, "answers go on", lambda then=before: len(record.approved) > then + 300)
+            sidecar.kill()
+            shutil.rmtree(fleet.directory / f"sidecar-{number}")
+            sidecar.start()
+        until.set()
+        await clients
+
+    asyncio.run(load())
+    wait_until("the ledger has every answer", lambda: record.approved.keys() <= recorded_decisions(fleet).keys())
+    ledger = recorded_decisions(fleet)
+    assert {name: ledger[name] for name in record.approved} == {
+        name: (APPROVED, units) for name, units in record.approved.items()
+    }
+    assert not record.refused
+    assert len(record.approved) > 600
+
+
+@pytest.mark.timeout(120)
+def test_a_ledger_restored_from_a_backup_of_mid_run_gets_again_what_it_lost(fleet: Fleet) -> None:
+    fleet.licet("license", "create", "globex", "--plan", "large", "--wait")
+    record = Record()
+    live, backup = fleet.directory / "server" / "licet.db", fleet.directory / "backup.db"
+
+    async def load(answers: int) -> None:
+        until = asyncio.Event()
+        clients = asyncio.create_task(
+            drive(fleet.addresses, record, tenant="globex", action=ACTIONS, until=until, clients=12)
+        )
+        wanted = len(record.approved) + answers
+        await asyncio.to_thread(wait_until, "answers go on", lambda: len(record.approved) >= wanted)
+        until.set()
+        await clients
+
+    asyncio.run(load(500))
+    with closing(sqlite3.connect(live, timeout=30)) as database, closing(sqlite3.connect(backup)) as copied:
+        database.backup(copied)
+    asyncio.run(load(500))
+    wait_until("the ledger has every answer", lambda: record.approved.keys() <= recorded_decisions(fleet).keys())
+    waits = "licet_log_events_unacknowledged"
+    wait_until("all is acknowledged", lambda: not any(fleet.metric(one, waits) for one in range(fleet.count)))
+
+    fleet.server.kill()
+    for suffix in ("-wal", "-shm"):
+        live.with_name(live.name + suffix).unlink(missing_ok=True)
+    shutil.copy(backup, live)
+    assert not record.approved.keys() <= recorded_decisions(fleet).keys()
+    fleet.server.command = [*fleet.server.command, "--new-generation"]
+    fleet.server.start()
+    # Nobody asks anything: what was acknowledged before comes again by itself.
+    wait_until("the ledger has every answer again", lambda: record.approved.keys() <= recorded_decisions(fleet).keys())
+    ledger = recorded_decisions(fleet)
+    assert {name: ledger[name] for name in record.approved} == {
+        name: (APPROVED, units) for name, units in record.approved.items()
+    }
+    wait_until("the ledger is consistent", lambda: fleet.licet("ledger", "verify")["ok"])
+    assert fleet.licet("ledger", "verify")["lost"] == []
 
 
 @pytest.mark.timeout(180)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import time
 from collections.abc import AsyncIterator
@@ -17,10 +18,13 @@ from sqlalchemy import Connection, select
 
 from licet.domain.catalog import Grant
 from licet.domain.ids import LimitKey
+from licet.wire.documents import ACK, HEAD, HEAD_KEY, Head, Manifest, Snapshot, catalog_of_chunks
 from licet.wire.names import usage_shard
+from licet.wire.usage import UsageBatch, pack_batches
 from licet_control_plane.api.app import make_app
 from licet_control_plane.api.limits import BODY_BYTES_MAX
-from licet_control_plane.store import licenses
+from licet_control_plane.api.second_route import OCTETS
+from licet_control_plane.store import access, licenses
 from licet_control_plane.store.schema import audit
 from tests.support.control_plane import NAMES, Deployment, deployment, heartbeat, until
 from tests.support.usage import AT_US, batch
@@ -478,3 +482,113 @@ async def committed(api: Api, events: int) -> bool:
 
 async def ready(api: Api) -> bool:
     return (await api.get("/readyz")).status_code == 200
+
+
+# The second route
+
+
+@pytest.fixture
+async def sidecar(api: Api) -> AsyncIterator[httpx.AsyncClient]:
+    """A client with a sidecar's key."""
+    key = "licet_sidecar"
+    await api.running.plane.database.write(access.add_key, name="pods", role=access.SIDECAR, key=key, now_us=1)
+    transport = httpx.ASGITransport(make_app(api.running.plane))
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://licet", headers={"Authorization": f"Bearer {key}"}
+    ) as client:
+        yield client
+
+
+async def _snapshot(client: httpx.AsyncClient, **asked: Any) -> Snapshot:
+    response = await client.post("/v1/sidecar/snapshot", json=asked)
+    assert response.status_code == 200, response.text
+    return Snapshot.unpack(response.content)
+
+
+async def _usage(client: httpx.AsyncClient, *batches: UsageBatch) -> dict[str, Any]:
+    body = pack_batches([one.pack() for one in batches])
+    response = await client.post("/v1/usage/batches", content=body, headers={"Content-Type": OCTETS})
+    assert response.status_code == 200, response.text
+    acks: dict[str, str] = response.json()["acks"]
+    return {log: base64.b64decode(ack) for log, ack in acks.items()}
+
+
+async def test_a_sidecars_key_opens_nothing_but_the_second_route(api: Api, sidecar: httpx.AsyncClient) -> None:
+    for path in ("/v1/status", "/v1/licenses", "/v1/usage/summary", "/v1/ledger/verify", "/v1/sidecars"):
+        assert_problem(await sidecar.get(path), 403, says="administrator")
+    assert_problem(await sidecar.post("/v1/bundles", json={}), 403)
+    assert_problem(await api.client.post("/v1/sidecar/snapshot", json={}, headers={"Authorization": ""}), 401)
+    assert_problem(await api.client.post("/v1/usage/batches", content=b"", headers={"Authorization": ""}), 401)
+
+
+async def test_a_snapshot_is_signed_and_complete(api: Api, sidecar: httpx.AsyncClient) -> None:
+    empty = await _snapshot(sidecar)
+    assert (empty.manifest, empty.licenses) == (None, {})
+    await api.push()
+    await api.license("acme")
+    await api.license("globex")
+    found = await _snapshot(sidecar, wanted=["acme", "nobody"])
+    verifier = api.running.verifier
+    head = verifier.verify(found.head, kind=HEAD, key=HEAD_KEY)
+    assert (head.revision, Head.from_payload(head.payload).run_id) == (3, "")
+    assert found.manifest is not None
+    manifest = Manifest.from_payload(verifier.verify(found.manifest, kind="bundle", key="bundle").payload)
+    assert "report.export" in catalog_of_chunks([found.chunks[one] for one in manifest.chunks], manifest.chunks).actions
+    assert verifier.verify(found.licenses["acme"], kind="license", key="acme").revision == 2
+    assert (list(found.licenses), found.absent) == (["acme"], ("nobody",))
+
+
+async def test_a_snapshot_for_who_has_it_brings_only_what_is_wanted(api: Api, sidecar: httpx.AsyncClient) -> None:
+    await api.push()
+    await api.license("acme")
+    await api.license("globex")
+    same = await _snapshot(sidecar, generation=1, revision=3, known=["acme"], wanted=["globex"])
+    assert (same.manifest, same.chunks, list(same.licenses)) == (None, {}, ["globex"])
+    newer = await _snapshot(sidecar, generation=1, revision=2, known=["acme"])
+    assert newer.manifest is not None
+    assert list(newer.licenses) == ["acme"]
+
+
+async def test_batches_over_http_are_in_the_ledger_once_whatever_way_they_come(
+    api: Api, sidecar: httpx.AsyncClient
+) -> None:
+    mine, other = "a" * 32, "b" * 32
+    acks = await _usage(sidecar, batch(1, 5), batch(1, 2, sidecar=other))
+    statement = api.running.verifier.verify(acks[f"{mine}:1"], kind=ACK, key=f"{mine}:1")
+    assert (statement.generation, statement.revision) == (1, 5)
+    assert set(acks) == {f"{mine}:1", f"{other}:1"}
+    await api.running.redis.xadd(NAMES.usage(usage_shard(mine)), {"b": batch(3, 8).pack()})
+    for _ in range(2):
+        acks = await _usage(sidecar, batch(4, 10))
+
+    async def all_there() -> bool:
+        verified = (await api.get("/v1/ledger/verify")).json()
+        return bool(verified["ok"] and verified["events"] == 12)
+
+    await until(all_there)
+    assert api.running.plane.drain.conflicts == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"junk", pack_batches([]), pack_batches([b"junk"]), pack_batches([batch(1, 1).pack()[:-3]])],
+    ids=["empty", "junk", "none", "no batch", "torn"],
+)
+async def test_what_is_no_batch_is_refused_and_changes_nothing(
+    api: Api, sidecar: httpx.AsyncClient, body: bytes
+) -> None:
+    response = await sidecar.post("/v1/usage/batches", content=body, headers={"Content-Type": OCTETS})
+    assert_problem(response, 422)
+    assert (await api.get("/v1/ledger/verify")).json()["events"] == 0
+
+
+async def test_a_batch_that_does_not_fit_the_ledger_is_not_acknowledged(api: Api, sidecar: httpx.AsyncClient) -> None:
+    wrong = batch(1, 2, sidecar="f" * 32, at_us="yesterday")
+    acks = await _usage(sidecar, wrong, batch(1, 3))
+    assert list(acks) == [f"{'a' * 32}:1"]
+
+
+async def test_more_than_a_body_may_have_is_refused(api: Api, sidecar: httpx.AsyncClient) -> None:
+    body = b"x" * (BODY_BYTES_MAX + 1)
+    response = await sidecar.post("/v1/usage/batches", content=body, headers={"Content-Type": OCTETS})
+    assert_problem(response, 413)

@@ -14,7 +14,7 @@ from licet.domain.outcomes import Effect, Reason
 from licet.wire.documents import ACK
 from licet.wire.names import usage_shard
 from licet.wire.signing import Statement
-from licet.wire.usage import FLAG_OBSERVED, UsageBatch, log_id
+from licet.wire.usage import FLAG_OBSERVED, LostRange, UsageBatch, log_id
 from licet_control_plane.drain.worker import GROUP
 from licet_control_plane.store import ledger, usage_reports
 from licet_control_plane.store.schema import register_spend
@@ -97,6 +97,45 @@ async def test_a_lost_tail_of_the_predecessor_is_a_gap(running: Deployment) -> N
     await send(running, batch(6, 8))
     await acked(running, 8)
     assert (await verified(running)).ok
+
+
+async def test_what_is_declared_lost_lets_the_watermark_pass_and_is_told(running: Deployment) -> None:
+    await send(running, batch(1, 5))
+    await send(running, batch(9, 12, lost=(LostRange(6, 8, "bytes 900 to 1200 are damaged"),)))
+    ack = await acked(running, 12)
+    assert ack.payload == {"lost": [[6, 8]]}
+    report = await verified(running)
+    assert (report.ok, report.events, report.gaps) == (True, 9, [])
+    assert [(one.from_seq, one.to_seq, one.why) for one in report.lost] == [(6, 8, "bytes 900 to 1200 are damaged")]
+    assert running.plane.drain.declared_lost == 3
+
+
+async def test_nothing_that_is_recorded_can_be_declared_lost(running: Deployment) -> None:
+    await send(running, batch(1, 5))
+    await acked(running, 5)
+    await send(running, batch(7, 6, lost=(LostRange(2, 6, "a mistake"),)))
+    assert (await acked(running, 6)).payload == {"lost": [[6, 6]]}
+    await send(running, batch(6, 6, lost=(LostRange(1, 6, "again"),)))
+    await until(lambda: is_empty(running))
+    report = await verified(running)
+    assert (report.ok, report.events, report.lost) == (True, 6, [])
+    assert running.plane.drain.conflicts == 0
+
+
+async def test_an_event_that_comes_after_it_was_declared_lost_is_billed_once(running: Deployment) -> None:
+    await send(running, batch(1, 0, lost=(LostRange(1, 10, "the ledger was restored"),)))
+    assert (await acked(running, 10)).payload == {"lost": [[1, 10]]}
+    for _ in range(2):
+        await send(running, batch(3, 4))
+    await until(lambda: is_empty(running))
+    report = await verified(running)
+    assert (report.ok, report.events, await decisions(running)) == (True, 2, 2)
+    assert [(one.from_seq, one.to_seq) for one in report.lost] == [(1, 2), (5, 10)]
+    await send(running, batch(1, 10))
+    await until(lambda: is_empty(running))
+    report = await verified(running)
+    assert (report.ok, report.events, report.lost) == (True, 10, [])
+    assert (await acked(running, 10)).payload == {}
 
 
 async def test_what_cannot_be_read_is_set_aside_and_holds_up_nobody(running: Deployment) -> None:

@@ -24,7 +24,18 @@ class FakeUsageSink:
             raise self.trouble
         self.batches += batches
         self.heartbeats[heartbeat[0]] = heartbeat[1]
-        return PulseReport(self.head, {log: self.acks[log] for log in logs if log in self.acks}, self.run_id)
+        return PulseReport(
+            self.head,
+            {log: self.acks[log] for log in logs if log in self.acks},
+            self.run_id,
+            backlog_batches=len(self.batches),
+        )
+
+    async def ship(self, batches: Sequence[bytes]) -> None:
+        """See ``UsageSink``."""
+        if self.trouble is not None:
+            raise self.trouble
+        self.batches += batches
 
     async def deregister(self, sidecar: str) -> None:
         """See ``UsageSink``."""

@@ -104,14 +104,16 @@ class Fleet:
         valkey: ValkeyProcess | None = None,
         redis_url: str = "",
         prelude: str = "",
+        second_route: bool = False,
     ) -> None:
         """``redis_url``: where all of them reach ``valkey``, when not directly. ``prelude``: Python that each process
-        runs before anything of ours is imported.
+        runs before anything of ours is imported. ``second_route``: sidecars ask the control plane while Redis is away.
         """
         self.directory = directory
         self.valkey = valkey or ValkeyProcess(directory / "valkey")
         self.redis_url = redis_url or self.valkey.url
         self.sidecar_flags = sidecar_flags
+        self.second_route = second_route
         self.prelude = prelude
         self.server_url = f"http://127.0.0.1:{free_port()}"
         self.server = Program(
@@ -145,6 +147,7 @@ class Fleet:
                     *("--listen", self.addresses[number], "--http-listen", self.pages[number]),
                     *("--state-dir", str(self.directory / f"sidecar-{number}"), "--redis-url", self.redis_url),
                     *("--public-key-file", str(self.directory / "server" / "public-key.txt"), "--drain-grace", "20s"),
+                    *self._second_route_flags(),
                     *self.sidecar_flags,
                 ],
                 self.directory,
@@ -156,6 +159,20 @@ class Fleet:
         for number in range(self.count):
             self.wait_ready(number)
         return self
+
+    def _second_route_flags(self) -> list[str]:
+        if not self.second_route:
+            return []
+        key_file = self.directory / "server" / "sidecar-key"
+        return ["--control-plane-url", self.server_url, "--sidecar-key-file", str(key_file)]
+
+    def restart_with(self, number: int, *flags: str) -> None:
+        """Kills a sidecar and starts it with other flags, which count more than those it had."""
+        sidecar = self.sidecars[number]
+        sidecar.kill()
+        sidecar.command = [*sidecar.command, *flags]
+        sidecar.start()
+        self.wait_ready(number)
 
     def _module(self, command: list[str]) -> list[str]:
         if not self.prelude:

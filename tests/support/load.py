@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -35,14 +36,17 @@ async def drive(
     record: Record,
     *,
     tenant: str,
-    action: str,
+    action: str | Sequence[str],
     until: asyncio.Event,
     clients: int,
     units_max: int = 20,
     pause_s: float = 0.002,
     seed: int = 1,
 ) -> None:
-    """``clients`` clients ask one check after the other, at random sidecars, until the event is set."""
+    """``clients`` clients ask one check after the other, at random sidecars, until the event is set. Of several actions
+    each client takes any, each time.
+    """
+    actions = [action] if isinstance(action, str) else list(action)
     connections = [licet.AsyncClient(address) for address in addresses]
 
     async def client(number: int) -> None:
@@ -51,7 +55,7 @@ async def drive(
             units = chance.randint(1, units_max)
             try:
                 decision: Any = await chance.choice(connections).check(
-                    tenant, action, subject=f"user-{number}", quantity=units, timeout=2.0
+                    tenant, chance.choice(actions), subject=f"user-{number}", quantity=units, timeout=2.0
                 )
             except licet.LicetError as error:
                 record.lost[type(error).__name__] += 1

@@ -25,17 +25,21 @@ from licet_sidecar.core.seats import SeatBook
 from licet_sidecar.ports import LinkDown, PulseReport
 from licet_sidecar.services import reservation_records, syncing
 from licet_sidecar.services.approval import ApprovalService
+from licet_sidecar.services.durability import DurabilityGate
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.seat_keeping import SeatKeeper
 from licet_sidecar.services.seats import SeatService
+from licet_sidecar.services.shipping import ShippingService
 from licet_sidecar.services.syncing import SyncService
 from licet_sidecar.services.tally import Tally
 from tests.support.fake_clock import FakeClock
 from tests.support.fake_lease_store import FakeLeaseStore, FakeRegisters
 from tests.support.fake_seat_store import FakeSeats, FakeSeatStore
+from tests.support.fake_second_route import FakeSecondRoute
 from tests.support.fake_state_source import FakePublisher, FakeStateSource
+from tests.support.fake_usage_sink import FakeUsageSink
 from tests.support.published import KEY
 
 SIDECAR: Final = "5" * 32
@@ -106,7 +110,9 @@ class FakeSidecar:
         tenants_max: int = 1_000,
         staleness_us_max: int = 300_000_000,
         public_keys: tuple[SigningKey, ...] = (KEY,),
+        second: FakeSecondRoute | None = None,
     ) -> None:
+        self.second = second
         self.world = world
         clock = world.clock
         place = world.directory if sidecar == SIDECAR else world.directory / sidecar
@@ -149,12 +155,25 @@ class FakeSidecar:
             self.link,
             self.tally,
             on_head=self.heads.append,
+            second=second,
         )
         self.sync.restore(self.recovered.floor)
         self.recent = RecentAnswers(self.log, self.tally)
         self.recent.recover()
+        self.sink = FakeUsageSink()
+        self.shipping = ShippingService(self.log, Verifier([key.public_key for key in public_keys]), clock, self.tally)
+        gate = DurabilityGate(self.engine, self.log, self.shipping, self.link, self.tally)
         self.service = ApprovalService(
-            self.engine, self.log, clock, self.link, self.leasing, self.sync, self.recent, self.tally, self.reservations
+            self.engine,
+            self.log,
+            clock,
+            self.link,
+            self.leasing,
+            self.sync,
+            self.recent,
+            self.tally,
+            self.reservations,
+            gate,
         )
         self.seat_store = FakeSeatStore(world.seats, sidecar=sidecar, incarnation=incarnation)
         self.seats = SeatKeeper(
@@ -169,7 +188,9 @@ class FakeSidecar:
         )
         for (tenant, _), packed in self.recovered.seats.items():
             self.seats.restore(tenant, packed)
-        seats = SeatService(self.engine, self.seats, self.log, clock, self.link, self.sync, self.recent, self.tally)
+        seats = SeatService(
+            self.engine, self.seats, self.log, clock, self.link, self.sync, self.recent, self.tally, gate
+        )
         self.service.register(seats.methods())
         self._syncing: asyncio.Task[None] | None = None
         self._ended = False

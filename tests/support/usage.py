@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from licet.domain.outcomes import Effect, Reason
-from licet.wire.usage import UsageBatch, UsageEvent, pack_event
+from licet.wire.usage import LostRange, UsageBatch, UsageEvent, pack_event
 
 AT_US = 1_790_000_000_000_000
 
@@ -51,9 +51,10 @@ def batch(
     sidecar: str = "a" * 32,
     incarnation: int = 1,
     previous: tuple[int, int] = (0, 0),
+    lost: tuple[LostRange, ...] = (),
     **changes: Any,
 ) -> UsageBatch:
-    """Events ``first…last`` of one log, each with ``changes``."""
+    """Events ``first…last`` of one log, each with ``changes``, and what it declares lost."""
     return UsageBatch(
         sidecar=sidecar,
         incarnation=incarnation,
@@ -63,4 +64,5 @@ def batch(
         first_seq=first,
         last_seq=last,
         events=tuple(packed(event(seq, **changes)) for seq in range(first, last + 1)),
+        lost=lost,
     )

@@ -62,6 +62,11 @@ class ValkeyProcess:
         return f"redis://{login}127.0.0.1:{self.port}/0"
 
     @property
+    def running(self) -> bool:
+        """Whether it was started and not ended."""
+        return self._process is not None
+
+    @property
     def pid(self) -> int:
         """Process id; 0 when it does not run."""
         return self._process.pid if self._process else 0

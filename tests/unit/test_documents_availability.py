@@ -12,8 +12,6 @@ ACTION = WORLD + "kind: Action\nname: b\nfeature: f\n"
 FLAG = WORLD + "kind: Flag\nname: g\nfeature: f\n"
 
 REFUSED = [
-    (ACTION + "durability: ▶synced\n", "'durability: synced'", "Use 'logged'"),
-    (ACTION + "durability: ▶shipped\n", "'durability: shipped'", "Use 'logged'"),
     (FLAG + "▶variants: {a: 50, b: 50}\n", "'variants'", "one flag for each"),
     (FLAG + "▶schedule: []\n", "'schedule'", "Push the change"),
     (FLAG + "rollout: {percent: 5, ▶schedule: []}\n", "'schedule'", "Push the change"),
@@ -32,13 +30,14 @@ def test_every_row_of_the_table_is_tested() -> None:
     assert len(rows) + sum(row.path == ("rollout", "schedule") for row in NOT_AVAILABLE) == len(REFUSED)
 
 
-def test_what_is_not_even_a_word_is_left_to_the_schema() -> None:
-    assert "is not possible here" in only_error(ACTION + "durability: ▶[synced]\n").message
-
-
 def test_a_refusal_does_not_hide_the_other_errors_of_its_document() -> None:
-    result = validated(ACTION + "durability: synced\nattributes: {x: strin}\nscoop: 1\n")
-    assert [error.path.rpartition(" ")[2] for error in result.errors] == ["durability", "attributes.x.type", "scoop"]
+    result = validated(FLAG + "variants: {a: 50}\nrollout: {percent: many}\nscoop: 1\n")
+    assert [error.path.rpartition(" ")[2] for error in result.errors] == ["variants", "rollout.percent", "scoop"]
+
+
+@pytest.mark.parametrize("level", ["logged", "synced", "shipped"])
+def test_every_durability_is_taken(level: str) -> None:
+    assert not validated(ACTION + f"durability: {level}\n").errors
 
 
 def test_warns_of_an_action_that_is_priced_in_two_currencies() -> None:

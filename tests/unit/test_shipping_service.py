@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +13,14 @@ import pytest
 
 from licet.wire.signing import Verifier
 from licet.wire.usage import UsageBatch
-from licet_sidecar.adapters.usage_log import EVENT, RETAINED_S, LogHeader, UsageLog, UsageLogError, frame
-from licet_sidecar.ports import PulseReport
+from licet_sidecar.adapters.log_records import EVENT, frame
+from licet_sidecar.adapters.usage_log import (
+    RETAINED_S,
+    LogHeader,
+    UsageLog,
+    UsageLogError,
+)
+from licet_sidecar.ports import LinkFull, PulseReport
 from licet_sidecar.services import shipping
 from licet_sidecar.services.shipping import RESEND_AFTER_MS, ShippingService
 from licet_sidecar.services.tally import Tally
@@ -34,6 +42,7 @@ class Rig:
         self.log.recover(ME, incarnation - 1)
         self.log.start(LogHeader(ME, incarnation, incarnation - 1, 0, b"prefix00", 1), [])
         self.shipping = ShippingService(self.log, Verifier([KEY.public_key]), self.clock, self.tally)
+        self.declared: list[tuple[int, int]] = []
 
     def decide(self, events: int) -> None:
         for _ in range(events):
@@ -42,6 +51,7 @@ class Rig:
     async def pulse(self, *, arrives: bool = True) -> list[tuple[int, int]]:
         """What one pulse hands over: first and last of each batch."""
         batches = [UsageBatch.unpack(data) for data in await self.shipping.next_batches()]
+        self.declared = [(one.first_seq, one.last_seq) for batch in batches for one in batch.lost]
         if arrives:
             self.shipping.handed_over()
         return [(batch.first_seq, batch.last_seq) for batch in batches]
@@ -239,10 +249,11 @@ async def test_a_gap_that_damage_left_is_shipped_around(tmp_path: Path) -> None:
     before.log.close()
     first = min(tmp_path.glob("usage-*.log"))
     data = bytearray(first.read_bytes())
-    data[-len(frame(EVENT, packed(event(4)))) - 5] ^= 1  # event 3 is damaged, and hides 4
+    data[-len(frame(EVENT, packed(event(4)))) - 5] ^= 1  # event 3 is damaged, and does not hide 4
     first.write_bytes(bytes(data))
     rig = Rig(tmp_path, incarnation=2)
-    assert await rig.pulse() == [(1, 2), (5, 7)]
+    assert await rig.pulse() == [(1, 2), (4, 7)]
+    assert rig.declared == [(3, 3)]
     rig.log.close()
 
 
@@ -255,3 +266,182 @@ async def test_events_come_in_order_whatever_is_lost_on_the_way(rig: Rig) -> Non
                 seen += range(first, last + 1)
         rig.hear(min(len(seen), 50))
     assert seen == list(range(1, 51))
+
+
+# What is lost, what is not, and a ledger that was restored
+
+
+def hear_lost(rig: Rig, watermark: int, lost: list[list[int]], *, generation: int = 1) -> None:
+    document = Signer(generation=generation).document("ack", LOG, watermark, {"lost": lost})
+    rig.shipping.take_acks(PulseReport(None, {LOG: document}, "run1"))
+
+
+async def test_what_the_ledger_was_told_is_lost_and_is_not_is_kept_and_sent(rig: Rig) -> None:
+    rig.decide(10)
+    hear_lost(rig, 0, [])
+    await rig.pulse()
+    hear_lost(rig, 10, [[4, 6]])  # somebody declared it, who can write the stream
+    assert (rig.shipping.acked_seq, rig.tally.acks_contested) == (3, 1)
+    rig.clock.advance(RESEND_AFTER_MS / 1_000 + 0.001)
+    assert await rig.pulse() == [(4, 10)]
+    hear_lost(rig, 10, [])
+    assert rig.shipping.acked_seq == 10
+
+
+async def test_what_was_never_written_may_be_declared_lost_and_stops_nothing(rig: Rig) -> None:
+    rig.decide(5)
+    await rig.pulse()
+    hear_lost(rig, 10**15, [[1, 3], [4, 10**15]])
+    assert rig.shipping.acked_seq == 0
+    hear_lost(rig, 10**15, [[6, 8], [9, 10**15]])
+    assert rig.shipping.acked_seq == 5
+    rig.decide(1)
+    assert await rig.pulse() == [(6, 6)]
+    hear_lost(rig, 10**15, [[6, 10**15]])
+    assert rig.shipping.acked_seq == 5
+    hear_lost(rig, 10**15, [[8, 10**15]])  # and not 7, which was never written
+    assert rig.shipping.acked_seq == 5
+
+
+async def test_a_head_of_a_restored_ledger_has_everything_sent_again(rig: Rig) -> None:
+    rig.decide(5)
+    await rig.pulse()
+    rig.hear(5)
+    rig.shipping.ledger_began(1)
+    assert await rig.pulse() == []
+    rig.shipping.ledger_began(2)
+    rig.hear(5)  # the word of before
+    assert await rig.pulse() == [(1, 5)]
+    rig.hear(5, generation=2)
+    assert rig.shipping.unacked_events == 0
+
+
+async def test_what_is_lost_indeed_is_acknowledged(tmp_path: Path) -> None:
+    before = Rig(tmp_path)
+    before.decide(3)
+    before.log.close()
+    (path,) = tmp_path.glob("usage-*.log")
+    data = bytearray(path.read_bytes())
+    data[-len(frame(EVENT, packed(event(3)))) - 5] ^= 1  # event 2
+    path.write_bytes(bytes(data))
+    rig = Rig(tmp_path, incarnation=2)
+    assert await rig.pulse() == [(1, 1), (3, 3)]
+    assert (rig.declared, rig.tally.events_declared_lost) == ([(2, 2)], 1)
+    hear_lost(rig, 3, [[2, 2]])
+    assert (rig.shipping.unacked_events, rig.tally.acks_contested) == (0, 0)
+    rig.log.close()
+
+
+async def test_a_log_that_ends_in_damage_is_declared_to_its_end(tmp_path: Path) -> None:
+    before = Rig(tmp_path)
+    before.decide(3)
+    before.log.close()
+    (path,) = tmp_path.glob("usage-*.log")
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+    rig = Rig(tmp_path, incarnation=2)
+    assert await rig.pulse() == [(1, 2), (4, 3)]
+    assert rig.declared == [(3, 3)]
+    assert await rig.pulse() == []
+    rig.log.close()
+
+
+async def test_a_restored_ledger_is_told_what_was_deleted(rig: Rig) -> None:
+    rig.decide(20)
+    rig.log.rotate([])
+    rig.decide(10)
+    await rig.pulse()
+    rig.hear(25)
+    rig.clock.advance(RETAINED_S)
+    rig.hear(25)  # the first segment goes
+    rig.hear(12, generation=2)
+    assert (await rig.pulse(), rig.declared) == ([(21, 30)], [(13, 20)])
+
+
+async def test_a_restored_ledger_is_told_what_was_deleted_also_after_a_restart(tmp_path: Path) -> None:
+    before = Rig(tmp_path)
+    before.decide(20)
+    before.log.rotate([])
+    before.decide(10)
+    before.log.close()
+    min(tmp_path.glob("usage-*.log")).unlink()  # acknowledged, and deleted
+    rig = Rig(tmp_path, incarnation=2)
+    assert await rig.pulse() == [(21, 30)]
+    rig.hear(12, generation=2)
+    assert (await rig.pulse(), rig.declared) == ([(21, 30)], [(13, 20)])
+    rig.hear(30, generation=2)
+    assert rig.shipping.unacked_events == 0
+    rig.log.close()
+
+
+async def test_a_file_that_cannot_be_read_now_is_not_declared_lost(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.decide(3)
+    with monkeypatch.context() as patch:
+
+        def failing(*_: Any, **__: Any) -> list[bytes]:
+            raise OSError(5, "Input/output error")
+
+        patch.setattr(rig.log, "read_events", failing)
+        assert await rig.pulse() == []
+        patch.setattr(rig.log, "read_events", lambda *_, **__: [])
+        assert await rig.pulse() == []
+    assert await rig.pulse() == [(1, 3)]
+
+
+async def test_an_event_larger_than_a_batch_is_a_batch(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipping, "BATCH_BYTES_MAX", 10)
+    rig.decide(2)
+    assert (await rig.pulse(), rig.declared) == ([(1, 1), (2, 2)], [])
+
+
+# Redis is protected
+
+
+@pytest.mark.parametrize(
+    ("report", "why"),
+    [
+        (PulseReport(None, {}, "run1", backlog_batches=1_000), "1,000 batches wait"),
+        (PulseReport(None, {}, "run1", memory_share=0.85), "85% of its memory"),
+    ],
+    ids=["backlog", "memory"],
+)
+async def test_over_a_bound_of_redis_usage_stays_in_the_log(rig: Rig, report: PulseReport, why: str) -> None:
+    rig.decide(3)
+    rig.shipping.take_report(report)
+    assert await rig.pulse() == []
+    assert why in rig.shipping.held_back
+    assert [UsageBatch.unpack(one).last_seq for one in await rig.shipping.next_batches(to_redis=False)] == [3]
+    rig.shipping.take_report(PulseReport(None, {}, "run1", backlog_batches=999, memory_share=0.84))
+    assert await rig.pulse() == [(1, 3)]
+    assert rig.shipping.held_back == ""
+
+
+async def test_a_full_redis_is_left_alone_for_longer_each_time(rig: Rig) -> None:
+    rig.decide(1)
+
+    async def refuse(batches: list[bytes]) -> None:
+        sent.append(len(batches))
+        if batches:
+            raise LinkFull("OOM")
+
+    sent: list[int] = []
+    for _ in range(40):
+        with contextlib.suppress(LinkFull):
+            await rig.shipping.hand_over(refuse)
+        rig.clock.advance(1)
+    tried = [second for second, batches in enumerate(sent) if batches]
+    assert tried == [0, 1, 3, 7, 15, 31]
+    assert rig.tally.shipping_full == 6
+
+
+async def test_one_hands_over_at_a_time(rig: Rig) -> None:
+    rig.decide(25)
+    seen: list[tuple[int, int]] = []
+
+    async def send(batches: list[bytes]) -> None:
+        await asyncio.sleep(0.01)
+        seen.extend((one.first_seq, one.last_seq) for one in map(UsageBatch.unpack, batches))
+
+    await asyncio.gather(*(rig.shipping.hand_over(send) for _ in range(3)))
+    assert seen == [(1, 10), (11, 20), (21, 25)]

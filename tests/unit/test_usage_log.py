@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import struct
 from collections.abc import Callable, Sequence
@@ -18,9 +19,8 @@ from licet.domain.ids import LimitKey
 from licet.wire import envelope, usage
 from licet.wire.usage import EventKind, event_seq
 from licet_sidecar.adapters import usage_log
+from licet_sidecar.adapters.log_records import EVENT, HEADER, frame
 from licet_sidecar.adapters.usage_log import (
-    EVENT,
-    HEADER,
     RESERVED_BYTES,
     RETAINED_S,
     LogHeader,
@@ -28,7 +28,6 @@ from licet_sidecar.adapters.usage_log import (
     UsageLog,
     UsageLogError,
     floor_record,
-    frame,
     lease_record,
     reservation_record,
 )
@@ -168,7 +167,8 @@ def test_a_page_of_zeros_between_records_is_damage(tmp_path: Path) -> None:
     cut = len(data) - len(record(3))
     path.write_bytes(data[:cut] + b"\0" * 4_096 + data[cut:])
     log, report = recovered(tmp_path)
-    assert (len(report.damaged), seqs(log, 1)) == (1, [1, 2])
+    assert (len(report.damaged), seqs(log, 1)) == (1, [1, 2, 3])
+    assert "no event is lost" in report.damaged[0]
 
 
 def test_damage_in_an_earlier_segment_does_not_doubt_the_leases(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_damage_in_an_earlier_segment_does_not_doubt_the_leases(tmp_path: Path) 
     again, report = recovered(tmp_path)
     assert (len(report.damaged), report.intact) == (1, True)
     assert report.leases["acme", QUOTA].cap == 50
-    assert seqs(again, 1) == [3]  # what is readable is shipped, under its own numbers
+    assert seqs(again, 1) == [2, 3]  # what is readable is shipped, under its own numbers
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"\xff" * 10])
@@ -215,6 +215,60 @@ def test_other_files_are_left_alone_and_unfinished_ones_go(tmp_path: Path) -> No
     _, report = recovered(tmp_path)
     assert report.damaged == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["identity", "notes.new", "usage-1.log"]
+
+
+# Disks that are full
+
+
+def test_a_file_that_may_not_grow_takes_nothing_and_goes_on_when_it_may(tmp_path: Path) -> None:
+    log = started(tmp_path)
+    log.append(record(1), 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # The kernel takes a part of the record, and refuses the rest.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.total_bytes + 10, limits[1]))
+        for _ in range(3):
+            with pytest.raises(UsageLogError, match="cannot be written"):
+                log.append(record(2), 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (log.last_seq, only_file(tmp_path).stat().st_size) == (1, log.total_bytes)
+    log.append(record(2), 1)
+    assert seqs(log, 1) == [1, 2]
+    log.close()
+    again, report = recovered(tmp_path)
+    assert (seqs(again, 1), report.damaged, report.intact) == ([1, 2], [], True)
+
+
+def test_a_device_without_room_takes_nothing_and_says_so(tmp_path: Path) -> None:
+    log = started(tmp_path)
+    log.append(record(1), 1)
+    descriptor = log._descriptor
+    log._descriptor = os.open("/dev/full", os.O_RDWR)
+    with pytest.raises(UsageLogError, match="No space left on device"):
+        log.append(record(2), 1)
+    os.close(log._descriptor)
+    log._descriptor = descriptor
+    log.append(record(2), 1)
+    assert seqs(log, 1) == [1, 2]
+    log.close()
+
+
+def test_a_disk_that_became_read_only_takes_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = started(tmp_path)
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: object) -> int:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        patch.setattr(os, "pwrite", refuse)
+        with pytest.raises(UsageLogError, match="Read-only file system"):
+            log.append(record(1), 1)
+    log.append(record(1), 1)
+    assert seqs(log, 1) == [1]
+    log.close()
 
 
 # What a restart knows

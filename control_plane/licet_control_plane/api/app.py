@@ -13,6 +13,7 @@ from licet_control_plane.api import (
     problems,
     proof,
     quotas,
+    second_route,
     status,
     subjects,
     usage,
@@ -32,5 +33,6 @@ def make_app(plane: ControlPlane) -> FastAPI:
     for part in (bundles, licenses, grants, ledger, proof, subjects, usage, invoices, quotas, status):
         v1.include_router(part.router)
     app.include_router(v1)
+    app.include_router(second_route.router)
     app.include_router(status.open_router)
     return app

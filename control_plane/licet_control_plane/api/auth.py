@@ -27,7 +27,19 @@ def plane_of(request: Request) -> ControlPlane:
 
 
 async def authenticate(request: Request) -> Caller:
-    """The caller of a request.
+    """The caller of a request that people and programs make.
+
+    Raises:
+        Problem: 401, no key or not one that is admitted; 403, a sidecar's.
+    """
+    caller = await authenticate_any(request)
+    if caller.role == access.SIDECAR:
+        raise Problem(403, "A sidecar's key is not admitted here.", "Use an administrator's key.")
+    return caller
+
+
+async def authenticate_any(request: Request) -> Caller:
+    """The caller of a request that sidecars make too.
 
     Raises:
         Problem: 401, no key or not one that is admitted.

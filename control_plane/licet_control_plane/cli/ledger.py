@@ -210,6 +210,8 @@ def _show(result: dict[str, Any]) -> None:
         say(f"  and {result['findings_total'] - FINDINGS_SHOWN:,} more; --json lists up to 1,000")
     for gap in result["gaps"]:
         say(f"  gap: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
+    for gap in result["lost"]:
+        say(f"  declared lost: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
     if result["conflicts"]:
         say(f"  conflicts: {result['conflicts']} events came again with other content")
     if not result["rollups_match"]:

@@ -1,9 +1,18 @@
-"""Which sequence numbers of one log are in the ledger: a watermark, and ranges above it. Pure."""
+"""Which numbers of one log are in the ledger: a watermark, ranges above it, and what is declared lost. Pure."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Why numbers are declared lost, and when (microseconds since the Unix epoch)."""
+
+    reason: str
+    at: int
 
 
 class RecordedSeqs:
@@ -61,3 +70,56 @@ class RecordedSeqs:
         if self._firsts[0] <= self.watermark + 1:
             self.watermark = self._lasts[0]
             del self._firsts[0], self._lasts[0]
+
+
+class LogNumbers:
+    """What the ledger has of one log, and what it was told it will not get: both count as recorded.
+
+    Rules: what is recorded cannot be declared lost; what is declared lost and comes after all is taken, once.
+    """
+
+    def __init__(self, recorded: RecordedSeqs, gaps: Mapping[tuple[int, int], Gap] | None = None) -> None:
+        self.recorded = recorded
+        self.gaps = dict(gaps or {})
+        self.gaps_changed = False
+
+    def declare(self, first: int, last: int, gap: Gap) -> int:
+        """Take ``first…last`` for lost, as far as it is not recorded; how many numbers that are."""
+        parts = self.recorded.missing(first, last)
+        for start, end in parts:
+            self.recorded.add(start, end)
+            self.gaps[start, end] = gap
+            self.gaps_changed = True
+        return sum(end - start + 1 for start, end in parts)
+
+    def missing(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The parts of ``first…last`` whose events the ledger does not have, ascending."""
+        missing = self.recorded.missing(first, last)
+        return sorted([*missing, *overlaps(self.gaps, first, last)]) if self.gaps else missing
+
+    def add(self, first: int, last: int) -> None:
+        """The events ``first…last``, which were missing, are there."""
+        self.recorded.add(first, last)
+        for one in [gap for gap in self.gaps if overlaps([gap], first, last)]:
+            gap = self.gaps.pop(one)
+            self.gaps |= dict.fromkeys(without([one], first, last), gap)
+            self.gaps_changed = True
+
+
+def overlaps(ranges: Iterable[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
+    """The parts of ``first…last`` that lie in disjoint ``ranges``, ascending; bounds included."""
+    return [(max(first, one), min(last, end)) for one, end in sorted(ranges) if one <= last and first <= end]
+
+
+def without(ranges: Iterable[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
+    """Disjoint ``ranges`` without the numbers ``first…last``, ascending; bounds included."""
+    rest: list[tuple[int, int]] = []
+    for one, end in sorted(ranges):
+        if end < first or last < one:
+            rest.append((one, end))
+            continue
+        if one < first:
+            rest.append((one, first - 1))
+        if last < end:
+            rest.append((last + 1, end))
+    return rest

@@ -17,7 +17,7 @@ import structlog
 from redis.exceptions import ResponseError
 from sqlalchemy.exc import SQLAlchemyError
 
-from licet.wire.documents import ACK
+from licet.wire.documents import ACK, AckPayload
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import RedisNames
 from licet.wire.signing import SigningKey, Statement
@@ -55,6 +55,7 @@ class DrainCounts:
     batches: int = 0
     duplicates: int = 0
     conflicts: int = 0
+    declared_lost: int = 0
     poison: int = 0
     trouble: dict[int, str] = field(default_factory=dict)
     backlog: dict[int, int] = field(default_factory=dict)
@@ -106,6 +107,30 @@ class ShardWorker:
                     log.warning("drain waits", shard=self._shard, reason=str(error))
                 self._counts.trouble[self._shard] = str(error)
                 await asyncio.sleep(backoff_s(failures))
+
+    async def take(self, raws: Sequence[bytes]) -> dict[str, bytes]:
+        """Commits packed batches that came by another way than the stream. Signed acknowledgements, by log id.
+
+        May be repeated, also with what came through the stream: the ledger takes each event once. A batch that does not
+        fit the ledger is not acknowledged.
+
+        Raises:
+            EnvelopeError: what was sent is not a batch; nothing was committed.
+            DatabaseUnavailable: nothing is known of what was committed: send it again.
+        """
+        entries: list[Entry] = [(b"-", {FIELD: raw}) for raw in raws]
+        decoded, poison, _ = await asyncio.to_thread(_decode, entries)
+        if poison:
+            raise EnvelopeError(poison[0][2])
+        done = Recorded()
+        try:
+            done = await self._record([batch for _, batch in decoded])
+        except _MISFIT:
+            done = await self._record_singly(decoded, poison)
+        for _, _, reason in poison:
+            log.error("a batch that came over HTTP is not taken", shard=self._shard, reason=reason)
+        self._count(done, batches=len(decoded), poison=len(poison))
+        return await self._acks(done)
 
     async def _step(self) -> None:
         entries = await self._read()
@@ -165,12 +190,24 @@ class ShardWorker:
         await self._acknowledge(done)
         await self._set_aside(poison)
         await self._remove([*(entry for entry, _ in decoded), *(entry for entry, _, _ in poison), *gone])
+        self._count(done, batches=len(decoded), poison=len(poison))
+
+    def _count(self, done: Recorded, *, batches: int, poison: int) -> None:
         counts = self._counts
-        counts.batches += len(decoded)
+        counts.batches += batches
         counts.events += done.inserted
         counts.duplicates += done.duplicates
         counts.conflicts += done.conflicts
-        counts.poison += len(poison)
+        counts.declared_lost += done.declared
+        counts.poison += poison
+        if done.declared:
+            log.error(
+                "a sidecar declared events lost: they were answered, perhaps, and cannot be billed",
+                shard=self._shard,
+                events=done.declared,
+                ranges={log_id: ranges[:10] for log_id, ranges in done.lost.items()},
+                fix="See licet ledger verify for the reasons, and look at the disk of the sidecar.",
+            )
         if done.conflicts:
             log.error(
                 "events came again with other content, and are kept aside",
@@ -198,20 +235,25 @@ class ShardWorker:
             done.inserted += one.inserted
             done.duplicates += one.duplicates
             done.conflicts += one.conflicts
+            done.declared += one.declared
             done.watermarks |= one.watermarks
+            done.lost |= one.lost
         return done
 
     async def _acknowledge(self, done: Recorded) -> None:
         """Tell sidecars what is committed, signed: who can write Redis must not make them delete the bill."""
         if not done.watermarks:
             return
-        about = await self._database.read(meta.read)
-        acks = {
-            log_id: self._key.sign(Statement(about.deployment, ACK, log_id, about.ledger_generation, watermark, {}))
-            for log_id, watermark in done.watermarks.items()
-        }
+        acks = await self._acks(done)
         with redis_errors():
             await self._redis.hset(self._acked, mapping=acks)
+
+    async def _acks(self, done: Recorded) -> dict[str, bytes]:
+        about = await self._database.read(meta.read)
+        return {
+            log_id: acknowledgement(self._key, about, log_id, watermark, done.lost.get(log_id, []))
+            for log_id, watermark in done.watermarks.items()
+        }
 
     async def _set_aside(self, poison: Sequence[tuple[bytes, bytes, str]]) -> None:
         for entry, raw, reason in poison:
@@ -227,6 +269,14 @@ class ShardWorker:
                 pipe.xdel(self._stream, *entries)
                 pipe.xlen(self._stream)
                 self._counts.backlog[self._shard] = (await pipe.execute())[2]
+
+
+def acknowledgement(
+    key: SigningKey, about: meta.Meta, log_id: str, watermark: int, lost: Sequence[tuple[int, int]]
+) -> bytes:
+    """A signed acknowledgement of a log, up to its watermark. ``lost``: what of it was declared lost."""
+    payload = AckPayload(tuple(lost)).to_payload()
+    return key.sign(Statement(about.deployment, ACK, log_id, about.ledger_generation, watermark, payload))
 
 
 def _decode(

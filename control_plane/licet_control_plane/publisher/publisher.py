@@ -267,6 +267,7 @@ class Publisher:
             run_id=found.run_id,
             epoch=self._quotas.epoch,
             live=max(1, self._fleet.live_count(self._now_s())),
+            ledger_generation=self._meta.ledger_generation,
         )
         statement = Statement(
             self._meta.deployment, HEAD, HEAD_KEY, self._meta.generation, self._copier.revision, head.to_payload()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, insert, select
 
 from licet_control_plane.store.schema import api_keys, audit
+
+ADMIN: Final = "admin"
+SIDECAR: Final = "sidecar"
+"""The role of sidecars: it reads what any sidecar may read and hands usage in, and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,9 @@ Guaranteed, under repeats, reordering, and workers that were paused and resume:
 - an event (log, seq) is inserted once; the rollups, the register spend and the block cover only events inserted with
   them, and nothing inserted makes no block: the chain of a shard never forks;
 - the watermark of a log says that everything up to it is inserted, and never falls;
-- the same (log, seq) with other content is kept in ``ledger_conflicts`` and changes nothing else.
+- the same (log, seq) with other content is kept in ``ledger_conflicts`` and changes nothing else;
+- what a sidecar declares lost is kept in ``ledger_gaps`` and counts as recorded, unless it is recorded; an event that
+  comes after all is inserted, and leaves the gap.
 
 Not guaranteed here: that an event was honestly made. Whoever can write the usage stream can invent events. The rest is
 in ``README.md`` beside this module.
@@ -26,7 +28,7 @@ from licet.wire.names import USAGE_SHARDS
 from licet.wire.usage import UsageBatch, UsageEvent
 from licet_control_plane.core import chain
 from licet_control_plane.core.accounting import Account, DecodedBatch, window_start_of
-from licet_control_plane.core.recorded import RecordedSeqs
+from licet_control_plane.core.recorded import Gap, LogNumbers, RecordedSeqs
 from licet_control_plane.core.sealed_events import RANDOM_BYTES, Sealed, is_same, leaf_hash, seal
 from licet_control_plane.core.subject_keys import LedgerKey, Subject
 from licet_control_plane.store import ledger_sums, meta, subjects
@@ -35,6 +37,7 @@ from licet_control_plane.store.schema import (
     blocks,
     conflicts,
     events,
+    gaps,
     logs,
     ranges,
     register_spend,
@@ -66,18 +69,22 @@ ERASURES_SHARD: Final = 0
 
 @dataclass(slots=True)
 class Recorded:
-    """What one transaction did. ``watermarks`` by log id, of every log it saw."""
+    """What one transaction did. ``watermarks`` by log id, of every log it saw; ``lost`` likewise, of those with gaps:
+    the ranges below it that are declared lost. ``declared`` counts numbers that became so.
+    """
 
     inserted: int = 0
     duplicates: int = 0
     conflicts: int = 0
+    declared: int = 0
     watermarks: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Log:
     number: int
-    recorded: RecordedSeqs
+    numbers: LogNumbers
     stored_ranges: set[tuple[int, int]]
     stored_watermark: int
     last_at: int
@@ -126,7 +133,9 @@ def record(
         log = known.get(batch.log_id)
         if log is None:
             log = known[batch.log_id] = _open_log(connection, shard, decoded, now_us)
-        missing = log.recorded.missing(batch.first_seq, batch.last_seq)
+        for lost in batch.lost:
+            done.declared += log.numbers.declare(lost.first_seq, lost.last_seq, Gap(lost.reason, now_us))
+        missing = log.numbers.missing(batch.first_seq, batch.last_seq)
         present = len(decoded.events) - sum(last - first + 1 for first, last in missing)
         if present:
             different = _compare(connection, reader, keys, log.number, decoded, now_us)
@@ -137,7 +146,7 @@ def record(
             new = decoded.events[start:end]
             made.add(batch.log_id, new, _insert(connection, keys, log.number, new, batch, start, now_us))
             account.add(batch.sidecar, new)
-            log.recorded.add(first, last)
+            log.numbers.add(first, last)
             log.last_at = max(log.last_at, new[-1].at_us)
             done.inserted += len(new)
     for log in known.values():
@@ -153,7 +162,8 @@ def record(
         .where(shards.c.shard == shard)
         .values(batches=shards.c.batches + len(batches), events=shards.c.events + done.inserted)
     )
-    done.watermarks = {log_id: log.recorded.watermark for log_id, log in known.items()}
+    done.watermarks = {log_id: log.numbers.recorded.watermark for log_id, log in known.items()}
+    done.lost = {log_id: sorted(log.numbers.gaps) for log_id, log in known.items() if log.numbers.gaps}
     return done
 
 
@@ -360,26 +370,39 @@ def _open_log(connection: Connection, shard: int, decoded: DecodedBatch, now_us:
         )
         key = made.inserted_primary_key
         assert key is not None
-        return _Log(key[0], RecordedSeqs(), set(), 0, 0)
+        return _Log(key[0], LogNumbers(RecordedSeqs()), set(), 0, 0)
     stored = {
         (first, last)
         for first, last in connection.execute(
             select(ranges.c.first_seq, ranges.c.last_seq).where(ranges.c.log == row.log)
         )
     }
-    return _Log(row.log, RecordedSeqs(row.watermark, stored), stored, row.watermark, row.last_at)
+    found = connection.execute(select(gaps).where(gaps.c.log == row.log))
+    declared = {(gap.first_seq, gap.last_seq): Gap(gap.reason, gap.at) for gap in found}
+    numbers = LogNumbers(RecordedSeqs(row.watermark, stored), declared)
+    return _Log(row.log, numbers, stored, row.watermark, row.last_at)
 
 
 def _save_log(connection: Connection, log: _Log) -> None:
-    now = set(log.recorded.ranges)
+    now = set(log.numbers.recorded.ranges)
     for first, _ in log.stored_ranges - now:
         connection.execute(delete(ranges).where(ranges.c.log == log.number, ranges.c.first_seq == first))
     if added := now - log.stored_ranges:
         connection.execute(
             insert(ranges), [{"log": log.number, "first_seq": first, "last_seq": last} for first, last in sorted(added)]
         )
+    if log.numbers.gaps_changed:
+        connection.execute(delete(gaps).where(gaps.c.log == log.number))
+        rows = [
+            {"log": log.number, "first_seq": first, "last_seq": last, "reason": gap.reason, "at": gap.at}
+            for (first, last), gap in log.numbers.gaps.items()
+        ]
+        if rows:
+            connection.execute(insert(gaps), rows)
     connection.execute(
-        update(logs).where(logs.c.log == log.number).values(watermark=log.recorded.watermark, last_at=log.last_at)
+        update(logs)
+        .where(logs.c.log == log.number)
+        .values(watermark=log.numbers.recorded.watermark, last_at=log.last_at)
     )
 
 

@@ -181,6 +181,18 @@ ranges: Final = Table(
     Column("last_seq", BigInteger, nullable=False),
 )
 
+gaps: Final = Table(
+    # What a sidecar numbered and declared lost, and nobody has sent since. Its numbers count as recorded, so that the
+    # watermark passes them; an event that comes after all is inserted and its number leaves the gap.
+    "ledger_gaps",
+    metadata,
+    Column("log", BigInteger, primary_key=True, autoincrement=False),
+    Column("first_seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", BigInteger, nullable=False),
+)
+
 subjects: Final = Table(
     # Whose key events are sealed with. Nothing here says who it is: ``tag`` and ``key`` need the ledger's key, which is
     # not in the database; see ``core/subject_keys.py``. An erased subject keeps its number and nothing else.

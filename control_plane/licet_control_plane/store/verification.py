@@ -23,7 +23,7 @@ from licet.wire.signing import VerificationError, Verifier
 from licet_control_plane.core import chain
 from licet_control_plane.core.accounting import Account, Sums
 from licet_control_plane.core.chain import Block
-from licet_control_plane.core.recorded import RecordedSeqs
+from licet_control_plane.core.recorded import RecordedSeqs, overlaps
 from licet_control_plane.core.sealed_events import (
     COLUMNS,
     SPENDS,
@@ -40,6 +40,7 @@ from licet_control_plane.store import checkpoints, ledger_sums, meta
 from licet_control_plane.store.checkpoints import Checkpoint
 from licet_control_plane.store.database import read_only_engine
 from licet_control_plane.store.schema import blocks, conflicts, events, logs, ranges, shards, subjects
+from licet_control_plane.store.schema import gaps as declared
 from licet_control_plane.store.subjects import EventReader
 
 PROCESSES_MAX: Final = 8
@@ -93,12 +94,17 @@ class LogFacts:
 class Verification:
     """Whether the ledger is whole. ``findings`` in the order of shards and blocks, at most ``FINDINGS_MAX`` of
     ``findings_total``. ``heads`` are (shard, last block, hash in hexadecimal). ``opened``: personal parts were opened
-    too. ``checkpoints``: how many signed ones the chains were held to."""
+    too. ``checkpoints``: how many signed ones the chains were held to.
+
+    ``lost`` are events that their sidecar numbered and declared lost: the ledger has what it can have, so that these do
+    not make it less whole. Each is a loss that somebody should look into.
+    """
 
     events: int
     blocks: int
     logs: list[LogFacts]
     gaps: list[Gap]
+    lost: list[Gap]
     conflicts: int
     rollups_match: bool
     findings: list[Finding]
@@ -209,6 +215,7 @@ class _Plan:
     stray: list[Finding]
     logs: list[Any]
     above: dict[int, list[tuple[int, int]]]
+    lost: dict[int, list[tuple[int, int, str]]]
     counts: dict[int, int]
     sums: ledger_sums.Contents
     conflicts: int
@@ -223,11 +230,14 @@ class _Plan:
         above: dict[int, list[tuple[int, int]]] = {}
         for log, first, last in connection.execute(select(ranges)):
             above.setdefault(log, []).append((first, last))
+        lost: dict[int, list[tuple[int, int, str]]] = {}
+        for row in connection.execute(select(declared).order_by(declared.c.log, declared.c.first_seq)):
+            lost.setdefault(row.log, []).append((row.first_seq, row.last_seq, row.reason))
         known = list(connection.execute(select(logs).order_by(logs.c.sidecar, logs.c.incarnation)))
         counts: dict[int, int] = {
             row[0]: row[1] for row in connection.execute(select(events.c.log, func.count()).group_by(events.c.log))
         }
-        stray += _strays(connection, known, above, counts)
+        stray += _strays(connection, known, above, lost, counts)
         erased, altered = _subjects(connection, ledger_key)
         stray += altered
         return cls(
@@ -239,6 +249,7 @@ class _Plan:
             stray=stray,
             logs=known,
             above=above,
+            lost=lost,
             counts=counts,
             sums=ledger_sums.contents(connection),
             conflicts=connection.scalar(select(func.count()).select_from(conflicts)) or 0,
@@ -279,7 +290,11 @@ def _pieces(connection: Connection, ends: dict[int, int]) -> tuple[list[_Piece],
 
 
 def _strays(
-    connection: Connection, known: Sequence[Any], above: dict[int, list[tuple[int, int]]], counts: dict[int, int]
+    connection: Connection,
+    known: Sequence[Any],
+    above: dict[int, list[tuple[int, int]]],
+    lost: dict[int, list[tuple[int, int, str]]],
+    counts: dict[int, int],
 ) -> list[Finding]:
     """Events of no log, or with numbers that their log does not say it has."""
     found: list[Finding] = []
@@ -287,13 +302,15 @@ def _strays(
         found.append(Finding(None, 0, "", 0, "inserted", f"{counts[log]} events of a log that is not known"))
     for row in known:
         recorded = RecordedSeqs(row.watermark, above.get(row.log, ()))
-        if counts.get(row.log, 0) <= row.watermark + sum(last - first + 1 for first, last in recorded.ranges):
+        absent = [(first, last) for first, last, _ in lost.get(row.log, ())]
+        promised = row.watermark + sum(last - first + 1 for first, last in recorded.ranges)
+        if counts.get(row.log, 0) <= promised - sum(last - first + 1 for first, last in absent):
             continue
         seqs = connection.scalars(
             select(events.c.seq).where(events.c.log == row.log).order_by(events.c.seq), execution_options=_STREAMED
         )
         for seq in seqs:
-            if seq < 1 or recorded.missing(seq, seq):
+            if seq < 1 or recorded.missing(seq, seq) or overlaps(absent, seq, seq):
                 found.append(Finding(row.shard, 0, row.log_id, seq, "inserted", "no block has the event"))
     return found
 
@@ -564,7 +581,7 @@ class _Books:
         self, connection: Connection, verifier: Verifier | None, given: Sequence[Checkpoint], *, opened: bool
     ) -> Verification:
         plan, found = self._plan, self._found
-        facts, gaps = self._logs()
+        facts, gaps, lost = self._logs()
         self._subjects()
         self._heads(connection)
         held_to = self._checkpoints(connection, verifier, given)
@@ -574,6 +591,7 @@ class _Books:
             blocks=found.blocks,
             logs=facts,
             gaps=gaps,
+            lost=lost,
             conflicts=plan.conflicts,
             rollups_match=plan.sums == ledger_sums.contents_of(self._account),
             findings=findings,
@@ -585,7 +603,7 @@ class _Books:
             checkpoints=held_to,
         )
 
-    def _logs(self) -> tuple[list[LogFacts], list[Gap]]:
+    def _logs(self) -> tuple[list[LogFacts], list[Gap], list[Gap]]:
         """What logs say that they have against what blocks have; and what never came."""
         found, plan = self._found, self._plan
         covered: dict[str, RecordedSeqs] = {}
@@ -594,11 +612,18 @@ class _Books:
         watermarks = {(row.sidecar, row.incarnation): row.watermark for row in plan.logs}
         facts: list[LogFacts] = []
         gaps: list[Gap] = []
+        lost: list[Gap] = []
         for row in plan.logs:
             count = plan.counts.get(row.log, 0)
             facts.append(LogFacts(row.log_id, row.sidecar, row.incarnation, row.watermark, count))
             recorded = RecordedSeqs(row.watermark, plan.above.get(row.log, ()))
             seqs = covered.get(row.log_id, RecordedSeqs())
+            for first, last, reason in plan.lost.get(row.log, ()):
+                lost.append(Gap(row.log_id, first, last, reason))
+                if seqs.missing(first, last) != [(first, last)]:
+                    what = f"{first} to {last} are declared lost, and blocks have some of them"
+                    found.add(Finding(row.shard, 0, row.log_id, first, "log", what))
+                seqs.add(first, last)
             if (recorded.watermark, recorded.ranges) != (seqs.watermark, seqs.ranges):
                 what = f"the log says that it has {_text(recorded)}; its blocks have {_text(seqs)}"
                 found.add(Finding(row.shard, 0, row.log_id, 0, "log", what))
@@ -610,7 +635,7 @@ class _Books:
                     gaps.append(
                         Gap(log_id, reached + 1, row.previous_last_seq, "its successor says that it went on to here")
                     )
-        return facts, gaps
+        return facts, gaps, lost
 
     def _subjects(self) -> None:
         """Who was erased, by the blocks and by the rows."""

@@ -15,7 +15,7 @@ from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 
 from licet.wire.redis_replies import ERROR_REPLIES, error_code, meaning_of, plain_text
 from licet.wire.registers import RUN_SECTIONS, run_of
-from licet_sidecar.ports import CallRefused, LinkDown, LinkRefused
+from licet_sidecar.ports import CallRefused, LinkDown, LinkFull, LinkRefused
 
 COMMAND_TIMEOUT_S: Final = 1.0
 """After this long without a reply the link counts as down. The hot path never waits for it: checks have deadlines."""
@@ -89,7 +89,7 @@ def failure_of(error: Exception, url: str) -> LinkDown | LinkRefused:
     meaning = meaning_of(code, text)
     if code and not text.startswith(code):
         text = f"{code} {text}"
-    failure = LinkDown if meaning.passes else LinkRefused
+    failure = LinkFull if code == "OOM" else LinkDown if meaning.passes else LinkRefused
     return failure(f"Redis at {where} answers {text!r}: {meaning.fix}")
 
 

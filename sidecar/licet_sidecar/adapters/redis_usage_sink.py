@@ -30,10 +30,29 @@ class RedisUsageSink:
             pipeline.hset(self._names.sidecars(), heartbeat[0], heartbeat[1])
             pipeline.get(self._names.head())
             pipeline.hmget(self._names.acked(), list(logs))
-            pipeline.execute_command("INFO", *RUN_SECTIONS)
-            _, head, acks, info = (await pipeline.execute())[len(batches) :]
+            pipeline.execute_command("INFO", *RUN_SECTIONS, "memory")
+            pipeline.xlen(self._stream)
+            _, head, acks, info, backlog = (await pipeline.execute())[len(batches) :]
         found = {log: ack for log, ack in zip(logs, acks, strict=True) if ack is not None}
-        return PulseReport(head, found, run_id_in(info), int(info["server_time_usec"]) // 1_000)
+        bytes_max = int(info.get("maxmemory", 0))
+        return PulseReport(
+            head,
+            found,
+            run_id_in(info),
+            int(info["server_time_usec"]) // 1_000,
+            backlog_batches=backlog,
+            memory_share=int(info["used_memory"]) / bytes_max if bytes_max else 0.0,
+        )
+
+    async def ship(self, batches: Sequence[bytes]) -> None:
+        """See ``UsageSink``."""
+        if not batches:
+            return
+        async with translated(self._url):
+            pipeline = self._redis.pipeline(transaction=False)
+            for batch in batches:
+                pipeline.xadd(self._stream, {"b": batch})
+            await pipeline.execute()
 
     async def deregister(self, sidecar: str) -> None:
         """See ``UsageSink``."""

@@ -2,14 +2,17 @@
 
 *Files.* ``usage-<sidecar>-<incarnation>-<first seq>.log`` in the state directory. A file is made whole (header, the
 leases held at that moment, the newest revision acted on) under another name and renamed, so that the newest file
-alone tells what is held (leases and seats). Records follow: length, CRC-32, kind, payload.
+alone tells what is held (leases and seats). Records follow, framed as ``log_records`` says. The header is there twice,
+at both ends of what a file is made with.
 
 *Promises.* When ``append`` returns, the records are in the kernel: they survive the process (``logged``). Only records
 below ``synced`` survived ``fdatasync``, and only those may be shipped. A torn tail, which a killed process or a power
-loss leaves, is cut off on recovery; a valid record never is. Damage before the tail is reported, not skipped.
+loss leaves, is cut off on recovery; a valid record never is. Damage is reported with its extent and the numbers of the
+events in it, whether it is found at the start or while reading; what lies behind it is read.
 
 *Concurrency.* ``append`` and ``rotate`` are called from the event loop. ``sync`` and ``read_events`` may run in a
-thread: they touch only what was written before they were called.
+thread: they touch only what was written before they were called. A lock keeps ``rotate`` from closing a file that is
+being synced.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ import contextlib
 import os
 import re
 import struct
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +35,23 @@ import msgpack
 from licet.domain.ids import LimitKey
 from licet.wire import envelope, usage
 from licet.wire.registers import Pair
+from licet.wire.usage import LostRange
+from licet_sidecar.adapters.log_records import (
+    EVENT,
+    FLOOR,
+    FRAME,
+    HEADER,
+    LEASE,
+    RESERVATION,
+    SEAT,
+    Damage,
+    Examined,
+    examine,
+    frame,
+    is_broken,
+    next_record,
+    records,
+)
 from licet_sidecar.core.leases import Lease, Terms
 
 SEGMENT_BYTES: Final = 16 * 1024 * 1024
@@ -49,19 +71,13 @@ new revision. A note takes 30 bytes and a lease 100, so this outlasts any outage
 POSITION_BITS: Final = 32
 """Of a position, for the offset in a segment; the bits above are its ordinal."""
 
-_FRAME: Final = struct.Struct("<IIB")
 _NAME: Final = re.compile(r"usage-([0-9a-f]{32})-(\d{10})-(\d{16})\.log")
 _UNFINISHED: Final = ".new"
 _HEADER_KIND: Final = "usage-log"
 _READ_BYTES: Final = 1024 * 1024
-_RECORD_BYTES_MAX: Final = 1024 * 1024
 
-EVENT: Final = 1
-LEASE: Final = 2
-HEADER: Final = 3
-FLOOR: Final = 4
-RESERVATION: Final = 5
-SEAT: Final = 6
+GONE: Final = "acknowledged once, and deleted since"
+"""Why events cannot be sent again to a ledger that was restored."""
 
 _SETTLED: Final = (usage.EventKind.COMMIT, usage.EventKind.CANCEL, usage.EventKind.EXPIRE)
 _SETTLED_MAX: Final = 65_536
@@ -86,17 +102,23 @@ class LogHeader:
 
 @dataclass(slots=True)
 class Segment:
-    """One file. ``last_seq`` is ``first_seq - 1`` while it holds no event. ``size`` ends at the last whole record.
+    """One file. ``last_seq`` is ``first_seq - 1`` while it holds no event, and counts what is damaged.
 
-    ``ordinal`` grows from segment to segment, in the order they were written, as far as that is known.
+    ``size`` ends at the last whole record, or behind the damage at the end. ``ordinal`` grows from segment to segment,
+    in the order they were written, as far as that is known.
     """
 
     path: Path
     header: LogHeader
     size: int
     last_seq: int
-    damaged: bool = False
+    damage: list[Damage] = field(default_factory=list)
     ordinal: int = 0
+
+    @property
+    def log(self) -> tuple[str, int]:
+        """Which log it is part of."""
+        return (self.header.sidecar, self.header.incarnation)
 
 
 @dataclass(slots=True)
@@ -121,12 +143,7 @@ class Recovered:
     last_seq: int = 0
     """Where the log of ``incarnation`` ends."""
     damaged: list[str] = field(default_factory=list)
-    """One sentence for each file with damage before its tail."""
-
-
-def frame(kind: int, payload: bytes) -> bytes:
-    """One record, ready to be appended."""
-    return _FRAME.pack(len(payload), zlib.crc32(payload, kind), kind) + payload
+    """One sentence for each stretch of a file that cannot be read."""
 
 
 def lease_record(tenant: str, lease: Lease) -> bytes:
@@ -189,6 +206,8 @@ class UsageLog:
         self._ordinals = 0
         self._acks: dict[tuple[str, int], deque[tuple[int, float]]] = {}  # (watermark, boot time), by log
         self._past: dict[tuple[str, int], int] = {}  # what was acknowledged RETAINED_S ago, by log
+        self._syncing = threading.Lock()
+        self._found_damaged: list[str] = []
 
     # Starting
 
@@ -202,14 +221,13 @@ class UsageLog:
         """
         recovered = Recovered()
         files = self._files()
-        for _, path in files:
-            self._recover_segment(path, recovered)
+        self._recover_segments(files, recovered)
         newest = max((name for name, _ in files if name[0] == sidecar and name[1] <= incarnation), default=None)
         if newest is not None:
             recovered.incarnation = newest[1]
             mine = [s for s in self.segments if (s.header.sidecar, s.header.incarnation) == newest[:2]]
             recovered.last_seq = max((segment.last_seq for segment in mine), default=0)
-            if mine and mine[-1].header.first_seq == newest[2] and not mine[-1].damaged:
+            if mine and mine[-1].header.first_seq == newest[2] and not mine[-1].damage:
                 recovered.intact = True
                 self._recover_leases(mine[-1], recovered)
         self._recover_settled(recovered)
@@ -228,7 +246,7 @@ class UsageLog:
         self._open_segment(header, records)
         for segment in older:
             # What it said of leases is said again above; the ledger will never acknowledge a log without events.
-            if segment.last_seq < segment.header.first_seq and not segment.damaged:
+            if segment.last_seq < segment.header.first_seq and not segment.damage:
                 self._delete(segment)
 
     @property
@@ -275,6 +293,19 @@ class UsageLog:
         return self.segments[-1].size - self._head_bytes >= SEGMENT_BYTES
 
     @property
+    def bytes_max(self) -> int:
+        """What all files together may take."""
+        return self._bytes_max
+
+    def disk_free_bytes(self) -> float:
+        """What the file system of the log has room for; not a number when that cannot be said."""
+        try:
+            found = os.statvfs(self._directory)
+        except OSError:
+            return float("nan")
+        return float(found.f_bavail * found.f_frsize)
+
+    @property
     def has_room(self) -> bool:
         """Whether there is room for what is useful to know after a restart, and not needed."""
         return self._total_bytes < self._bytes_max
@@ -285,21 +316,11 @@ class UsageLog:
         Raises:
             UsageLogError: the disk does not take it; the present segment stays in use.
         """
-        header = self.header
-        previous = self._descriptor
-        self.sync()  # from here on only the new segment is
-        self._open_segment(
-            LogHeader(
-                header.sidecar,
-                header.incarnation,
-                header.previous_incarnation,
-                header.previous_last_seq,
-                header.decision_prefix,
-                self.last_seq + 1,
-            ),
-            records,
-        )
-        os.close(previous)
+        with self._syncing:
+            previous = self._descriptor
+            self._sync()  # from here on only the new segment is
+            self._open_segment(replace(self.header, first_seq=self.last_seq + 1), records)
+            os.close(previous)
 
     def sync(self) -> int:
         """Makes everything appended so far survive a power loss. Blocks; returns the last sequence number covered.
@@ -307,6 +328,10 @@ class UsageLog:
         Raises:
             UsageLogError: the disk failed: nothing more of this log may be shipped.
         """
+        with self._syncing:
+            return self._sync()
+
+    def _sync(self) -> int:
         seq = self.last_seq
         if self._unsyncable:
             raise UsageLogError(self._unsyncable)
@@ -343,26 +368,71 @@ class UsageLog:
     ) -> list[bytes]:
         """Packed events of a log, contiguous, at most so many; empty when there are none from ``first_seq`` on.
 
-        They begin at ``first_seq``, or after it when that event is gone or was damaged.
+        They begin at ``first_seq``, or after it when that event is gone or was damaged: ``lost`` tells.
+
+        Raises:
+            OSError: a file cannot be read now.
         """
         found: list[bytes] = []
         found_bytes = 0
+        expected = 0
         for segment in [s for s in self.segments if (s.header.sidecar, s.header.incarnation) == (sidecar, incarnation)]:
             if segment.last_seq < first_seq or segment.header.first_seq > last_seq:
                 continue
-            if found and segment.header.first_seq != usage.event_seq(found[-1]) + 1:
-                break  # events between the segments were damaged
             seq, start = self._resume.get(segment.path, (segment.header.first_seq, 0))
             if seq > first_seq:
                 seq, start = segment.header.first_seq, 0
-            for event, end in _events(segment, start):
+            for event, end in self._events(segment, start):
+                seq = usage.event_seq(event)
                 if seq >= first_seq:
-                    if seq > last_seq or len(found) == events_max or found_bytes + len(event) > bytes_max:
+                    if seq > last_seq:
+                        return found
+                    if found and (seq != expected or len(found) >= events_max or found_bytes + len(event) > bytes_max):
                         return found
                     found.append(event)
                     found_bytes += len(event)
-                seq += 1
-                self._resume[segment.path] = (seq, end)
+                    expected = seq + 1
+                self._resume[segment.path] = (seq + 1, end)
+        return found
+
+    def lost(self, sidecar: str, incarnation: int, first_seq: int, last_seq: int) -> list[LostRange]:
+        """What of ``first_seq…last_seq`` the files do not hold, ascending, and why."""
+        found: list[LostRange] = []
+
+        def note(first: int, last: int, reason: str) -> None:
+            if max(first, first_seq) <= min(last, last_seq):
+                found.append(LostRange(max(first, first_seq), min(last, last_seq), reason))
+
+        next_seq = 1
+        for segment in [one for one in self.segments if one.log == (sidecar, incarnation)]:
+            note(next_seq, segment.header.first_seq - 1, GONE)
+            for damage in segment.damage:
+                note(damage.first_lost, damage.last_lost, damage.reason)
+            next_seq = segment.last_seq + 1
+        note(next_seq, last_seq, GONE)
+        return found
+
+    def first_held(self, sidecar: str, incarnation: int, ranges: Sequence[tuple[int, int]]) -> int | None:
+        """The first number in ``ranges`` whose event the files hold; ``None`` when they hold none of them."""
+        firsts: list[int] = []
+        for segment in [one for one in self.segments if one.log == (sidecar, incarnation)]:
+            for first, last in ranges:
+                seq = max(first, segment.header.first_seq)
+                for damage in segment.damage:
+                    if damage.first_lost <= seq <= damage.last_lost:
+                        seq = damage.last_lost + 1
+                if seq <= min(last, segment.last_seq):
+                    firsts.append(seq)
+        return min(firsts, default=None)
+
+    @property
+    def events_damaged(self) -> int:
+        """Events that damage has taken, at most, of the files that are there."""
+        return sum(damage.lost for segment in self.segments for damage in segment.damage)
+
+    def found_damaged(self) -> list[str]:
+        """One sentence for each stretch that was found damaged since the last time this was asked."""
+        found, self._found_damaged = self._found_damaged, []
         return found
 
     def release(self, sidecar: str, incarnation: int, watermark: int, boot_s: float) -> None:
@@ -403,7 +473,7 @@ class UsageLog:
         try:
             with segment.path.open("rb", buffering=0) as file:
                 file.seek(offset)
-                length, checksum, kind = _FRAME.unpack(file.read(_FRAME.size))
+                length, checksum, kind = FRAME.unpack(file.read(FRAME.size))
                 payload = file.read(length)
         except (OSError, struct.error):
             return None
@@ -416,8 +486,50 @@ class UsageLog:
 
     def positions(self, segment: Segment) -> Iterator[tuple[bytes, int]]:
         """(packed event, position) of each event of a segment, oldest first."""
-        for event, end in _events(segment):
-            yield event, segment.ordinal << POSITION_BITS | end - len(event) - _FRAME.size
+        for event, end in self._events(segment):
+            yield event, segment.ordinal << POSITION_BITS | end - len(event) - FRAME.size
+
+    def _events(self, segment: Segment, start: int = 0) -> Iterator[tuple[bytes, int]]:
+        """(packed event, end offset) of each event of a segment from the offset ``start`` on, read in pieces.
+
+        Damage that was not known is examined, noted, and passed over.
+        """
+        size = segment.size
+        with segment.path.open("rb") as file:
+            position, rest = start, b""  # `rest` begins at `position`
+            file.seek(start)
+            while position < size:
+                if _is_known(segment, position):
+                    position = next(one.end for one in segment.damage if one.start <= position < one.end)
+                    rest = b""
+                    file.seek(position)
+                    continue
+                piece = file.read(min(_READ_BYTES, size - position - len(rest)))
+                rest += piece
+                end = 0
+                for kind, payload, end in records(rest):
+                    if kind == EVENT:
+                        yield payload, position + end
+                position += end
+                rest = rest[end:]
+                if rest and (is_broken(rest) or not piece) and not _is_known(segment, position):
+                    rest += file.read(size - position - len(rest))
+                    following = next_record(rest, 1)
+                    self._note_damage(segment, position, size if following < 0 else position + following)
+
+    def _note_damage(self, segment: Segment, start: int, end: int) -> None:
+        """A stretch that could be read, or was not looked at, cannot be read: the file is examined as at a start."""
+        with segment.path.open("rb") as file:
+            found = examine(file.read(segment.size), segment.header.first_seq)
+        known = {(one.start, one.end) for one in segment.damage}
+        fresh = Segment(segment.path, segment.header, segment.size, found.last_seq, list(found.damage))
+        if not any(one.start <= start < one.end for one in fresh.damage):
+            # As a torn tail would look. But here everything was written, and its last number is known.
+            fresh.damage.append(Damage(start, end, found.last_seq + 1, found.last_seq, exact=False))
+        _bound(fresh, segment.last_seq)
+        segment.damage = fresh.damage
+        new = [one for one in fresh.damage if (one.start, one.end) not in known]
+        self._found_damaged.extend(_told(replace(fresh, damage=new)))
 
     @property
     def total_bytes(self) -> int:
@@ -468,7 +580,7 @@ class UsageLog:
                 ],
             ),
         )
-        data = head + b"".join(records)
+        data = b"".join((head, *records, head))
         try:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
@@ -498,37 +610,39 @@ class UsageLog:
         self._ordinals += 1
         return self._ordinals
 
-    def _recover_segment(self, path: Path, recovered: Recovered) -> None:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UsageLogError(f"cannot read {path}: {error.strerror}") from error
-        header: LogHeader | None = None
-        end = 0
-        last_seq = 0
-        for kind, payload, offset in _records(data):
-            if kind == HEADER:
-                try:
-                    header = LogHeader(*_header_fields(payload))
-                except (envelope.EnvelopeError, TypeError) as error:
-                    raise UsageLogError(f"cannot read {path}: {error}") from error
-                last_seq = header.first_seq - 1
-            elif kind == EVENT:
-                last_seq += 1
-            end = offset
-        if header is None:
-            recovered.damaged.append(f"{path}: no readable header; the file was left as it is")
-            return
-        damaged = end < len(data) and _has_record_after(data, end)
-        if damaged:
-            recovered.damaged.append(f"{path}: bytes {end:,} to {len(data):,} are damaged; events before are kept")
-        elif end < len(data):
-            os.truncate(path, end)
-        self.segments.append(Segment(path, header, end, last_seq, damaged, self._next_ordinal()))
+    def _recover_segments(self, files: Sequence[tuple[tuple[str, int, int], Path]], recovered: Recovered) -> None:
+        """Looks through the files, cuts torn tails off, and takes up what can be read."""
+        headers: dict[tuple[str, int], LogHeader] = {}
+        examined: list[tuple[tuple[str, int, int], Path, Examined, int]] = []
+        for name, path in files:
+            try:
+                data = path.read_bytes()
+                found = examine(data, name[2])
+                if found.header is not None:
+                    headers[name[:2]] = LogHeader(*_header_fields(found.header))
+                _settle(path, found.torn_at if found.header is not None else None)
+            except OSError as error:
+                raise UsageLogError(f"cannot read {path}: {error.strerror}") from error
+            except (envelope.EnvelopeError, TypeError) as error:
+                raise UsageLogError(f"cannot read {path}: {error}") from error
+            size = len(data) if found.torn_at is None or found.header is None else found.torn_at
+            examined.append((name, path, found, size))
+        for name, path, found, size in examined:
+            header = headers.get(name[:2])
+            if header is None or (found.header is None and not found.events):
+                recovered.damaged.append(f"{path}: no readable header; the file was left as it was")
+                continue
+            header = replace(header, first_seq=name[2])
+            self.segments.append(Segment(path, header, size, found.last_seq, found.damage, self._next_ordinal()))
+        for segment, following in pairwise(self.segments):
+            if following.log == segment.log:
+                _bound(segment, following.header.first_seq - 1)
+        for segment in self.segments:
+            recovered.damaged.extend(_told(segment))
 
     def _recover_leases(self, segment: Segment, recovered: Recovered) -> None:
         data = segment.path.read_bytes()[: segment.size]
-        for kind, payload, _ in _records(data):
+        for kind, payload, _ in records(data):
             if kind == LEASE:
                 tenant, limit_key, scope, start, end, amount, cap, used, *later = msgpack.unpackb(payload)
                 lease = Lease(LimitKey(limit_key), scope, start, end, Terms(amount))
@@ -564,7 +678,7 @@ class UsageLog:
     def _recover_settled(self, recovered: Recovered) -> None:
         for segment in self.segments:
             prefix = segment.header.decision_prefix
-            for data, _ in _events(segment):
+            for data, _ in self._events(segment):
                 if usage.has_kind(data) and usage.unpack_event(data).kind in _SETTLED:
                     recovered.settled.append((prefix, data))
             del recovered.settled[:-_SETTLED_MAX]
@@ -575,52 +689,42 @@ def _header_fields(payload: bytes) -> list[Any]:
     return fields
 
 
-def _records(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """(kind, payload, end offset) of each whole record, up to the first that is not."""
-    offset = 0
-    size = len(data)
-    while offset + _FRAME.size <= size:
-        length, checksum, kind = _FRAME.unpack_from(data, offset)
-        start = offset + _FRAME.size
-        if not 0 < length <= _RECORD_BYTES_MAX or start + length > size:  # zeros, say, have no length and a right sum
-            return
-        payload = data[start : start + length]
-        if zlib.crc32(payload, kind) != checksum:
-            return
-        offset = start + length
-        yield kind, payload, offset
+def _settle(path: Path, torn_at: int | None) -> None:
+    """Cuts a torn tail off, and sees to it that what is left is on the disk: only that may be shipped."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if torn_at is not None:
+            os.ftruncate(descriptor, torn_at)
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _has_record_after(data: bytes, damaged: int) -> bool:
-    """Whether a whole record begins anywhere after the damage: then it is not a torn tail."""
-    for offset in range(damaged + 1, len(data) - _FRAME.size):
-        length, checksum, kind = _FRAME.unpack_from(data, offset)
-        start = offset + _FRAME.size
-        plausible = (
-            kind in (EVENT, LEASE, FLOOR, RESERVATION, SEAT)
-            and 0 < length <= _RECORD_BYTES_MAX
-            and start + length <= len(data)
-        )
-        if plausible and zlib.crc32(data[start : start + length], kind) == checksum:
-            return True
-    return False
+def _bound(segment: Segment, last_seq: int) -> None:
+    """The next file says where this one ended: events that damage at its end took are counted exactly."""
+    if segment.last_seq == last_seq:
+        return
+    readable = segment.last_seq
+    if segment.damage and not segment.damage[-1].exact:
+        open_ended = segment.damage.pop()
+        readable = open_ended.first_lost - 1
+        segment.damage.append(replace(open_ended, last_lost=last_seq, exact=True))
+    elif last_seq > readable:
+        segment.damage.append(Damage(segment.size, segment.size, readable + 1, last_seq))
+    segment.last_seq = max(readable, last_seq)
 
 
-def _events(segment: Segment, start: int = 0) -> Iterator[tuple[bytes, int]]:
-    """(packed event, end offset) of each event of a segment from the offset ``start`` on, read in pieces."""
-    size = segment.size
-    with segment.path.open("rb") as file:
-        file.seek(start)
-        position = start  # of the first byte of `rest`
-        rest = b""
-        while position + len(rest) < size:
-            piece = file.read(min(_READ_BYTES, size - position - len(rest)))
-            if not piece:
-                return
-            rest += piece
-            end = 0
-            for kind, payload, end in _records(rest):
-                if kind == EVENT:
-                    yield payload, position + end
-            position += end
-            rest = rest[end:]
+def _told(segment: Segment) -> list[str]:
+    """In words, what of a file is damaged."""
+    said = []
+    for damage in segment.damage:
+        lost = "no event is lost"
+        if damage.lost:
+            known = "" if damage.exact else "at most "
+            lost = f"{known}{damage.lost:,} events are lost, {damage.first_lost:,} to {damage.last_lost:,}"
+        said.append(f"{segment.path}: {damage.reason}; {lost}; all others are kept")
+    return said
+
+
+def _is_known(segment: Segment, position: int) -> bool:
+    return any(one.start <= position < one.end for one in segment.damage)

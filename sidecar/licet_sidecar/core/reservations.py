@@ -210,6 +210,7 @@ class Outcome(NamedTuple):
     state: ReservationState
     answer: bytes
     settled_ms: int
+    action: str = ""
 
 
 class ReservationBook:

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from licet.domain.catalog import Action, AttributeType, Catalog, Enforcement, Flag, RuleEffect, matches
+from licet.domain.catalog import Action, AttributeType, Catalog, Durability, Enforcement, Flag, RuleEffect, matches
 from licet.domain.conditions import Condition, ConditionEnvironment, ConditionError
 
 ROLLOUT_STEPS: Final = 10_000
@@ -65,6 +65,12 @@ class Rulebook:
         self.generation = generation
         self.revision = revision
         self.observe = observe
+        self.levels = {
+            name: action.durability
+            for name, action in catalog.actions.items()
+            if action.durability is not Durability.LOGGED
+        }
+        """Of actions whose answers wait for more than the kernel."""
         self._actions: dict[str, BoundAction] = {}
         self._environments: dict[tuple[tuple[str, str], ...], ConditionEnvironment] = {}
 

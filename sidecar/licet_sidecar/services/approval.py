@@ -20,7 +20,11 @@ from licet.domain.outcomes import Effect, Reason
 from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
 from licet.wire.usage import UsageEvent
-from licet_sidecar.adapters.usage_log import EVENT, UsageLog, UsageLogError, frame
+from licet_sidecar.adapters.log_records import EVENT, frame
+from licet_sidecar.adapters.usage_log import (
+    UsageLog,
+    UsageLogError,
+)
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import BucketWait, Decision, Engine, LeaseWait, LoadWait, Wait, prepare
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
@@ -28,6 +32,7 @@ from licet_sidecar.core.leases import Lease, LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers, varint
+from licet_sidecar.services.durability import DurabilityGate
 from licet_sidecar.services.events import flags_of
 from licet_sidecar.services.idempotency import KEY_REUSED, RESERVE, Key, RecentAnswers, is_recorded_as, key_of
 from licet_sidecar.services.leasing import LeasingService
@@ -79,6 +84,7 @@ class ApprovalService:
         recent: RecentAnswers,
         tally: Tally,
         reservations: ReservationBook,
+        gate: DurabilityGate,
     ) -> None:
         self._engine = engine
         self._log = log
@@ -86,6 +92,7 @@ class ApprovalService:
         self._leasing = leasing
         self._sync = sync
         self._recent = recent
+        self._gate = gate
         self._tally = tally
         self._answers = Answers(engine, link)
         self._pack: Callable[[Any], bytes] = msgpack.Packer(use_bin_type=True).pack
@@ -95,7 +102,7 @@ class ApprovalService:
             "CheckBatch": self.check_batch,
             "CheckStream": self.check,  # one message of the stream
         }
-        self.reserving = Reserving(self, reservations, self._answers, engine, log, clock, leasing, recent, tally)
+        self.reserving = Reserving(self, reservations, self._answers, engine, log, clock, leasing, recent, tally, gate)
         self._methods |= self.reserving.methods
 
     def handle(self, method: str, request: bytes, timeout_s: float) -> Answer:
@@ -124,11 +131,13 @@ class ApprovalService:
         answer = self._earlier(question)
         if answer is not None:
             self._tally.idempotent_repeats += 1
-            return answer
+            return self._gate.check(answer, inquiry.action, timeout_s)
         outcome = self.decide(inquiry, patient=True)
         if isinstance(outcome, Decision):
-            return self._conclude([(question, outcome)], started_ns)[0]
-        return self._later(question, outcome, started_ns, timeout_s)
+            answer = self._conclude([(question, outcome)], started_ns)[0]
+        else:
+            answer = self._later(question, outcome, started_ns, timeout_s)
+        return self._gate.check(answer, inquiry.action, timeout_s)
 
     def check_batch(self, data: bytes, timeout_s: float) -> Answer:
         """Many checks, each its own decision. All are verified before the first is decided."""
@@ -160,7 +169,8 @@ class ApprovalService:
         responses: list[bytes] = []
         position, waiting = self._advance(questions, 0, responses, stop_on, started_ns)
         if waiting is None:
-            return _join(responses)
+            held = self._gate.batch(responses, [one.inquiry.action for one in questions[: len(responses)]], timeout_s)
+            return _join(responses) if held is None else _joined_later(held)
         return self._check_rest(questions, position, waiting, responses, stop_on, timeout_s)
 
     # Deciding
@@ -299,7 +309,9 @@ class ApprovalService:
             if stop_on is not None and stop_on(_effect_of(responses[-1])):
                 break
             position, waiting = self._advance(questions, position + 1, responses, stop_on, time.perf_counter_ns())
-        return _join(responses)
+        left_s = (deadline_ms - self._clock.boot_ms()) / 1_000
+        held = self._gate.batch(responses, [one.inquiry.action for one in questions[: len(responses)]], left_s)
+        return _join(responses if held is None else await held)
 
     # Concluding
 
@@ -456,6 +468,10 @@ def _join(responses: Sequence[bytes]) -> bytes:
     for response in responses:
         parts += (_CHECKS_TAG, varint(len(response)), response)
     return b"".join(parts)
+
+
+async def _joined_later(held: Awaitable[list[bytes]]) -> bytes:
+    return _join(await held)
 
 
 _STOP_ON: Final[dict[int, StopOn]] = {

@@ -80,6 +80,20 @@ class Metrics:
         )
         counter("licet_batches_shipped", "Batches of usage events handed over.", lambda: tally.batches_shipped)
         counter("licet_events_resent", "Events handed over again.", lambda: tally.events_resent)
+        counter("licet_events_declared_lost", "Events declared lost.", lambda: tally.events_declared_lost)
+        counter(
+            "licet_acks_contested",
+            "Acknowledgements of events as lost that the log still has.",
+            lambda: tally.acks_contested,
+        )
+        gauge("licet_usage_held_back", "1 while Redis is spared more usage.", lambda: int(bool(shipping.held_back)))
+        gauge("licet_usage_backlog_batches", "Batches in the usage stream.", lambda: shipping.backlog_batches)
+        gauge("licet_redis_memory_ratio", "Used of what Redis may use.", lambda: shipping.memory_share)
+        counter("licet_usage_full", "Times Redis was full.", lambda: tally.shipping_full)
+        counter("licet_durability_waits", "Answers that waited for their event.", lambda: tally.durability_waits)
+        counter("licet_durability_missed", "Those whose event was not safe in time.", lambda: tally.durability_missed)
+        counter("licet_second_route_rounds", "Rounds over HTTPS.", lambda: tally.second_route_rounds)
+        counter("licet_second_route_failures", "Those that failed.", lambda: tally.second_route_failures)
         counter("licet_idempotent_repeats", "Calls answered from an earlier answer.", lambda: tally.idempotent_repeats)
         counter("licet_idempotent_evicted", "Keys forgotten early for want of room.", lambda: tally.idempotent_evicted)
         gauge("licet_reservations_open", "Open reservations.", lambda: reservations.open_count)
@@ -123,6 +137,9 @@ class Metrics:
             lambda: shipping.unacked_events,
         )
         gauge("licet_log_bytes", "Size of the usage log on disk.", lambda: log.total_bytes)
+        gauge("licet_log_bytes_max", "What it may grow to.", lambda: log.bytes_max)
+        gauge("licet_log_disk_free_bytes", "Room on its disk.", log.disk_free_bytes)
+        gauge("licet_log_events_damaged", "Events in it that cannot be read.", lambda: log.events_damaged)
         self._latency = _Latency(tally)
         self._registry.register(self._latency)
 

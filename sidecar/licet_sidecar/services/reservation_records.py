@@ -50,7 +50,7 @@ def recover(book: ReservationBook, recovered: Recovered, leases: LeaseBook, now_
             ).SerializeToString()
         else:
             state = ReservationState.CANCELED if event.kind == EventKind.CANCEL else ReservationState.EXPIRED
-        book.remember(event.about, Outcome(event.tenant, state, answer, settled_ms))
+        book.remember(event.about, Outcome(event.tenant, state, answer, settled_ms, event.action))
 
 
 def event_of(

@@ -25,11 +25,10 @@ from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
 from licet.wire.registers import WINDOW_GRACE_S
 from licet.wire.usage import EventKind
+from licet_sidecar.adapters.log_records import EVENT, frame
 from licet_sidecar.adapters.usage_log import (
-    EVENT,
     UsageLog,
     UsageLogError,
-    frame,
     reservation_record,
 )
 from licet_sidecar.clock import Clock
@@ -52,6 +51,7 @@ from licet_sidecar.core.reservations import (
 from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers
+from licet_sidecar.services.durability import DurabilityGate
 from licet_sidecar.services.idempotency import KEY_REUSED, RESERVE, Key, RecentAnswers, key_of
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.refusals import Malformed
@@ -114,7 +114,9 @@ class Reserving:
         leasing: LeasingService,
         recent: RecentAnswers,
         tally: Tally,
+        gate: DurabilityGate,
     ) -> None:
+        self._gate = gate
         self._deciding = deciding
         self._book = book
         self._answers = answers
@@ -143,6 +145,11 @@ class Reserving:
 
     def reserve(self, data: bytes, timeout_s: float) -> Answer:
         """Decides, and holds what is asked."""
+        action, answer = self._reserve(data, timeout_s)
+        return self._gate.message(pb.ReserveResponse, answer, action, timeout_s)
+
+    def _reserve(self, data: bytes, timeout_s: float) -> tuple[str, Answer]:
+        """(action, answer as decided)."""
         started_ns = time.perf_counter_ns()
         self._deciding.require_ready()
         try:
@@ -157,15 +164,15 @@ class Reserving:
         key = key_of(inquiry)
         if key is not None and (answer := self._earlier(key, data, inquiry)) is not None:
             self._tally.idempotent_repeats += 1
-            return answer
+            return inquiry.action, answer
         try:
             outcome = self._deciding.decide(inquiry, patient=True, take=hold)
         except Malformed as error:
             raise Malformed(f"check.{error}") from error
         if isinstance(outcome, Decision):
-            return self._conclude(inquiry, outcome, expires_after_us, key, data, started_ns)
+            return inquiry.action, self._conclude(inquiry, outcome, expires_after_us, key, data, started_ns)
         later = self._reserve_later(inquiry, outcome, expires_after_us, key, data, started_ns, timeout_s)
-        return later if key is None else self._recent.join(key, RESERVE + data, later)
+        return inquiry.action, later if key is None else self._recent.join(key, RESERVE + data, later)
 
     async def _reserve_later(
         self,
@@ -304,6 +311,11 @@ class Reserving:
         except DecodeError as error:
             raise Malformed(str(error)) from error
         found = self._find(request.tenant, request.reservation_id)
+        answer = self._commit_found(found, request, timeout_s)
+        action = found.inquiry.action if isinstance(found, Reservation) else found.action if found else ""
+        return self._gate.message(pb.CommitReservationResponse, answer, action, timeout_s)
+
+    def _commit_found(self, found: Found, request: pb.CommitReservationRequest, timeout_s: float) -> Answer:
         if not isinstance(found, Reservation):
             return self._commit_answer(found)
         try:
@@ -451,7 +463,7 @@ class Reserving:
         self._book.settle(reservation, shares, boot_ms)
         response.decision.ParseFromString(self._answers.encode(decision, f"{self._id_prefix}{self._log.last_seq:016x}"))
         answer = response.SerializeToString()
-        outcome = Outcome(reservation.tenant, ReservationState.COMMITTED, answer, boot_ms)
+        outcome = Outcome(reservation.tenant, ReservationState.COMMITTED, answer, boot_ms, reservation.inquiry.action)
         self._book.remember(reservation.id, outcome)
         self._tell(reservation.tenant, reservation.holds)
         self._count("committed_on_expiry" if expired else "committed")

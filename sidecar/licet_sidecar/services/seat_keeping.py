@@ -19,7 +19,12 @@ from licet.domain.outcomes import Effect, Reason
 from licet.wire import usage
 from licet.wire.registers import Pair
 from licet.wire.usage import EventKind, UsageEvent
-from licet_sidecar.adapters.usage_log import EVENT, UsageLog, UsageLogError, frame, seat_record
+from licet_sidecar.adapters.log_records import EVENT, frame
+from licet_sidecar.adapters.usage_log import (
+    UsageLog,
+    UsageLogError,
+    seat_record,
+)
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import Decision, Engine
 from licet_sidecar.core.inquiry import Inquiry

@@ -26,6 +26,7 @@ from licet_sidecar.core.seats import Ending, Result, Seat, SeatAsk, SeatBook, Ve
 from licet_sidecar.ports import LinkDown, LinkRefused
 from licet_sidecar.services.answers import Answers
 from licet_sidecar.services.approval import DEADLINE_SLACK_S, WAIT_S_MAX, Answer, Malformed, NotReady
+from licet_sidecar.services.durability import DurabilityGate
 from licet_sidecar.services.idempotency import Key, RecentAnswers
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.requests import parse_check
@@ -58,7 +59,9 @@ class SeatService:
         sync: SyncService,
         recent: RecentAnswers,
         tally: Tally,
+        gate: DurabilityGate,
     ) -> None:
+        self._gate = gate
         self._engine = engine
         self._keeper = keeper
         self._log = log
@@ -100,9 +103,10 @@ class SeatService:
                     raise Malformed(_KEY_REUSED)
                 if not isinstance(earlier[1], bytes) or self._stands(inquiry.tenant, earlier[1]):
                     self._tally.idempotent_repeats += 1
-                    return earlier[1]
+                    return self._gate.message(pb.AcquireSeatResponse, earlier[1], inquiry.action, timeout_s)
         under_way = self._acquire(inquiry, key, data, timeout_s)
-        return under_way if key is None else self._recent.join(key, data, under_way)
+        answer = under_way if key is None else self._recent.join(key, data, under_way)
+        return self._gate.message(pb.AcquireSeatResponse, answer, inquiry.action, timeout_s)
 
     async def _acquire(self, inquiry: Inquiry, key: Key | None, data: bytes, timeout_s: float) -> bytes:
         started_ns = time.perf_counter_ns()

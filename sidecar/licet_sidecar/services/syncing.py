@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from licet.domain.catalog import Catalog, license_from_wire
 from licet.wire import documents, envelope
-from licet.wire.documents import Head, Manifest, catalog_of_chunks
+from licet.wire.documents import Head, Manifest, Snapshot, catalog_of_chunks
 from licet.wire.registers import Pair
 from licet.wire.signing import Statement, VerificationError, Verifier
 from licet_sidecar.adapters.state_directory import StateDirectory, StateDirectoryError
@@ -26,7 +26,7 @@ from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.sync import Changes, HeadVerdict, SyncState
 from licet_sidecar.logs import Logger
-from licet_sidecar.ports import Change, LinkDown, LinkRefused, PulseReport, StateSource
+from licet_sidecar.ports import Change, LinkDown, LinkRefused, PulseReport, SecondRoute, StateSource
 from licet_sidecar.services.link import LinkState
 from licet_sidecar.services.tally import Tally
 
@@ -70,7 +70,9 @@ class SyncService:
         tally: Tally,
         *,
         on_head: Callable[[Head], None],
+        second: SecondRoute | None = None,
     ) -> None:
+        self._second = second
         self._engine = engine
         self._source = source
         self._verifier = verifier
@@ -104,11 +106,12 @@ class SyncService:
             LinkDown: it could not be read, or what was read cannot be trusted now.
             TimeoutError: not in time; the load goes on.
         """
-        if not self._link.up:
+        if not self._link.up and self._second is None:
             raise LinkDown(self._link.trouble)
         task = self._loads.get(tenant)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._load(tenant), name=f"load {tenant}")
+            loading = self._load(tenant) if self._link.up else self._take_second_route([tenant])
+            task = asyncio.get_running_loop().create_task(loading, name=f"load {tenant}")
             self._loads[tenant] = task
             task.add_done_callback(lambda done: self._loaded(tenant, done))
         try:
@@ -118,6 +121,18 @@ class SyncService:
             raise LinkDown(str(error)) from error
 
     # For upkeep
+
+    async def follow_second_route(self) -> None:
+        """Takes what the control plane itself says is published. For as long as Redis cannot be reached.
+
+        Raises:
+            LinkDown, LinkRefused: it does not answer, or what it says cannot be taken.
+        """
+        try:
+            await self._take_second_route([])
+        except (Inconsistent, ValueError, KeyError, TypeError) as error:
+            self._reject(error)
+            raise LinkDown(str(error)) from error
 
     def take_head(self, report: PulseReport) -> None:
         """Judges the head a pulse brought."""
@@ -464,6 +479,50 @@ class SyncService:
                 held.pair = pair
             self._snapshot_due = True
             return
+
+    async def _take_second_route(self, wanted: list[str]) -> None:
+        """Reads a snapshot with the licenses of ``wanted``, and installs it in one step."""
+        assert self._second is not None
+        have = (self.state.generation, self.state.revision) if self._engine.rulebook is not None else (0, 0)
+        data = await self._second.snapshot(have, list(self._engine.tenants), wanted)
+        snapshot = Snapshot.unpack(data)
+        statement = self._verifier.verify(snapshot.head, kind=documents.HEAD, key=documents.HEAD_KEY)
+        head = Head.from_payload(statement.payload)
+        if head.run_id:
+            raise Inconsistent("the head vouches for a server of Redis, and not for what the control plane answers")
+        now = (self.state.generation, self.state.revision)
+        if statement.version < max(self.state.floor, now):
+            raise Inconsistent(
+                f"the control plane is at revision {statement.revision}, this sidecar acted on {self.state.floor[1]}"
+            )
+        bundle: _Bundle | None = None
+        if snapshot.manifest is not None:
+            bundle = self._verified_bundle(snapshot.manifest, dict(snapshot.chunks))
+        licenses = [self._verified_license(document, key=tenant) for tenant, document in snapshot.licenses.items()]
+        newest = [(one.generation, one.revision) for one in licenses] + ([bundle.statement.version] if bundle else [])
+        if any(version > statement.version for version in newest):
+            raise Inconsistent("a document is newer than the head that came with it")
+        if statement.version > now:
+            if have != now or self._engine.tenants.keys() - {*snapshot.licenses, *snapshot.absent}:
+                raise Inconsistent("the state in force changed while another was read")
+            if bundle is None and self._engine.rulebook is None and statement.revision:
+                raise Inconsistent("no bundle was pushed yet: run `licet policy push`")
+            if bundle is None and statement.revision == 0:
+                empty = Rulebook(Catalog(), generation=statement.generation, revision=0, observe=False)
+                self._engine.install_bundle(empty)
+            self._engine.forget_absences()
+            self._dirty.update(self._loads)
+        self._install(bundle, (), *statement.version)
+        for tenant in licenses:
+            for evicted in self._engine.install_license(tenant):
+                self._evicted(evicted)
+        for name in snapshot.absent:
+            if name in wanted:
+                self._engine.install_absence(name, self._clock.boot_ms())
+        if head.at_us > self._engine.as_of_us:
+            self._engine.as_of_us, self._head_document = head.at_us, snapshot.head
+        async with self._advanced:
+            self._advanced.notify_all()
 
     async def _until(self, version: tuple[int, int]) -> None:
         """Waits until that (generation, revision) is in force."""

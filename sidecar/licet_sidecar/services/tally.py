@@ -15,10 +15,14 @@ class Tally:
     """What happened since the start. Owned by the event loop; read from any thread, a moment late at worst."""
 
     __slots__ = (
+        "acks_contested",
         "answers",
         "batches_shipped",
         "calls_refused",
         "documents_rejected",
+        "durability_missed",
+        "durability_waits",
+        "events_declared_lost",
         "events_resent",
         "heads_ignored",
         "idempotent_evicted",
@@ -38,8 +42,11 @@ class Tally:
         "seats_held",
         "seats_reclaimed",
         "seats_released",
+        "second_route_failures",
+        "second_route_rounds",
         "settle_calls",
         "settle_failures",
+        "shipping_full",
         "stale_answers",
         "units_unfunded",
         "units_unlogged",
@@ -60,6 +67,13 @@ class Tally:
         self.heads_ignored = 0
         self.batches_shipped = 0
         self.events_resent = 0
+        self.events_declared_lost = 0
+        self.acks_contested = 0
+        self.durability_waits = 0
+        self.second_route_rounds = 0
+        self.second_route_failures = 0
+        self.durability_missed = 0
+        self.shipping_full = 0
         self.log_failures = 0
         self.units_unlogged = 0
         self.units_unfunded = 0

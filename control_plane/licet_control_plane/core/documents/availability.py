@@ -27,12 +27,6 @@ class NotAvailable:
 
 
 NOT_AVAILABLE: Final = (
-    NotAvailable(
-        "Action",
-        ("durability",),
-        frozenset(("synced", "shipped")),
-        "Use 'logged': the decision survives the process.",
-    ),
     NotAvailable("Flag", ("variants",), frozenset(), "Use one flag for each variant, or 'rollout' alone."),
     NotAvailable("Flag", ("schedule",), frozenset(), "Push the change of 'rollout' when it is due."),
     NotAvailable("Flag", ("rollout", "schedule"), frozenset(), "Push the change of 'percent' when it is due."),

@@ -110,6 +110,15 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_ledger_events_tenant_at"), "ledger_events", ["tenant", "at"], unique=False)
     op.create_table(
+        "ledger_gaps",
+        sa.Column("log", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("first_seq", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("last_seq", sa.BigInteger(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("log", "first_seq", name=op.f("pk_ledger_gaps")),
+    )
+    op.create_table(
         "ledger_logs",
         sa.Column("log", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("log_id", sa.String(length=96), nullable=False),

@@ -1,0 +1,72 @@
+"""What sidecars ask for and hand in over HTTPS while they cannot reach Redis: ``/v1/sidecar/snapshot`` and
+``/v1/usage/batches``. Both are signed, as everything that sidecars believe is.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Body, Depends, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from licet.wire.documents import Snapshot
+from licet.wire.envelope import EnvelopeError
+from licet.wire.names import USAGE_SHARDS, usage_shard
+from licet.wire.usage import UsageBatch, unpack_batches
+from licet_control_plane.api.auth import authenticate_any, plane_of
+from licet_control_plane.api.problems import Problem
+from licet_control_plane.store import snapshots
+
+TENANTS_MAX: Final = 10_000
+"""Of one request: as many licenses as a sidecar keeps."""
+OCTETS: Final = "application/octet-stream"
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(authenticate_any)])
+
+
+class SnapshotRequest(BaseModel):
+    """What a sidecar has, (0, 0) for nothing, and the tenants whose licenses it wants; ``known`` are those it has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    generation: StrictInt = 0
+    revision: StrictInt = 0
+    known: list[Annotated[str, Field(max_length=128)]] = Field(default=[], max_length=TENANTS_MAX)
+    wanted: list[Annotated[str, Field(max_length=128)]] = Field(default=[], max_length=TENANTS_MAX)
+
+
+@router.post("/sidecar/snapshot", response_class=Response, responses={200: {"content": {OCTETS: {}}}})
+async def snapshot(request: Request, asked: SnapshotRequest) -> Response:
+    """The published state as of now: head, bundle and licenses, each signed; only the head when nothing changed."""
+    plane = plane_of(request)
+    made: Snapshot = await plane.database.read(
+        snapshots.read,
+        sign=plane.changes.sign,
+        have=(asked.generation, asked.revision),
+        known=asked.known,
+        wanted=asked.wanted,
+        now_us=int(plane.now_s() * 1_000_000),
+        epoch=plane.quotas.epoch,
+        live=plane.fleet.live_count(plane.now_s()),
+    )
+    return Response(made.pack(), media_type=OCTETS)
+
+
+@router.post("/usage/batches")
+async def usage_batches(request: Request, body: Annotated[bytes, Body(media_type=OCTETS)]) -> dict[str, Any]:
+    """Puts batches of usage events in the ledger, each event once, however often it comes and by whatever way."""
+    plane = plane_of(request)
+    try:
+        by_shard: dict[int, list[bytes]] = {}
+        for raw in unpack_batches(body):
+            by_shard.setdefault(usage_shard(UsageBatch.unpack(raw).sidecar), []).append(raw)
+        acks: dict[str, bytes] = {}
+        for shard, raws in sorted(by_shard.items()):
+            assert shard < USAGE_SHARDS
+            acks |= await plane.workers[shard].take(raws)
+    except EnvelopeError as error:
+        raise Problem(
+            422, f"The body is not batches of usage: {error}.", "Send what a sidecar of this version packs."
+        ) from error
+    return {"acks": {log: base64.b64encode(ack).decode() for log, ack in acks.items()}}
