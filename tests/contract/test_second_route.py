@@ -123,9 +123,12 @@ async def test_a_wrong_key_is_told_with_what_to_do(tmp_path: Path) -> None:
 async def test_after_a_failure_nobody_tries_for_a_moment() -> None:
     calls = 0
 
-    async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal calls
         calls += 1
+        head = await reader.readuntil(b"\r\n\r\n")  # all of it: a request that nobody reads ends in a broken pipe
+        length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        await reader.readexactly(int(length.partition(b":")[2]))
         writer.write(b"HTTP/1.1 503 Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
         await writer.drain()
         writer.close()
