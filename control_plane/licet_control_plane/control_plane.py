@@ -171,6 +171,9 @@ class ControlPlane:
         metrics.counter("licet_ledger_duplicates", "Events that came again.", lambda: drain.duplicates)
         metrics.counter("licet_ledger_conflicts", "Events that came again otherwise.", lambda: drain.conflicts)
         metrics.counter("licet_ledger_poison", "Batches set aside.", lambda: drain.poison)
+        metrics.gauge("licet_dead_letters", "Batches set aside and not settled.", lambda: drain.dead_letters.letters)
+        metrics.gauge("licet_dead_letters_held", "Batches that found no room.", lambda: sum(drain.held.values()))
+        metrics.gauge("licet_ledger_conflicts_kept", "Conflicts in the ledger.", lambda: drain.conflicts_kept)
 
 
 async def _supervised(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:

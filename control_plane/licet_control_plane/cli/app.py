@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from licet_control_plane.cli import ask, bundles, fleet, grants, licenses, quotas, reservations, run, seats, usage
+from licet_control_plane.cli import (
+    ask,
+    bundles,
+    fleet,
+    grants,
+    kept_aside,
+    licenses,
+    quotas,
+    reservations,
+    run,
+    seats,
+    usage,
+)
 from licet_control_plane.cli.dev import command as dev
 from licet_control_plane.cli.failure import EXIT_CODES_HELP
 from licet_control_plane.cli.replay import command as replay
@@ -40,9 +52,9 @@ def root(
     """Options that come before a command."""
 
 
-def _group(name: str, help_: str) -> typer.Typer:
+def _group(name: str, help_: str, *, within: typer.Typer = app) -> typer.Typer:
     group = typer.Typer(help=help_, no_args_is_help=True, epilog=EXIT_CODES_HELP, rich_markup_mode=None)
-    app.add_typer(group, name=name)
+    within.add_typer(group, name=name)
     return group
 
 
@@ -83,6 +95,14 @@ _quota.command("reclaim", epilog=EXIT_CODES_HELP)(quotas.reclaim)
 
 _usage = _group("usage", "What was used, and what it costs.")
 _usage.command("summary", epilog=EXIT_CODES_HELP)(usage.summary)
+_dead_letters = _group("dead-letters", "Batches of usage that could not be recorded.", within=_usage)
+_dead_letters.command("list", epilog=EXIT_CODES_HELP)(kept_aside.list_letters)
+_dead_letters.command("show", epilog=EXIT_CODES_HELP)(kept_aside.show_letter)
+_dead_letters.command("retry", epilog=EXIT_CODES_HELP)(kept_aside.retry_letters)
+_dead_letters.command("drop", epilog=EXIT_CODES_HELP)(kept_aside.drop_letter)
+_conflicts = _group("conflicts", "Events that came again with other content.", within=_usage)
+_conflicts.command("list", epilog=EXIT_CODES_HELP)(kept_aside.list_conflicts)
+_conflicts.command("show", epilog=EXIT_CODES_HELP)(kept_aside.show_conflict)
 
 _ledger = _group("ledger", "The system of record of every decision.")
 _ledger.command("verify", epilog=EXIT_CODES_HELP)(usage.verify)

@@ -211,6 +211,28 @@ conflicts: Final = Table(
     Column("body", LargeBinary, nullable=False),
 )
 
+dead_letters: Final = Table(
+    # Batches that could not be recorded, as they came, until somebody decides: see ``store/dead_letters.py``.
+    "ledger_dead_letters",
+    metadata,
+    Column("number", _AutoId, primary_key=True),
+    Column("digest", String(64), nullable=False, unique=True),  # SHA-256 of the body
+    Column("shard", Integer, nullable=False),
+    Column("entry", String(48), nullable=False),  # of the usage stream, when it came first
+    Column("first_at", BigInteger, nullable=False),
+    Column("last_at", BigInteger, nullable=False),
+    Column("times", BigInteger, nullable=False),  # how often it came
+    Column("reason", Text, nullable=False),
+    Column("log_id", String(96), nullable=False),  # empty when it cannot be read
+    Column("first_seq", BigInteger, nullable=False),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("body", LargeBinary),  # null once settled
+    Column("outcome", String(16), nullable=False),  # "", then "recorded" or "dropped"
+    Column("settled_at", BigInteger),
+    Column("settled_by", String(128)),
+)
+
 rollups: Final = Table(
     # One row for each feature of an event; ``feature`` is "" for events without units. ``decisions`` counts an event
     # once, on its one feature or else on ""; ``events`` and ``units`` count it on each of its features, ``cost_nanos``
