@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -156,7 +158,7 @@ def _conflict(one: Conflict) -> dict[str, Any]:
 
 
 def _event(event: UsageEvent) -> dict[str, Any]:
-    shown = event._asdict()
+    shown: dict[str, Any] = _plain(event._asdict())
     shown["at"] = format_us(shown.pop("at_us"))
     shown["effect"], shown["reason"] = _name(Effect, event.effect), _name(Reason, event.reason)
     return shown
@@ -178,10 +180,27 @@ def _readable(body: bytes) -> tuple[list[dict[str, Any]], int]:
     shown: list[dict[str, Any]] = []
     for one in packed[:EVENTS_SHOWN]:
         try:
-            shown.append(unpack_event(one)._asdict())  # as it reads: any field may be what does not fit
+            shown.append(_plain(unpack_event(one)._asdict()))
         except EnvelopeError as error:
             shown.append({"unreadable": str(error)})
     return shown, len(packed)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can have it: in what could not be recorded, a field may be anything."""
+    match value:
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case None | str() | bool() | int():
+            return value
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case bytes():
+            return value.hex()
+        case _:
+            return str(value)
 
 
 async def _found(request: Request, number: int) -> Row[Any]:
