@@ -44,6 +44,7 @@ meta: Final = Table(
     Column("epoch", BigInteger, nullable=False),  # the last one allocated
     Column("redis_run", String(64), nullable=False),  # run id of the server whose marks were last checked
     Column("created_at", BigInteger, nullable=False),
+    Column("redaction_salt", LargeBinary, nullable=False),  # keys the hashes of attributes; published with bundles
 )
 
 api_keys: Final = Table(
