@@ -165,7 +165,9 @@ async def test_what_a_commit_uses_beyond_is_decided_over_true_values_and_denied_
         beyond = await first.commit(reserved.reservation_id, quantity=5)
         assert beyond.decision.effect == pb.EFFECT_APPROVED
         assert first.events()[-1].units == {"mail": 5}
-        await first.upkeep()
+        for _ in range(2):  # Redis learns what is held
+            world.advance(1)
+            await first.upkeep()
         await first.kill()
     async with running(world, incarnation=2) as second:
         after = await second.commit(kept.reservation_id, quantity=5)
