@@ -19,9 +19,10 @@ from licet.wire.signing import SigningKey
 from licet_control_plane.api.app import make_app
 from licet_control_plane.config import ServerConfig
 from licet_control_plane.control_plane import ControlPlane
+from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.server import listen, serve
 from licet_control_plane.state_dir import StartError, StateDir
-from licet_control_plane.store import access, meta
+from licet_control_plane.store import access, meta, subjects
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.telemetry import configure_logging
 
@@ -57,9 +58,14 @@ async def run_server(
             # Before anything is made: a taken port is the commonest reason not to start.
             listener = listen(config.host, config.port)
             try:
-                database, key, deployment = await asyncio.to_thread(_prepare, config, state_dir)
+                database, key, ledger_key, deployment = await asyncio.to_thread(_prepare, config, state_dir)
                 plane = ControlPlane.assemble(
-                    config, database=database, key=key, deployment=deployment, now_s=time.time
+                    config,
+                    database=database,
+                    key=key,
+                    ledger_key=ledger_key,
+                    deployment=deployment,
+                    now_s=time.time,
                 )
                 plane.start()
                 port: int = listener.getsockname()[1]
@@ -87,8 +93,8 @@ async def run_server(
             loop.remove_signal_handler(one)
 
 
-def _prepare(config: ServerConfig, state_dir: StateDir) -> tuple[Database, SigningKey, str]:
-    """The database at this version, with its deployment and its administrator; and the signing key."""
+def _prepare(config: ServerConfig, state_dir: StateDir) -> tuple[Database, SigningKey, LedgerKey, str]:
+    """The database at this version, with its deployment and its administrator; the signing key; the ledger's key."""
     try:
         database = Database(config.database)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
@@ -102,9 +108,15 @@ def _prepare(config: ServerConfig, state_dir: StateDir) -> tuple[Database, Signi
         # A key that is made belongs to a new database, or to one whose first start was cut short before it.
         is_new = is_new or not database.read_now(access.keys)
         key = state_dir.signing_key(may_create=is_new)
+        ledger_key = state_dir.ledger_key(may_create=is_new)
+        if not database.read_now(subjects.fits, ledger_key):
+            raise StartError(
+                f"The ledger key in {config.state_dir} is not the one of this database.",
+                "Put the file ledger-key back that belongs to the database.",
+            )
         if is_new:
             database.write_now(_add_admin, state_dir.new_admin_key())
-        return database, key, database.read_now(meta.read).deployment
+        return database, key, ledger_key, database.read_now(meta.read).deployment
     except DatabaseUnavailable as error:
         database.close()
         raise StartError(

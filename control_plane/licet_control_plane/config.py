@@ -24,6 +24,7 @@ class ConfigError(ValueError):
 class ServerConfig:
     """Everything that can be set. ``database_url`` empty means SQLite in the state directory.
 
+    ``checkpoint_every_s``: how often the heads of the ledger's chains are signed, if anything was recorded since.
     ``reclaim_after_s``: the units of a sidecar silent for so long are reclaimed; 0 for never.
     ``new_generation`` is for one start after the database was restored from a backup that Redis is ahead of.
     """
@@ -36,6 +37,7 @@ class ServerConfig:
     redis_prefix: str = "licet"
     staleness_max_s: float = 300.0
     reclaim_after_s: float = 0.0
+    checkpoint_every_s: float = 60.0
     log_level: str = "info"
     new_generation: bool = False
 
@@ -70,6 +72,7 @@ class ServerConfig:
             redis_prefix=prefix,
             staleness_max_s=parse_seconds(str(value("staleness_max", "LICET_STALENESS_MAX", "300s"))),
             reclaim_after_s=parse_reclaim_after(str(value("reclaim_after", "LICET_RECLAIM_AFTER", OFF))),
+            checkpoint_every_s=parse_seconds(str(value("checkpoint_every", "LICET_CHECKPOINT_EVERY", "60s"))),
             log_level=log_level,
             new_generation=bool(flags.get("new_generation")),
         )

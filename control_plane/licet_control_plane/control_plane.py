@@ -14,7 +14,9 @@ import structlog
 from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.signing import SigningKey
 from licet_control_plane.changes import Changes
+from licet_control_plane.checkpointer import Checkpointer
 from licet_control_plane.config import ServerConfig
+from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.drain.worker import DrainCounts, ShardWorker
 from licet_control_plane.publisher.asks import AsksReader
 from licet_control_plane.publisher.documents import RedisDocuments
@@ -27,6 +29,7 @@ from licet_control_plane.publisher.registers import RedisRegisters
 from licet_control_plane.publisher.sweep import Sweeper
 from licet_control_plane.redis_link import Redis, connect, location
 from licet_control_plane.store.database import Database
+from licet_control_plane.store.subjects import SubjectKeys
 from licet_control_plane.telemetry import Metrics
 
 log = structlog.get_logger(__name__)
@@ -42,6 +45,7 @@ class ControlPlane:
     config: ServerConfig
     deployment: str
     database: Database
+    ledger_key: LedgerKey
     redis: Redis
     changes: Changes
     publisher: Publisher
@@ -52,6 +56,8 @@ class ControlPlane:
     reclaimer: Reclaimer
     sweeper: Sweeper
     asks: AsksReader
+    checkpointer: Checkpointer
+    public_key: str
     drain: DrainCounts
     workers: list[ShardWorker]
     metrics: Metrics
@@ -65,6 +71,7 @@ class ControlPlane:
         *,
         database: Database,
         key: SigningKey,
+        ledger_key: LedgerKey,
         deployment: str,
         now_s: Callable[[], float],
     ) -> Self:
@@ -96,14 +103,17 @@ class ControlPlane:
         # The same name after a restart, so that what this server had read is its own again at once.
         where = f"{socket.gethostname()}:{config.state_dir.resolve()}"
         consumer = hashlib.sha256(where.encode()).hexdigest()[:16]
+        # Shared: all of them write in the database's one writing thread.
+        subject_keys = SubjectKeys(ledger_key)
         workers = [
-            ShardWorker(shard, redis, names, database, key, counts, consumer=consumer, now_s=now_s)
+            ShardWorker(shard, redis, names, database, key, subject_keys, counts, consumer=consumer, now_s=now_s)
             for shard in range(USAGE_SHARDS)
         ]
         plane = cls(
             config=config,
             deployment=deployment,
             database=database,
+            ledger_key=ledger_key,
             redis=redis,
             changes=Changes(database, key, wake=wake, now_s=now_s),
             publisher=publisher,
@@ -114,6 +124,8 @@ class ControlPlane:
             reclaimer=reclaimer,
             sweeper=sweeper,
             asks=asks,
+            checkpointer=Checkpointer(database, key, every_s=config.checkpoint_every_s, now_s=now_s),
+            public_key=key.public_key,
             drain=counts,
             workers=workers,
             metrics=Metrics(),
@@ -128,6 +140,7 @@ class ControlPlane:
             asyncio.create_task(_supervised("publisher", self.publisher.run)),
             asyncio.create_task(_supervised("asks", self.asks.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
+            asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
         ]
 
     async def stop(self) -> None:
@@ -170,6 +183,7 @@ class ControlPlane:
         metrics.counter("licet_ledger_batches", "Batches committed.", lambda: drain.batches)
         metrics.counter("licet_ledger_duplicates", "Events that came again.", lambda: drain.duplicates)
         metrics.counter("licet_ledger_conflicts", "Events that came again otherwise.", lambda: drain.conflicts)
+        metrics.gauge("licet_ledger_checkpoint", "Number of the newest checkpoint.", lambda: self.checkpointer.number)
         metrics.counter("licet_ledger_poison", "Batches set aside.", lambda: drain.poison)
         metrics.gauge("licet_dead_letters", "Batches set aside and not settled.", lambda: drain.dead_letters.letters)
         metrics.gauge("licet_dead_letters_held", "Batches that found no room.", lambda: sum(drain.held.values()))

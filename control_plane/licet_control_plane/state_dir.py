@@ -1,4 +1,4 @@
-"""The state directory: one server's lock, its signing key, and the keys it hands out.
+"""The state directory: one server's lock, its signing key, its ledger key, and the keys it hands out.
 
 Secrets are files of mode 0600, written whole or not at all.
 """
@@ -20,9 +20,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from licet.wire.signing import SigningKey
+from licet_control_plane.core.sealed_events import KEY_BYTES
+from licet_control_plane.core.subject_keys import LedgerKey
 
 API_KEY_PREFIX: Final = "licet_"
 _API_KEY_BYTES: Final = 32
+
+
+LEDGER_KEY_FILE: Final = "ledger-key"
 
 
 class StartError(Exception):
@@ -95,6 +100,26 @@ class StateDir:
         self._write(self.path / "public-key.txt", f"{key.public_key}\n".encode(), mode=0o644)
         return key
 
+    def ledger_key(self, *, may_create: bool) -> LedgerKey:
+        """The key that keys of subjects are wrapped with; a new one on the first start (``may_create``).
+
+        Raises:
+            StartError: it is missing, or not a key.
+        """
+        path = self.path / LEDGER_KEY_FILE
+        if not path.exists():
+            if not may_create:
+                raise StartError(
+                    f"The ledger key {path} is missing, and the database is not new: without it nobody can read what"
+                    " the ledger holds about people.",
+                    "Put the file back from your backup.",
+                )
+            self._write(path, f"{secrets.token_hex(KEY_BYTES)}\n".encode(), mode=0o600)
+        try:
+            return read_ledger_key(path)
+        except (OSError, ValueError) as error:
+            raise StartError(f"The ledger key {path} cannot be read: {error}.", "Put the right file back.") from error
+
     def new_admin_key(self) -> str:
         """Make the administrator's API key and leave it in ``admin-key``. The caller keeps only its hash."""
         key = API_KEY_PREFIX + secrets.token_urlsafe(_API_KEY_BYTES)
@@ -120,3 +145,17 @@ class StateDir:
                 f"{path} cannot be written: {error.strerror}.",
                 "Make the state directory writable for this user, or name another one with --state-dir.",
             ) from error
+
+
+def read_ledger_key(path: Path) -> LedgerKey:
+    """The ledger key in a file: 64 hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a key.
+    """
+    text = path.read_text().strip()
+    try:
+        return LedgerKey(bytes.fromhex(text))
+    except ValueError as error:
+        raise ValueError(f"it must be {2 * KEY_BYTES} hexadecimal digits") from error

@@ -18,8 +18,10 @@ from licet.wire.signing import Statement
 from licet.wire.usage import FLAG_OBSERVED, UsageBatch, log_id
 from licet_control_plane.drain.worker import GROUP, NotRecordable
 from licet_control_plane.store import dead_letters, ledger, ledger_reports
-from licet_control_plane.store.schema import conflicts, register_spend
+from licet_control_plane.store.schema import register_spend
+from licet_control_plane.store.verification import Verification
 from tests.support.control_plane import NAMES, Deployment, deployment, until
+from tests.support.ledger import verification_of
 from tests.support.usage import batch
 from tests.support.valkey import ValkeyProcess
 
@@ -80,8 +82,10 @@ async def test_the_same_id_with_other_content_is_kept_aside(running: Deployment)
     report = await verified(running)
     assert not report.ok
     assert (report.events, report.conflicts, report.rollups_match) == (4, 2, True)
-    kept = await running.plane.database.read(lambda connection: connection.execute(conflicts.select()).all())
-    assert all(b"mallory" in row.body for row in kept)
+    kept, _ = await running.plane.database.read(
+        ledger.events_about, running.ledger_key, "acme", "user", "mallory", after=None, limit=10
+    )
+    assert [(one.event.seq, one.conflict) for one in kept] == [(4, False), (2, True), (3, True)]
 
 
 async def test_a_lost_tail_of_the_predecessor_is_a_gap(running: Deployment) -> None:
@@ -318,8 +322,8 @@ async def send_until_acked(running: Deployment, last: int) -> None:
         await asyncio.sleep(0.01)
 
 
-async def verified(running: Deployment) -> ledger_reports.Verification:
-    return await running.plane.database.read(ledger_reports.verify)
+async def verified(running: Deployment) -> Verification:
+    return await asyncio.to_thread(verification_of, running.plane.database, running.ledger_key)
 
 
 async def letters(running: Deployment) -> list[Any]:

@@ -202,7 +202,7 @@ async def test_opening_counts_what_the_ledger_knows_was_spent(running: Deploymen
     await running.headed(last)
     start, end = window_at(Period.MONTH, int(time.time()))
     spent = DecodedBatch.of(batch(1, 30, sidecar="b" * 32, spends=[(f"{MONTHLY}:{start}", 2)]).pack())
-    await running.plane.database.write(ledger.record, 0, [spent], now_us=1)
+    await running.plane.database.write(ledger.record, 0, [spent], keys=running.keys, now_us=1)
     await running.redis.flushall()
     await running.headed(last, epoch=2)
     mark = await running.opened("acme", epoch=2)

@@ -136,7 +136,7 @@ async def test_scopes_are_readable_when_somebody_used_them_lately_and_pages_hold
     catalog = Catalog.of([Feature("reports"), Action("report.export", {"": "reports"}), plan])
     await running.headed((await running.plane.changes.push(catalog, [], by="test")).revision)
     used = batch(1, 1, subject_type="user", subject_id="ada", context={"team": "blue"})
-    await running.plane.database.write(ledger.record, 0, [DecodedBatch.of(used.pack())], now_us=1)
+    await running.plane.database.write(ledger.record, 0, [DecodedBatch.of(used.pack())], keys=running.keys, now_us=1)
     known, unknown = scope_digest(("user/ada", "blue")), scope_digest(("user/bob", ""))
     for digest in (known, unknown):
         await make_quota(running.redis, "acme", f"{MONTHLY}@{digest}:{running.start_s}", base=3)
@@ -158,7 +158,7 @@ async def test_reclaims_what_a_dead_sidecar_holds_and_has_not_spent(running: Run
     for tenant in ("acme", "globex"):
         await running.holds({DEAD: register(20, 8), LIVE: register(30, 10)}, tenant)
     spent = DecodedBatch.of(batch(1, 9, sidecar=DEAD, spends=[(running.quota, 1)], tenant="acme").pack())
-    await running.plane.database.write(ledger.record, 0, [spent], now_us=1)
+    await running.plane.database.write(ledger.record, 0, [spent], keys=running.keys, now_us=1)
 
     dry = (await running.reclaim(dry_run=True)).json()
     assert [(item["tenant"], item["status"], item["freed"]) for item in dry["items"]] == [
@@ -321,7 +321,7 @@ async def test_opening_fills_windows_of_the_licenses_own_terms_from_the_ledger(r
     spent = [
         DecodedBatch.of(batch(1, 10, sidecar=name, spends=spends, tenant="globex").pack()) for name in (DEAD, OTHER)
     ]
-    await running.plane.database.write(ledger.record, 0, spent, now_us=1)
+    await running.plane.database.write(ledger.record, 0, spent, keys=running.keys, now_us=1)
     await running.redis.flushall()
     await running.headed(last.revision, epoch=2)
     mark = await running.opened("globex", epoch=2)
@@ -339,7 +339,7 @@ async def test_what_was_folded_is_not_counted_again_when_the_server_restarts(
     spends = [(running.quota, 1)]
     for name, units in ((DEAD, 9), (LIVE, 12), (OTHER, 5)):  # the last one left in order, and folded itself
         spent = DecodedBatch.of(batch(1, units, sidecar=name, spends=spends).pack())
-        await running.plane.database.write(ledger.record, 0, [spent], now_us=1)
+        await running.plane.database.write(ledger.record, 0, [spent], keys=running.keys, now_us=1)
     assert (await running.reclaim(tenant="acme")).json()["items"][0]["counted"] == 9
     await running.redis.hincrby(NAMES.quota("acme", running.quota), "base", 5)
     await running.redis.hincrby(NAMES.quota("acme", running.quota), "sum", 5)

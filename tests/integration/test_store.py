@@ -15,11 +15,15 @@ from licet.domain.catalog import Grant, License
 from licet.domain.ids import LimitKey
 from licet.wire.signing import Statement
 from licet_control_plane.core.accounting import DecodedBatch
+from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.store import ledger, licenses, marks, meta, revisions
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.store.schema import events, metadata, ranges
 from licet_control_plane.store.schema import licenses as licenses_table
+from licet_control_plane.store.subjects import SubjectKeys
 from tests.support.usage import batch
+
+KEYS = SubjectKeys(LedgerKey(bytes(32)))
 
 
 @pytest.fixture
@@ -139,25 +143,25 @@ def test_a_failing_disk_is_unavailable_and_changes_nothing(tmp_path: Path) -> No
 
 def test_a_ledger_transaction_that_fails_halfway_leaves_nothing(database: Database) -> None:
     good = DecodedBatch.of(batch(1, 5).pack())
-    bad = DecodedBatch.of(batch(6, 7, tenant=None).pack())
-    with pytest.raises(Exception, match="tenant"):
-        database.write_now(ledger.record, 0, [good, bad], now_us=1)
+    bad = DecodedBatch.of(batch(6, 7, action=None).pack())
+    with pytest.raises(Exception, match="action"):
+        database.write_now(ledger.record, 0, [good, bad], keys=KEYS, now_us=1)
     assert database.read_now(lambda connection: connection.execute(select(events)).all()) == []
-    done = database.write_now(ledger.record, 0, [good], now_us=1)
+    done = database.write_now(ledger.record, 0, [good], keys=KEYS, now_us=1)
     assert (done.inserted, done.watermarks) == (5, {f"{'a' * 32}:1": 5})
 
 
 def test_a_worker_that_resumes_after_its_batch_was_claimed_bills_nothing_twice(database: Database) -> None:
     paused = [DecodedBatch.of(batch(1, 5).pack()), DecodedBatch.of(batch(6, 9).pack())]
-    database.write_now(ledger.record, 0, paused, now_us=1)
-    done = database.write_now(ledger.record, 0, paused, now_us=2)
+    database.write_now(ledger.record, 0, paused, keys=KEYS, now_us=1)
+    done = database.write_now(ledger.record, 0, paused, keys=KEYS, now_us=2)
     assert (done.inserted, done.duplicates, done.conflicts) == (0, 9, 0)
 
 
 def test_out_of_order_batches_leave_no_ranges_behind(database: Database) -> None:
     for first in (21, 11, 31, 1):
-        database.write_now(ledger.record, 0, [DecodedBatch.of(batch(first, first + 9).pack())], now_us=1)
-    done = database.write_now(ledger.record, 0, [DecodedBatch.of(batch(35, 45).pack())], now_us=1)
+        database.write_now(ledger.record, 0, [DecodedBatch.of(batch(first, first + 9).pack())], keys=KEYS, now_us=1)
+    done = database.write_now(ledger.record, 0, [DecodedBatch.of(batch(35, 45).pack())], keys=KEYS, now_us=1)
     assert list(done.watermarks.values()) == [45]
     assert database.read_now(lambda connection: connection.execute(select(ranges)).all()) == []
 

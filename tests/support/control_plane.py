@@ -21,8 +21,10 @@ from licet.wire.registers import RUN_SECTIONS, Mark, parse_mark, run_of
 from licet.wire.signing import SigningKey, Statement, Verifier
 from licet_control_plane.config import ServerConfig
 from licet_control_plane.control_plane import ControlPlane
+from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.store import access, meta
 from licet_control_plane.store.database import Database
+from licet_control_plane.store.subjects import SubjectKeys
 
 NAMES: Final = RedisNames()
 MONTHLY: Final = LimitKey("reports:monthly")
@@ -88,6 +90,8 @@ class Deployment:
         self.state_dir = state_dir
         self.redis_url = redis_url
         self.key = SigningKey.generate()
+        self.ledger_key = LedgerKey(secrets.token_bytes(32))
+        self.keys = SubjectKeys(self.ledger_key)
         self.verifier = Verifier([self.key.public_key])
         self.redis: Any = aioredis.Redis.from_url(redis_url, protocol=2)
         self.plane: ControlPlane
@@ -102,7 +106,12 @@ class Deployment:
             database.write_now(access.add_key, name="admin", role="admin", key=self.admin_key, now_us=1)
         deployment = database.read_now(meta.read).deployment
         self.plane = ControlPlane.assemble(
-            config, database=database, key=self.key, deployment=deployment, now_s=time.time
+            config,
+            database=database,
+            key=self.key,
+            ledger_key=self.ledger_key,
+            deployment=deployment,
+            now_s=time.time,
         )
         self.plane.start()
         return self.plane

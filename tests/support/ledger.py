@@ -1,12 +1,18 @@
-"""The ledger of a fleet, read as anybody could who has the file."""
+"""The ledger, read as anybody could who has the file."""
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 
 from licet.domain.outcomes import Effect
+from licet.wire.signing import Verifier
 from licet.wire.usage import decision_id
+from licet_control_plane.core.subject_keys import LedgerKey
+from licet_control_plane.store.checkpoints import Checkpoint
+from licet_control_plane.store.database import Database
+from licet_control_plane.store.verification import Verification, verify
 from tests.support.fleet import Fleet
 
 _QUERY = """
@@ -28,3 +34,18 @@ def approved_units(fleet: Fleet, tenant: str) -> dict[str, int]:
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database:
         found = database.execute(f"{_QUERY} WHERE events.tenant = ? AND events.effect = ?", (tenant, Effect.APPROVED))
         return {decision_id(prefix, seq): units for prefix, seq, _, units in found}
+
+
+def verification_of(
+    database: Database,
+    ledger_key: LedgerKey | None,
+    *,
+    verifier: Verifier | None = None,
+    given: Sequence[Checkpoint] = (),
+    processes: int = 1,
+) -> Verification:
+    """What verifying a database comes to."""
+    url = database.engine.url.render_as_string(hide_password=False)
+    *_, last = verify(url, ledger_key, verifier, given=given, processes=processes)
+    assert isinstance(last, Verification)
+    return last

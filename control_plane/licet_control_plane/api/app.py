@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from licet_control_plane.api import bundles, grants, kept_aside, ledger, licenses, problems, quotas, status
+from licet_control_plane.api import (
+    bundles,
+    grants,
+    kept_aside,
+    ledger,
+    licenses,
+    problems,
+    proof,
+    quotas,
+    status,
+    subjects,
+)
 from licet_control_plane.api.auth import authenticate
 from licet_control_plane.api.limits import BodyLimit
 from licet_control_plane.control_plane import ControlPlane
@@ -17,7 +28,7 @@ def make_app(plane: ControlPlane) -> FastAPI:
     app.add_middleware(BodyLimit)
     problems.install(app)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
-    for part in (bundles, licenses, grants, ledger, kept_aside, quotas, status):
+    for part in (bundles, licenses, grants, ledger, kept_aside, proof, subjects, quotas, status):
         v1.include_router(part.router)
     app.include_router(v1)
     app.include_router(status.open_router)

@@ -96,7 +96,8 @@ async def drop_dead_letter(
 @router.get("/usage/conflicts")
 async def list_conflicts(request: Request, after: str = "", limit: Limit = 100) -> dict[str, Any]:
     """Events that came again under the same number with other content."""
-    found = await plane_of(request).database.read(conflicts.page, after=_conflict_key(after), limit=limit + 1)
+    plane = plane_of(request)
+    found = await plane.database.read(conflicts.page, plane.ledger_key, after=_conflict_key(after), limit=limit + 1)
     page = found[:limit]
     return {
         "items": [_conflict(one) for one in page],
@@ -107,7 +108,8 @@ async def list_conflicts(request: Request, after: str = "", limit: Limit = 100) 
 @router.get("/usage/conflicts/{log_id}/{seq}")
 async def get_conflict(request: Request, log_id: str, seq: int) -> dict[str, Any]:
     """What is recorded under a number, and what came instead."""
-    recorded, found = await plane_of(request).database.read(conflicts.of, log_id, seq)
+    plane = plane_of(request)
+    recorded, found = await plane.database.read(conflicts.of, plane.ledger_key, log_id, seq)
     if not found:
         raise Problem(
             404, f"Nothing else came as event {seq} of log {log_id}.", "Look at `licet usage conflicts list`."

@@ -1,4 +1,4 @@
-"""``/v1/usage`` and ``/v1/ledger``."""
+"""``/v1/usage``: sums and tallies."""
 
 from __future__ import annotations
 
@@ -60,19 +60,13 @@ async def usage_tally(
     from_us, to_us = _interval(from_, to)
     tally = await plane_of(request).database.read(
         ledger_reports.tally,
+        plane_of(request).ledger_key,
         tenant=tenant,
         idempotency_prefix=idempotency_prefix,
         from_us=from_us or 0,
         to_us=to_us,
     )
     return asdict(tally)
-
-
-@router.get("/ledger/verify")
-async def verify_ledger(request: Request) -> dict[str, Any]:
-    """Recount the whole ledger."""
-    verification = await plane_of(request).database.read(ledger_reports.verify)
-    return {"ok": verification.ok, **asdict(verification)}
 
 
 def _interval(from_: str, to: str) -> tuple[int | None, int | None]:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from licet_control_plane.changes import GrantExists, GrantUnknown, LicenseExists, LicenseUnknown, RevisionMoved
 from licet_control_plane.core.refusal import ChangeInvalid
+from licet_control_plane.core.sealed_events import Damaged
 from licet_control_plane.redis_link import RedisRefused, RedisUnavailable
 from licet_control_plane.store.database import DatabaseUnavailable
 
@@ -90,6 +91,12 @@ def install(app: FastAPI) -> None:
     async def _database(_request: Request, error: DatabaseUnavailable) -> JSONResponse:
         log.error("a request failed", reason=str(error))
         return response(503, f"{error}.", "Try again; nothing was changed.", headers={"Retry-After": RETRY_AFTER_S})
+
+    @app.exception_handler(Damaged)
+    async def _damaged(_request: Request, error: Damaged) -> JSONResponse:
+        log.error("the ledger was altered", reason=str(error))
+        fix = "Run licet ledger verify: it says which event. Then restore the database from a backup."
+        return response(500, f"An event of the ledger was altered: {error}.", fix)
 
     @app.exception_handler(RedisUnavailable)
     async def _redis(_request: Request, error: RedisUnavailable) -> JSONResponse:

@@ -191,7 +191,9 @@ async def _scopes(plane: ControlPlane, tenant: str, names: list[str], counting: 
     scopes = {limit.scope for key in scoped if (limit := counting.limit(key)) is not None}
     if not scopes:
         return {}
-    events = await plane.database.read(ledger.newest_events, tenant, limit=SCOPE_EVENTS_MAX)
+    events = await plane.database.read(
+        ledger.newest_events, tenant, ledger_key=plane.ledger_key, limit=SCOPE_EVENTS_MAX
+    )
     return scope_values(scopes, events)
 
 

@@ -12,11 +12,13 @@ from licet_control_plane.cli import (
     fleet,
     grants,
     kept_aside,
+    ledger,
     licenses,
     quotas,
     reservations,
     run,
     seats,
+    subjects,
     usage,
 )
 from licet_control_plane.cli.dev import command as dev
@@ -104,8 +106,16 @@ _conflicts = _group("conflicts", "Events that came again with other content.", w
 _conflicts.command("list", epilog=EXIT_CODES_HELP)(kept_aside.list_conflicts)
 _conflicts.command("show", epilog=EXIT_CODES_HELP)(kept_aside.show_conflict)
 
+_subject = typer.Typer(
+    help="What the ledger holds about somebody.", no_args_is_help=True, epilog=EXIT_CODES_HELP, rich_markup_mode=None
+)
+_usage.add_typer(_subject, name="subject")
+_subject.command("export", epilog=EXIT_CODES_HELP)(subjects.export)
+_subject.command("erase", epilog=EXIT_CODES_HELP)(subjects.erase)
+
 _ledger = _group("ledger", "The system of record of every decision.")
-_ledger.command("verify", epilog=EXIT_CODES_HELP)(usage.verify)
+_ledger.command("verify", epilog=EXIT_CODES_HELP)(ledger.verify)
+_ledger.command("checkpoint", epilog=EXIT_CODES_HELP)(ledger.checkpoint)
 
 _sidecar = _group("sidecar", "The sidecars that are connected.")
 _sidecar.command("list", epilog=EXIT_CODES_HELP)(fleet.list_)

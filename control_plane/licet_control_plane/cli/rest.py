@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
@@ -62,6 +63,16 @@ class ControlPlane:
         """POST a JSON object. Raises as ``get``."""
         return self._send("POST", path, json=body)
 
+    def post_lines(self, path: str, body: Mapping[str, Any]) -> Iterator[str]:
+        """POST a JSON object; the lines of the answer as they come. Raises as ``get``."""
+        with self._reaching(), self._http.stream("POST", path, json=body) as response:
+            if not response.is_success:
+                response.read()
+                raise _problem(response, self.target.server)
+            for line in response.iter_lines():
+                if line:
+                    yield line
+
     def patch(self, path: str, body: Mapping[str, Any]) -> Any:
         """PATCH with a JSON object. Raises as ``get``."""
         return self._send("PATCH", path, json=body)
@@ -89,8 +100,17 @@ class ControlPlane:
             time.sleep(ROLLOUT_POLL_S)
 
     def _send(self, method: str, path: str, **arguments: Any) -> Any:
-        try:
+        with self._reaching():
             response = self._http.request(method, path, **arguments)
+        if response.is_success:
+            return response.json()
+        raise _problem(response, self.target.server)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turns what goes wrong on the way into errors for the person at the keyboard."""
+        try:
+            yield
         except httpx.UnsupportedProtocol as error:
             raise CliError(
                 f"{self.target.server!r} is not the address of a server.",
@@ -109,9 +129,6 @@ class ControlPlane:
                 fix="start it with `licet dev` or `licet server`, or name it with --server or LICET_SERVER",
                 exit_code=EXIT_UNREACHABLE,
             ) from error
-        if response.is_success:
-            return response.json()
-        raise _problem(response, self.target.server)
 
     def __enter__(self) -> Self:
         return self

@@ -41,6 +41,12 @@ def server(
             "--reclaim-after", help="Take back the units of sidecars silent for so long, at least 5m. [default: off]"
         ),
     ] = None,
+    checkpoint_every: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint-every", help="How often the ledger's heads are signed, if they moved. [default: 60s]"
+        ),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option("--log-level", help="debug, info, warning or error. [default: info]")
     ] = None,
@@ -72,6 +78,7 @@ def server(
             redis_prefix=redis_prefix,
             staleness_max=staleness_max,
             reclaim_after=reclaim_after,
+            checkpoint_every=checkpoint_every,
             log_level=log_level,
             new_generation=new_generation,
         )

@@ -1,4 +1,4 @@
-"""``licet usage summary`` and ``licet ledger verify``."""
+"""``licet usage summary``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import typer
 
 from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOption, instant
 from licet_control_plane.cli.context import server_target
-from licet_control_plane.cli.failure import EXIT_NO
-from licet_control_plane.cli.output import emit_json, say, table
+from licet_control_plane.cli.output import emit_json, table
 
 _MEASURES: Final = ("events", "units", "cost")
 
@@ -51,33 +50,6 @@ def summary(
         ([*(item.get(key) for key in keys), item["events"], item["units"], costs_text(item["cost"])] for item in items),
         numeric=_MEASURES,
     )
-
-
-def verify(as_json: JsonOption = False, server: ServerOption = None, api_key: ApiKeyOption = None) -> None:
-    """Recount the ledger: gaps, duplicates, conflicts, and whether the rollups add up. Exits with 1 when they do not.
-
-    \b
-    Example:
-      licet ledger verify
-    """
-    from licet_control_plane.cli.rest import ControlPlane
-
-    with ControlPlane(server_target(server, api_key)) as control_plane:
-        result = control_plane.get("/v1/ledger/verify")
-    if as_json:
-        emit_json(result)
-    else:
-        verdict = "consistent" if result["ok"] else "NOT consistent"
-        say(f"{result['events']:,} events in {len(result['logs'])} logs: {verdict}")
-        for gap in result["gaps"]:
-            say(f"  gap: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
-        for word in ("duplicates", "conflicts"):
-            if result[word]:
-                say(f"  {word}: {result[word]}")
-        if not result["rollups_match"]:
-            say("  the hourly rollups do not match the events")
-    if not result["ok"]:
-        raise typer.Exit(EXIT_NO)
 
 
 def costs_text(costs: list[dict[str, Any]]) -> str:

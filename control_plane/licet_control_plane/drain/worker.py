@@ -29,6 +29,7 @@ from licet_control_plane.store import dead_letters, ledger, ledger_reports, meta
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.store.dead_letters import Letter, Waiting
 from licet_control_plane.store.ledger import Recorded
+from licet_control_plane.store.subjects import SubjectKeys
 
 GROUP: Final = "ledger"
 FIELD: Final = b"b"
@@ -81,6 +82,7 @@ class ShardWorker:
         names: RedisNames,
         database: Database,
         key: SigningKey,
+        subject_keys: SubjectKeys,
         counts: DrainCounts,
         *,
         consumer: str,
@@ -92,6 +94,7 @@ class ShardWorker:
         self._acked = names.acked()
         self._database = database
         self._key = key
+        self._subject_keys = subject_keys
         self._counts = counts
         self._consumer = consumer
         self._now_s = now_s
@@ -199,7 +202,9 @@ class ShardWorker:
             )
 
     async def _record(self, batches: list[DecodedBatch]) -> Recorded:
-        return await self._database.write(ledger.record, self._shard, batches, now_us=int(self._now_s() * 1_000_000))
+        return await self._database.write(
+            ledger.record, self._shard, batches, keys=self._subject_keys, now_us=int(self._now_s() * 1_000_000)
+        )
 
     async def _record_singly(self, decoded: list[tuple[bytes, DecodedBatch]], poison: list[Letter]) -> Recorded:
         """One of the batches does not fit the ledger: find it, and do the others."""
@@ -259,7 +264,7 @@ class ShardWorker:
 
     def _record_letter(self, connection: Connection, number: int, decoded: DecodedBatch, *, by: str) -> Recorded:
         now_us = int(self._now_s() * 1_000_000)
-        done = ledger.record(connection, self._shard, [decoded], now_us=now_us)
+        done = ledger.record(connection, self._shard, [decoded], keys=self._subject_keys, now_us=now_us)
         dead_letters.settle(connection, number, dead_letters.RECORDED, by=by, now_us=now_us)
         return done
 

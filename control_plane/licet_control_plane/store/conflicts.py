@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, Select, select, tuple_
+from sqlalchemy import Connection, Row, select, tuple_
 
-from licet.wire.usage import UsageEvent, unpack_event
+from licet.wire.usage import UsageEvent
+from licet_control_plane.core.subject_keys import LedgerKey
+from licet_control_plane.store.ledger import READABLE
 from licet_control_plane.store.schema import conflicts, events, logs
+from licet_control_plane.store.subjects import EventReader
 
 
 class ConflictKey(NamedTuple):
@@ -31,20 +34,31 @@ class Conflict(NamedTuple):
     came: UsageEvent
 
 
-def page(connection: Connection, *, after: ConflictKey, limit: int) -> list[Conflict]:
-    """Conflicts after ``after``, by log, number and digest."""
+def page(connection: Connection, ledger_key: LedgerKey, *, after: ConflictKey, limit: int) -> list[Conflict]:
+    """Conflicts after ``after``, by log, number and digest.
+
+    Raises:
+        Damaged: a row was altered.
+    """
     columns = conflicts.c.log, conflicts.c.seq, conflicts.c.digest
-    query = _with_log().where(tuple_(*columns) > tuple_(*after)).order_by(*columns).limit(limit)
-    return [_conflict(row) for row in connection.execute(query)]
+    query = select(conflicts).where(tuple_(*columns) > tuple_(*after)).order_by(*columns).limit(limit)
+    return _read(EventReader(connection, ledger_key), connection.execute(query).all())
 
 
-def of(connection: Connection, log_id: str, seq: int) -> tuple[UsageEvent | None, list[Conflict]]:
-    """The event that is recorded under a number, and everything else that came under it."""
-    query = _with_log().where(logs.c.log_id == log_id, conflicts.c.seq == seq).order_by(conflicts.c.digest)
-    found = [_conflict(row) for row in connection.execute(query)]
-    recorded = select(events.c.body).join(logs, logs.c.log == events.c.log)
-    body = connection.scalar(recorded.where(logs.c.log_id == log_id, events.c.seq == seq))
-    return (None if body is None else unpack_event(bytes(body))), found
+def of(
+    connection: Connection, ledger_key: LedgerKey, log_id: str, seq: int
+) -> tuple[UsageEvent | None, list[Conflict]]:
+    """The event that is recorded under a number, and everything else that came under it.
+
+    Raises:
+        Damaged: a row was altered.
+    """
+    reader = EventReader(connection, ledger_key)
+    log = connection.scalar(select(logs.c.log).where(logs.c.log_id == log_id))
+    query = select(conflicts).where(conflicts.c.log == log, conflicts.c.seq == seq).order_by(conflicts.c.digest)
+    found = _read(reader, connection.execute(query).all())
+    stored = connection.execute(select(*READABLE).where(events.c.log == log, events.c.seq == seq)).all()
+    return next(iter(reader.read(stored)), None), found
 
 
 def differences(recorded: UsageEvent, came: UsageEvent) -> Sequence[str]:
@@ -53,9 +67,19 @@ def differences(recorded: UsageEvent, came: UsageEvent) -> Sequence[str]:
     return [name for name, one, other in pairs if one != other]
 
 
-def _with_log() -> Select[Any]:
-    return select(conflicts, logs.c.log_id).join(logs, logs.c.log == conflicts.c.log)
+def _read(reader: EventReader, rows: Sequence[Row[Any]]) -> list[Conflict]:
+    readable = [_Readable(row.log, row.subject, row.public, row.commitment, row.personal) for row in rows]
+    return [
+        Conflict(ConflictKey(row.log, row.seq, row.digest), reader.log_id(row.log), row.at, came)
+        for row, came in zip(rows, reader.read(readable), strict=True)
+    ]
 
 
-def _conflict(row: Row[Any]) -> Conflict:
-    return Conflict(ConflictKey(row.log, row.seq, row.digest), row.log_id, row.at, unpack_event(bytes(row.body)))
+class _Readable(NamedTuple):
+    """The columns of ``READABLE``."""
+
+    log: int
+    subject: int
+    public: bytes
+    commitment: bytes
+    personal: bytes | None

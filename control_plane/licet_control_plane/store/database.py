@@ -7,6 +7,7 @@ PostgreSQL both run.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -15,7 +16,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, Table, create_engine, event
+from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import InternalError, OperationalError
 from sqlalchemy.pool import QueuePool
@@ -107,6 +108,19 @@ class Database:
         except (OperationalError, InternalError) as error:
             raise DatabaseUnavailable(f"the database failed: {error.orig}") from error
 
+    async def shred(self) -> None:
+        """Let what was overwritten disappear from the database's own log too, as far as readers let it.
+
+        PostgreSQL keeps what was overwritten until it vacuums, and its log until it is recycled.
+        """
+        if self.engine.dialect.name == "sqlite":
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._checkpoint)
+
+    def _checkpoint(self) -> None:
+        with self.engine.connect() as connection:
+            driver: Any = connection.connection.dbapi_connection
+            driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     def close(self) -> None:
         """Finish what runs, then close every connection."""
         self._writer.shutdown()
@@ -129,6 +143,34 @@ def insert_sql(dialect: str, table: Table, columns: tuple[str, ...]) -> str:
     return str(table.insert().compile(dialect=positional, column_keys=list(columns)))
 
 
+def read_only_engine(url: str) -> Engine:
+    """An engine that cannot change anything, for whoever only looks: another process, or an auditor with a copy.
+
+    Raises:
+        ArgumentError, NoSuchModuleError, ModuleNotFoundError: no database can be meant by ``url``.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(url, execution_options={"postgresql_readonly": True})
+    path = Path(parsed.database or "").absolute()
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"{path.as_uri()}?mode=ro", uri=True, check_same_thread=False, isolation_level=None
+        )
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        return connection
+
+    engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool)
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    return engine
+
+
 def _engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
         return create_engine(url, pool_pre_ping=True)
@@ -144,6 +186,7 @@ def _engine(url: str) -> Engine:
             "journal_mode = WAL",
             "synchronous = FULL",
             f"cache_size = -{CACHE_KIB}",
+            "secure_delete = ON",  # what is erased must not stay behind in a free part of a page
             f"wal_autocheckpoint = {WAL_PAGES_MAX}",
         ):
             connection.execute(f"PRAGMA {pragma}")

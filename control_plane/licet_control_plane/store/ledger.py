@@ -1,28 +1,38 @@
 """The ledger transaction: puts batches of usage events in the ledger, each event exactly once.
 
 Guaranteed, under repeats, reordering, and workers that were paused and resume:
-- an event (log, seq) is inserted once; the rollups and the register spend cover only events inserted with them;
+- an event (log, seq) is inserted once; the rollups, the register spend and the block cover only events inserted with
+  them, and nothing inserted makes no block: the chain of a shard never forks;
 - the watermark of a log says that everything up to it is inserted, and never falls;
 - the same (log, seq) with other content is kept in ``ledger_conflicts`` and changes nothing else.
 
-Not guaranteed here: that an event was honestly made. Whoever can write the usage stream can invent events.
-Source: the rule of the ledger transaction, ``docs/adr/0001-redis-is-not-the-record.md``.
+Not guaranteed here: that an event was honestly made. Whoever can write the usage stream can invent events. The rest is
+in ``README.md`` beside this module.
+Source: the rule of the ledger transaction, ``docs/adr/0001-redis-is-not-the-record.md``;
+``docs/adr/0017-a-ledger-that-proves-and-forgets.md``.
 """
 
 from __future__ import annotations
 
-import hashlib
+import hmac
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Row, delete, insert, or_, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, or_, select, tuple_, update
 
-from licet.wire.usage import UsageEvent, unpack_event
+from licet.wire.names import USAGE_SHARDS
+from licet.wire.usage import UsageBatch, UsageEvent
+from licet_control_plane.core import chain
 from licet_control_plane.core.accounting import Account, DecodedBatch, window_start_of
 from licet_control_plane.core.recorded import RecordedSeqs
+from licet_control_plane.core.sealed_events import RANDOM_BYTES, Sealed, is_same, leaf_hash, seal
+from licet_control_plane.core.subject_keys import LedgerKey, Subject
+from licet_control_plane.store import meta, subjects
 from licet_control_plane.store.database import insert_sql, upsert
 from licet_control_plane.store.schema import (
+    blocks,
     conflicts,
     events,
     logs,
@@ -31,23 +41,28 @@ from licet_control_plane.store.schema import (
     rollups,
     shards,
 )
+from licet_control_plane.store.schema import subjects as subjects_table
+from licet_control_plane.store.subjects import EventReader, SubjectKeys
 
 _EVENT_COLUMNS: Final = (
     "log",
     "seq",
     "at",
     "tenant",
+    "subject",
     "subject_type",
-    "subject_id",
     "action",
     "effect",
     "reason",
     "rule",
     "revision",
     "units_total",
-    "idempotency_key",
-    "body",
+    "public",
+    "commitment",
+    "personal",
 )
+ERASURES_SHARD: Final = 0
+"""Erasures are written in the chain of this shard."""
 
 
 @dataclass(slots=True)
@@ -69,12 +84,41 @@ class _Log:
     last_at: int
 
 
-def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], *, now_us: int) -> Recorded:
+class _NewBlock:
+    """What a transaction inserts, in order, for its block."""
+
+    def __init__(self) -> None:
+        self.ranges: list[chain.Range] = []
+        self.leaves: list[bytes] = []
+        self.first_at = 0
+        self.last_at = 0
+
+    def add(self, log_id: str, new: Sequence[UsageEvent], leaves: list[bytes]) -> None:
+        times = [event.at_us for event in new]
+        first_at, last_at = min(times), max(times)
+        self.first_at = min(self.first_at, first_at) if self.leaves else first_at
+        self.last_at = max(self.last_at, last_at)
+        self.leaves += leaves
+        if self.ranges and self.ranges[-1][0] == log_id and self.ranges[-1][2] == new[0].seq - 1:
+            self.ranges[-1] = (log_id, self.ranges[-1][1], new[-1].seq)
+        else:
+            self.ranges.append((log_id, new[0].seq, new[-1].seq))
+
+
+def record(
+    connection: Connection, shard: int, batches: Sequence[DecodedBatch], *, keys: SubjectKeys, now_us: int
+) -> Recorded:
     """Put ``batches`` of one shard in the ledger. May be repeated with the same or overlapping batches.
 
     The batches of one call should hold 100,000 events at most: they are one transaction.
+
+    Raises:
+        Damaged: the key of a subject was altered in the database.
     """
-    _lock(connection, shard)
+    head = _lock(connection, shard)
+    keys.begin(head.erasures)
+    reader = EventReader(connection, keys.ledger_key)
+    made = _NewBlock()
     done = Recorded()
     account = Account()
     known: dict[str, _Log] = {}
@@ -86,13 +130,13 @@ def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], 
         missing = log.recorded.missing(batch.first_seq, batch.last_seq)
         present = len(decoded.events) - sum(last - first + 1 for first, last in missing)
         if present:
-            different = _compare(connection, log.number, decoded, missing, now_us)
+            different = _compare(connection, reader, keys, log.number, decoded, now_us)
             done.conflicts += different
             done.duplicates += present - different
         for first, last in missing:
             start, end = first - batch.first_seq, last - batch.first_seq + 1
             new = decoded.events[start:end]
-            _insert(connection, log.number, new, batch.events[start:end])
+            made.add(batch.log_id, new, _insert(connection, keys, log.number, new, batch, start, now_us))
             account.add(batch.sidecar, new)
             log.recorded.add(first, last)
             log.last_at = max(log.last_at, new[-1].at_us)
@@ -101,6 +145,10 @@ def record(connection: Connection, shard: int, batches: Sequence[DecodedBatch], 
         _save_log(connection, log)
     _add_rollups(connection, account)
     _add_spend(connection, account)
+    if made.leaves:
+        head = _append(
+            connection, head, now_us, ranges=made.ranges, leaves=made.leaves, span=(made.first_at, made.last_at)
+        )
     connection.execute(
         update(shards)
         .where(shards.c.shard == shard)
@@ -139,15 +187,158 @@ def spend_from(
     return {(row.tenant, row.quota, row.sidecar): int(row.units) for row in rows}
 
 
-def newest_events(connection: Connection, tenant: str, *, limit: int) -> list[UsageEvent]:
-    """The newest events of a tenant, newest first."""
-    query = select(events.c.body).where(events.c.tenant == tenant).order_by(events.c.at.desc()).limit(limit)
-    return [unpack_event(bytes(body)) for body in connection.scalars(query)]
+def newest_events(connection: Connection, tenant: str, *, ledger_key: LedgerKey, limit: int) -> list[UsageEvent]:
+    """The newest events of a tenant, newest first. Those of erased subjects have ``ERASED`` for their subject."""
+    query = select(*READABLE).where(events.c.tenant == tenant).order_by(events.c.at.desc()).limit(limit)
+    return EventReader(connection, ledger_key).read(connection.execute(query).all())
 
 
-def _lock(connection: Connection, shard: int) -> None:
-    connection.execute(upsert(connection, shards).values(shard=shard, batches=0, events=0).on_conflict_do_nothing())
-    connection.execute(select(shards.c.shard).where(shards.c.shard == shard).with_for_update()).one()
+READABLE: Final = (events.c.log, events.c.subject, events.c.public, events.c.commitment, events.c.personal)
+"""What ``EventReader.read`` takes."""
+
+
+class Cursor(NamedTuple):
+    """Where a page of events ended: the time and the place of its last one."""
+
+    at: int
+    log: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectEvent:
+    """An event about somebody, and where it stands. ``conflict``: it came with the number of another one."""
+
+    log_id: str
+    decision_prefix: bytes
+    event: UsageEvent
+    conflict: bool = False
+
+
+def events_about(
+    connection: Connection,
+    ledger_key: LedgerKey,
+    tenant: str,
+    type: str,
+    id: str,
+    *,
+    after: Cursor | None,
+    limit: int,
+) -> tuple[list[SubjectEvent], Cursor | None]:
+    """A page of what is recorded about somebody, by time, and where it ended; ``None`` when that was all.
+
+    Those kept aside as conflicts come with the last page. Reads all events of the tenant over the pages.
+
+    Raises:
+        Damaged: an event was altered.
+    """
+    number = subjects_table.c.number
+    whom = subjects.is_about(ledger_key, tenant, type, id)
+    mine = events.c.subject.in_(select(number).where(whom))
+    place = tuple_(events.c.at, events.c.log, events.c.seq)
+    where = [events.c.tenant == tenant, mine] + ([place > after] if after is not None else [])
+    query = select(*READABLE, events.c.at, events.c.seq).where(*where).order_by(events.c.at, events.c.log, events.c.seq)
+    rows = connection.execute(query.limit(limit)).all()
+    reader = EventReader(connection, ledger_key)
+    prefixes = {
+        row.log: (row.log_id, bytes(row.decision_prefix))
+        for row in connection.execute(select(logs).where(logs.c.log.in_({row.log for row in rows})))
+    }
+    page = [
+        SubjectEvent(*prefixes[row.log], event)
+        for row, event in zip(rows, reader.read([row[: len(READABLE)] for row in rows]), strict=True)
+    ]
+    if len(rows) == limit:
+        return page, Cursor(rows[-1].at, rows[-1].log, rows[-1].seq)
+    asides = connection.execute(
+        select(*(conflicts.c[column.name] for column in READABLE), logs.c.log_id, logs.c.decision_prefix)
+        .join(logs, logs.c.log == conflicts.c.log)
+        .where(conflicts.c.subject.in_(select(number).where(whom)))
+        .order_by(conflicts.c.at, conflicts.c.seq)
+    ).all()
+    page += [
+        SubjectEvent(row.log_id, bytes(row.decision_prefix), event, conflict=True)
+        for row, event in zip(asides, reader.read([row[: len(READABLE)] for row in asides]), strict=True)
+    ]
+    return page, None
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What an erasure did. ``numbers`` are those of the subjects, which stay."""
+
+    numbers: list[int]
+    events: int
+
+
+def erase(connection: Connection, ledger_key: LedgerKey, tenant: str, type: str, id: str, *, now_us: int) -> Erased:
+    """Destroy the personal part of everything recorded about somebody, and the keys of it.
+
+    The chain records the numbers, and verifies as before. Reads all events of the tenant, a million in some seconds,
+    for which ledger transactions wait. May be repeated: what came since is erased then.
+    """
+    heads = [_lock(connection, shard) for shard in range(USAGE_SHARDS)]  # no ledger transaction is under way now
+    whom = subjects.is_about(ledger_key, tenant, type, id)
+    number = subjects_table.c.number
+    numbers = list(connection.scalars(select(number).where(whom).order_by(number)))
+    if not numbers:
+        return Erased([], 0)
+    gone = [
+        connection.execute(
+            update(table)
+            .where(*where, table.c.subject.in_(select(number).where(whom)), table.c.personal.is_not(None))
+            .values(personal=None)
+        ).rowcount
+        for table, where in ((events, [events.c.tenant == tenant]), (conflicts, []))
+    ]
+    subjects.forget(connection, whom, now_us=now_us)
+    connection.execute(update(shards).values(erasures=shards.c.erasures + 1))
+    _append(connection, heads[ERASURES_SHARD], now_us, erased=numbers)
+    return Erased(numbers, gone[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """Where a shard's chain ends."""
+
+    shard: int
+    blocks: int
+    hash: bytes
+    erasures: int
+
+
+def _lock(connection: Connection, shard: int) -> _Head:
+    row = connection.execute(select(shards).where(shards.c.shard == shard).with_for_update()).first()
+    if row is None:
+        connection.execute(
+            upsert(connection, shards)
+            .values(
+                shard=shard,
+                batches=0,
+                events=0,
+                blocks=0,
+                head=chain.genesis(meta.read(connection).deployment, shard),
+                erasures=select(func.coalesce(func.max(shards.c.erasures), 0)).scalar_subquery(),
+            )
+            .on_conflict_do_nothing()
+        )
+        row = connection.execute(select(shards).where(shards.c.shard == shard).with_for_update()).one()
+    return _Head(shard, row.blocks, bytes(row.head), row.erasures)
+
+
+def _append(connection: Connection, head: _Head, now_us: int, **contents: Any) -> _Head:
+    """Append a block to the chain whose head is locked."""
+    block = chain.next_block(
+        head.hash,
+        head.shard,
+        head.blocks + 1,
+        generation=meta.read(connection).ledger_generation,
+        at=now_us,
+        **contents,
+    )
+    connection.execute(insert(blocks).values(block._asdict()))
+    connection.execute(update(shards).where(shards.c.shard == head.shard).values(blocks=block.number, head=block.hash))
+    return _Head(head.shard, block.number, block.hash, head.erasures)
 
 
 def _open_log(connection: Connection, shard: int, decoded: DecodedBatch, now_us: int) -> _Log:
@@ -193,49 +384,87 @@ def _save_log(connection: Connection, log: _Log) -> None:
     )
 
 
-def _insert(connection: Connection, log: int, new: Sequence[UsageEvent], bodies: Sequence[bytes]) -> None:
-    # As tuples straight to the driver: naming each value costs as much as inserting the row.
-    connection.exec_driver_sql(
-        insert_sql(connection.dialect.name, events, _EVENT_COLUMNS),
-        [
+def _insert(
+    connection: Connection,
+    keys: SubjectKeys,
+    log: int,
+    new: Sequence[UsageEvent],
+    batch: UsageBatch,
+    start: int,
+    now_us: int,
+) -> list[bytes]:
+    """Insert ``new``, which are the events of the batch from ``start`` on. Returns their leaves."""
+    log_id = batch.log_id
+    whose = [Subject(event.tenant, event.subject_type, event.subject_id, event.on_behalf_of) for event in new]
+    key_of = keys.of(connection, set(whose), now_us=now_us)
+    random = os.urandom(RANDOM_BYTES * len(new))
+    rows: list[tuple[Any, ...]] = []
+    leaves: list[bytes] = []
+    for index, (event, subject) in enumerate(zip(new, whose, strict=True)):
+        key = key_of[subject]
+        public, commitment, personal = seal(
+            event,
+            batch.events[start + index],
+            log_id,
+            key.number,
+            key.cipher,
+            random[index * RANDOM_BYTES : (index + 1) * RANDOM_BYTES],
+        )
+        leaves.append(leaf_hash(public, commitment))
+        rows.append(
             (
                 log,
                 event.seq,
                 event.at_us,
                 event.tenant,
+                key.number,
                 event.subject_type,
-                event.subject_id,
                 event.action,
                 event.effect,
                 event.reason,
                 event.rule,
                 event.revision,
                 sum(event.units.values()),
-                event.idempotency_key,
-                body,
+                public,
+                commitment,
+                personal,
             )
-            for event, body in zip(new, bodies, strict=True)
-        ],
-    )
+        )
+    # As tuples straight to the driver: naming each value costs as much as inserting the row.
+    connection.exec_driver_sql(insert_sql(connection.dialect.name, events, _EVENT_COLUMNS), rows)
+    return leaves
 
 
 def _compare(
-    connection: Connection, log: int, decoded: DecodedBatch, missing: Sequence[tuple[int, int]], now_us: int
+    connection: Connection, reader: EventReader, keys: SubjectKeys, log: int, decoded: DecodedBatch, now_us: int
 ) -> int:
     """Keep aside every event of the batch that is recorded with other content. Returns how many there are."""
     batch = decoded.batch
-    query = select(events.c.seq, events.c.body).where(
+    query = select(events.c.seq, *READABLE).where(
         events.c.log == log, events.c.seq >= batch.first_seq, events.c.seq <= batch.last_seq
     )
-    stored = {row.seq: row.body for row in connection.execute(query)}
-    different = [
-        (seq, body)
-        for seq, body in enumerate(batch.events, batch.first_seq)
-        if seq in stored and bytes(stored[seq]) != body
-    ]
-    for seq, body in different:
+    stored = connection.execute(query).all()
+    ciphers = reader.ciphers({row.subject for row in stored})
+    different: list[tuple[UsageEvent, bytes]] = []
+    for row in stored:
+        event, packed = decoded.events[row.seq - batch.first_seq], batch.events[row.seq - batch.first_seq]
+        sealed = Sealed(row.public, row.commitment, row.personal)
+        if not is_same(event, packed, batch.log_id, row.subject, sealed, ciphers[row.subject]):
+            different.append((event, packed))
+    if not different:
+        return 0
+    whose = [Subject(event.tenant, event.subject_type, event.subject_id, event.on_behalf_of) for event, _ in different]
+    key_of = keys.of(connection, set(whose), now_us=now_us)
+    for (event, packed), subject in zip(different, whose, strict=True):
+        key = key_of[subject]
+        kept = seal(event, packed, batch.log_id, key.number, key.cipher, os.urandom(RANDOM_BYTES))
         statement = upsert(connection, conflicts).values(
-            log=log, seq=seq, digest=hashlib.sha256(body).hexdigest(), at=now_us, body=body
+            log=log,
+            seq=event.seq,
+            digest=hmac.digest(key.key, packed, "sha256").hex(),
+            at=now_us,
+            subject=key.number,
+            **kept._asdict(),
         )
         connection.execute(statement.on_conflict_do_nothing())
     return len(different)

@@ -18,7 +18,6 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    UniqueConstraint,
 )
 
 metadata: Final = MetaData(
@@ -150,6 +149,9 @@ shards: Final = Table(
     Column("shard", Integer, primary_key=True, autoincrement=False),
     Column("batches", BigInteger, nullable=False),
     Column("events", BigInteger, nullable=False),
+    Column("blocks", BigInteger, nullable=False),  # number of the last block
+    Column("head", LargeBinary, nullable=False),  # its hash
+    Column("erasures", BigInteger, nullable=False),  # grows with each, in all rows: keys read before are void
 )
 
 logs: Final = Table(
@@ -179,37 +181,86 @@ ranges: Final = Table(
     Column("last_seq", BigInteger, nullable=False),
 )
 
+subjects: Final = Table(
+    # Whose key events are sealed with. Nothing here says who it is: ``tag`` and ``key`` need the ledger's key, which is
+    # not in the database; see ``core/subject_keys.py``. An erased subject keeps its number and nothing else.
+    "ledger_subjects",
+    metadata,
+    Column("number", _AutoId, primary_key=True),
+    Column("tenant", String(128), nullable=False),
+    Column("type", Text, nullable=False),
+    Column("tag", LargeBinary, unique=True),
+    Column("principal", LargeBinary, index=True),  # second half of ``tag``; null when nobody's behalf
+    Column("key", LargeBinary),
+    Column("created_at", BigInteger, nullable=False),
+    Column("erased_at", BigInteger),
+)
+
 events: Final = Table(
+    # One row for each event. Columns up to ``units_total`` repeat what ``public`` says, to be asked about; see
+    # ``core/sealed_events.py`` for the last three. Watermarks and ranges see to it that (log, seq) is there once:
+    # ``at`` is in the key only because a partitioned table must have it there.
     "ledger_events",
     metadata,
-    Column("id", _AutoId, primary_key=True),
-    Column("log", BigInteger, nullable=False),
-    Column("seq", BigInteger, nullable=False),
-    Column("at", BigInteger, nullable=False),  # the sidecar's clock
+    Column("log", BigInteger, primary_key=True, autoincrement=False),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", BigInteger, primary_key=True, autoincrement=False),  # the sidecar's clock
     Column("tenant", String(128), nullable=False),
+    # No index: with many subjects each event would touch a page of its own. Erasing reads a tenant's events instead.
+    Column("subject", BigInteger, nullable=False),
     Column("subject_type", Text, nullable=False),
-    Column("subject_id", Text, nullable=False),
     Column("action", String(128), nullable=False),
     Column("effect", Integer, nullable=False),
     Column("reason", Integer, nullable=False),
     Column("rule", Text, nullable=False),
     Column("revision", BigInteger, nullable=False),
     Column("units_total", BigInteger, nullable=False),
-    Column("idempotency_key", Text, nullable=False),
-    Column("body", LargeBinary, nullable=False),  # the event as the sidecar packed it
-    UniqueConstraint("log", "seq"),
+    Column("public", LargeBinary, nullable=False),
+    Column("commitment", LargeBinary, nullable=False),
+    Column("personal", LargeBinary),  # null once the subject is erased
     Index(None, "tenant", "at"),
+    sqlite_with_rowid=False,  # kept in the order of the key, in which verifying reads
+)
+
+blocks: Final = Table(
+    # The chain of each shard: rows are never changed. See ``core/chain.py``.
+    "ledger_blocks",
+    metadata,
+    Column("shard", Integer, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),  # from 1, without gaps
+    Column("generation", BigInteger, nullable=False),  # of the ledger
+    Column("at", BigInteger, nullable=False),
+    Column("events", BigInteger, nullable=False),
+    Column("first_at", BigInteger, nullable=False),  # earliest and latest time of its events
+    Column("last_at", BigInteger, nullable=False),
+    Column("ranges", LargeBinary, nullable=False),  # msgpack, [[log id, first, last], …], in the order of the leaves
+    Column("erased", LargeBinary, nullable=False),  # msgpack, numbers of subjects
+    Column("root", LargeBinary, nullable=False),
+    Column("previous", LargeBinary, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+)
+
+checkpoints: Final = Table(
+    # Heads of all chains, signed.
+    "ledger_checkpoints",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", BigInteger, nullable=False),
+    Column("document", LargeBinary, nullable=False),
 )
 
 conflicts: Final = Table(
-    # Same log and sequence number, other content: kept aside, alerted, never ignored.
+    # Same log and sequence number, other content: kept aside, alerted, never ignored. Sealed as events are.
     "ledger_conflicts",
     metadata,
     Column("log", BigInteger, primary_key=True, autoincrement=False),
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
-    Column("digest", String(64), primary_key=True),
+    Column("digest", String(64), primary_key=True),  # keyed with the subject's key: it says nothing without it
     Column("at", BigInteger, nullable=False),
-    Column("body", LargeBinary, nullable=False),
+    Column("subject", BigInteger, nullable=False),
+    Column("public", LargeBinary, nullable=False),
+    Column("commitment", LargeBinary, nullable=False),
+    Column("personal", LargeBinary),
 )
 
 dead_letters: Final = Table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from licet_control_plane.cli.replay.workload import Columns, Survey
 
 _PROGRESS_S = 0.1
+_CLOCKS_S = 600
+"""The ledger is not asked about events before the replay began; how far the sidecars' clocks may be behind this one."""
 
 
 def replay(
@@ -101,12 +104,16 @@ def replay(
         control_plane.get("/v1/status")  # a server that is not there is better known before the first check
         note(f"{found.rows:,} checks, {found.units:,} units, over {len(sidecars)} sidecars: {', '.join(sidecars)}")
         load = Load(plan, good_rows(file, columns))
+        since_s = int(time.time()) - _CLOCKS_S
         _send(load, found.rows)
         answers = load.answers
 
         def tally() -> dict[str, Any]:
             result: dict[str, Any] = control_plane.get(
-                "/v1/usage/tally", tenant=tenant, idempotency_prefix=key_prefix(plan.run)
+                "/v1/usage/tally",
+                tenant=tenant,
+                idempotency_prefix=key_prefix(plan.run),
+                **{"from": since_s},
             )
             return result
 

@@ -54,12 +54,38 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("digest", name=op.f("pk_chunks")),
     )
     op.create_table(
+        "ledger_blocks",
+        sa.Column("shard", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("number", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("generation", sa.BigInteger(), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.Column("first_at", sa.BigInteger(), nullable=False),
+        sa.Column("last_at", sa.BigInteger(), nullable=False),
+        sa.Column("ranges", sa.LargeBinary(), nullable=False),
+        sa.Column("erased", sa.LargeBinary(), nullable=False),
+        sa.Column("root", sa.LargeBinary(), nullable=False),
+        sa.Column("previous", sa.LargeBinary(), nullable=False),
+        sa.Column("hash", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("shard", "number", name=op.f("pk_ledger_blocks")),
+    )
+    op.create_table(
+        "ledger_checkpoints",
+        sa.Column("number", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("document", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("number", name=op.f("pk_ledger_checkpoints")),
+    )
+    op.create_table(
         "ledger_conflicts",
         sa.Column("log", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("digest", sa.String(length=64), nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
-        sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.Column("subject", sa.BigInteger(), nullable=False),
+        sa.Column("public", sa.LargeBinary(), nullable=False),
+        sa.Column("commitment", sa.LargeBinary(), nullable=False),
+        sa.Column("personal", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("log", "seq", "digest", name=op.f("pk_ledger_conflicts")),
     )
     op.create_table(
@@ -85,23 +111,23 @@ def upgrade() -> None:
     )
     op.create_table(
         "ledger_events",
-        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
-        sa.Column("log", sa.BigInteger(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), nullable=False),
-        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("log", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("at", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("subject", sa.BigInteger(), nullable=False),
         sa.Column("subject_type", sa.Text(), nullable=False),
-        sa.Column("subject_id", sa.Text(), nullable=False),
         sa.Column("action", sa.String(length=128), nullable=False),
         sa.Column("effect", sa.Integer(), nullable=False),
         sa.Column("reason", sa.Integer(), nullable=False),
         sa.Column("rule", sa.Text(), nullable=False),
         sa.Column("revision", sa.BigInteger(), nullable=False),
         sa.Column("units_total", sa.BigInteger(), nullable=False),
-        sa.Column("idempotency_key", sa.Text(), nullable=False),
-        sa.Column("body", sa.LargeBinary(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_ledger_events")),
-        sa.UniqueConstraint("log", "seq", name=op.f("uq_ledger_events_log_seq")),
+        sa.Column("public", sa.LargeBinary(), nullable=False),
+        sa.Column("commitment", sa.LargeBinary(), nullable=False),
+        sa.Column("personal", sa.LargeBinary(), nullable=True),
+        sa.PrimaryKeyConstraint("log", "seq", "at", name=op.f("pk_ledger_events")),
+        sqlite_with_rowid=False,
     )
     op.create_index(op.f("ix_ledger_events_tenant_at"), "ledger_events", ["tenant", "at"], unique=False)
     op.create_table(
@@ -151,8 +177,25 @@ def upgrade() -> None:
         sa.Column("shard", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("batches", sa.BigInteger(), nullable=False),
         sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.Column("blocks", sa.BigInteger(), nullable=False),
+        sa.Column("head", sa.LargeBinary(), nullable=False),
+        sa.Column("erasures", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("shard", name=op.f("pk_ledger_shards")),
     )
+    op.create_table(
+        "ledger_subjects",
+        sa.Column("number", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("type", sa.Text(), nullable=False),
+        sa.Column("tag", sa.LargeBinary(), nullable=True),
+        sa.Column("principal", sa.LargeBinary(), nullable=True),
+        sa.Column("key", sa.LargeBinary(), nullable=True),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("erased_at", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("number", name=op.f("pk_ledger_subjects")),
+        sa.UniqueConstraint("tag", name=op.f("uq_ledger_subjects_tag")),
+    )
+    op.create_index(op.f("ix_ledger_subjects_principal"), "ledger_subjects", ["principal"], unique=False)
     op.create_table(
         "licenses",
         sa.Column("tenant", sa.String(length=128), nullable=False),

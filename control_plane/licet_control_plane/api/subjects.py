@@ -1,0 +1,86 @@
+"""``/v1/tenants/{tenant}/subjects/export`` and ``…/erase``: what the ledger holds about somebody.
+
+The subject is in the body, not in the address: addresses end up in the logs of whatever is on the way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection
+
+from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.proof import JSON_LINES
+from licet_control_plane.core.event_view import event_json
+from licet_control_plane.core.subject_keys import LedgerKey
+from licet_control_plane.store import access, ledger
+
+router = APIRouter()
+
+PAGE_EVENTS: Final = 1_000
+NAME_CHARS_MAX: Final = 4_096
+
+
+class SubjectName(BaseModel):
+    """Somebody, as usage events name them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Annotated[str, Field(max_length=NAME_CHARS_MAX)]
+    id: Annotated[str, Field(min_length=1, max_length=NAME_CHARS_MAX)]
+
+
+@router.post("/tenants/{tenant}/subjects/export")
+async def export_subject(request: Request, tenant: str, body: SubjectName) -> StreamingResponse:
+    """Every event about somebody, those in which others acted on their behalf included, as JSON Lines by time."""
+    plane = plane_of(request)
+
+    async def lines() -> AsyncIterator[str]:
+        after: ledger.Cursor | None = None
+        while True:
+            page, after = await plane.database.read(
+                ledger.events_about, plane.ledger_key, tenant, body.type, body.id, after=after, limit=PAGE_EVENTS
+            )
+            yield "".join(
+                json.dumps(event_json(one.log_id, one.decision_prefix, one.event) | {"conflict": one.conflict}) + "\n"
+                for one in page
+            )
+            if after is None:
+                return
+
+    return StreamingResponse(lines(), media_type=JSON_LINES)
+
+
+@router.post("/tenants/{tenant}/subjects/erase")
+async def erase_subject(
+    request: Request, tenant: str, body: SubjectName, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Destroy what the ledger holds about somebody. What was used stays counted and billed; who it was is gone."""
+    plane = plane_of(request)
+    erased = await plane.database.write(
+        _erase, plane.ledger_key, tenant, body, by=caller.name, now_us=int(plane.now_s() * 1_000_000)
+    )
+    await plane.database.shred()
+    return {"tenant": tenant, "subjects": erased.numbers, "events": erased.events}
+
+
+def _erase(
+    connection: Connection, ledger_key: LedgerKey, tenant: str, whom: SubjectName, *, by: str, now_us: int
+) -> ledger.Erased:
+    erased = ledger.erase(connection, ledger_key, tenant, whom.type, whom.id, now_us=now_us)
+    # The audit trail says that it was done, and keeps only the numbers: a name there would outlive the erasure.
+    access.record(
+        connection,
+        by=by,
+        action="subject.erase",
+        target=tenant,
+        before={"subjects": erased.numbers, "events": erased.events},
+        after={},
+        now_us=now_us,
+    )
+    return erased

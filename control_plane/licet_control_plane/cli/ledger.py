@@ -1,0 +1,233 @@
+"""``licet ledger verify|checkpoint``."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOption, bad
+from licet_control_plane.cli.context import server_target
+from licet_control_plane.cli.failure import EXIT_NO, EXIT_USAGE, CliError
+from licet_control_plane.cli.output import emit_json, note, say
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+FINDINGS_SHOWN: Final = 20
+
+
+def verify(
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Option("--checkpoint", help="Hold the chains to the checkpoint in this file; may be repeated."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Do not open what is personal: chains, columns and sums only.")
+    ] = False,
+    database: Annotated[
+        str | None,
+        typer.Option("--database", help="Read this database instead of asking a server: a URL.", metavar="URL"),
+    ] = None,
+    ledger_key: Annotated[
+        Path | None,
+        typer.Option("--ledger-key", help="With --database: the file ledger-key, to open what is personal."),
+    ] = None,
+    public_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--public-key",
+            help="Of whom signatures of checkpoints count, ed25519:…; may be repeated.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Recompute every hash of the ledger, compare every row and sum, and list what is missing. Exits with 1 when
+    something is not as it was recorded, and names the first event that is not.
+
+    A checkpoint that was kept elsewhere shows even a ledger that was rewritten as a whole: `licet ledger checkpoint`.
+    With --database an auditor needs nobody's word: a copy of the database, a checkpoint and the public key are enough.
+
+    \b
+    Examples:
+      licet ledger verify --checkpoint monday.json
+      licet ledger verify --database sqlite:///copy.db --public-key ed25519:… --checkpoint monday.json
+    """
+    documents = [_document(path) for path in checkpoint or ()]
+    if database is None:
+        if ledger_key is not None:
+            raise bad("--ledger-key goes with --database: a server has its own.", "leave one of them out")
+        result = _by_server(documents, public_key or [], quick, server, api_key)
+    else:
+        result = _by_hand(database, documents, public_key or [], None if quick else ledger_key)
+    if as_json:
+        emit_json(result)
+    else:
+        _show(result)
+    if not result["ok"]:
+        raise typer.Exit(EXIT_NO)
+
+
+def checkpoint(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write it to this file, to be kept where the server cannot reach.")
+    ] = None,
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Sign the heads of the ledger's chains as they are now.
+
+    Whoever keeps the file can show later that nothing recorded up to now was changed: licet ledger verify
+    --checkpoint FILE.
+
+    \b
+    Example:
+      licet ledger checkpoint --out monday.json
+    """
+    from licet_control_plane.cli.rest import ControlPlane
+
+    with ControlPlane(server_target(server, api_key)) as control_plane:
+        result = control_plane.get("/v1/ledger/checkpoint")
+    if out is not None:
+        try:
+            out.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise CliError(
+                f"{out} cannot be written: {error.strerror}.", fix="name another file with --out", exit_code=EXIT_USAGE
+            ) from error
+    if as_json:
+        emit_json(result)
+        return
+    heads = ", ".join(f"shard {head['shard']} block {head['block']} {head['hash'][:16]}" for head in result["heads"])
+    say(f"checkpoint {result['number']} of {result['at']}, ledger generation {result['generation']}: {heads}")
+    if out is not None:
+        note(f"written to {out}; keep it where the server cannot reach")
+
+
+def _document(path: Path) -> str:
+    """The signed document in a file, base64."""
+    from licet_control_plane.store.checkpoints import document_of
+
+    try:
+        return base64.b64encode(document_of(path.read_text())).decode()
+    except OSError as error:
+        raise bad(f"--checkpoint {path} cannot be read: {error.strerror}.", "name the file of a checkpoint") from error
+    except ValueError as error:
+        raise bad(f"--checkpoint {path}: {error}.", "make one with: licet ledger checkpoint --out FILE") from error
+
+
+def _by_server(
+    documents: list[str], public_keys: list[str], quick: bool, server: str | None, api_key: str | None
+) -> dict[str, Any]:
+    from licet_control_plane.cli.rest import ControlPlane
+
+    body = {"checkpoints": documents, "public_keys": public_keys, "quick": quick}
+    with ControlPlane(server_target(server, api_key)) as control_plane, _bar() as bar:
+        for line in control_plane.post_lines("/v1/ledger/verify", body):
+            step: dict[str, Any] = json.loads(line)
+            if "progress" in step:
+                _move(bar, step["progress"]["done"], step["progress"]["of"])
+            elif "error" in step:
+                raise CliError(f"the ledger could not be read: {step['error']}", fix="look at the server's log")
+            else:
+                result: dict[str, Any] = step["result"]
+                return result
+    raise CliError("the server ended before it was done.", fix="look at its log, and run the command again")
+
+
+def _by_hand(url: str, documents: list[str], public_keys: list[str], ledger_key: Path | None) -> dict[str, Any]:
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+    from licet.wire.signing import VerificationError, Verifier
+    from licet_control_plane.state_dir import read_ledger_key
+    from licet_control_plane.store.checkpoints import Checkpoint
+    from licet_control_plane.store.verification import Verification
+    from licet_control_plane.store.verification import verify as verify_database
+
+    try:
+        verifier = Verifier(public_keys) if public_keys else None
+    except ValueError as error:
+        raise bad(f"--public-key: {error}.", "give the text of public-key.txt") from error
+    if documents and verifier is None:
+        raise bad("--checkpoint with --database needs --public-key.", "give the text of public-key.txt")
+    try:
+        key = read_ledger_key(ledger_key) if ledger_key else None
+    except (OSError, ValueError) as error:
+        raise bad(f"--ledger-key {ledger_key}: {error}.", "name the file ledger-key of the state directory") from error
+    try:
+        given = [Checkpoint.of(base64.b64decode(text), verifier) for text in documents if verifier is not None]
+    except VerificationError as error:
+        raise CliError(f"--checkpoint: {error}.", fix="give the public key that it was signed with") from error
+    try:
+        with _bar() as bar:
+            for step in verify_database(url, key, verifier, given=given):
+                if isinstance(step, Verification):
+                    return step.as_json()
+                _move(bar, step.done, step.of)
+    except (ArgumentError, ModuleNotFoundError) as error:
+        raise bad(f"--database {url!r}: {error}.", "give sqlite:///path, or postgresql+psycopg://…") from error
+    except SQLAlchemyError as error:
+        fix = "give a ledger's database; a copy of SQLite's file must lie where it can be written"
+        raise CliError(f"the database cannot be read: {getattr(error, 'orig', error)}", fix=fix) from error
+    raise CliError("the verification ended early.", fix="run the command again")
+
+
+@contextmanager
+def _bar() -> Iterator[Bar | None]:
+    """A bar on standard error, for a person who waits there."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TextColumn("events"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        bar.add_task("events", total=None)
+        yield bar
+
+
+def _move(bar: Bar | None, done: int, of: int) -> None:
+    if bar is not None:
+        bar.update(bar.task_ids[0], completed=done, total=of)
+
+
+def _show(result: dict[str, Any]) -> None:
+    verdict = "consistent" if result["ok"] else "NOT consistent"
+    say(f"{result['events']:,} events in {result['blocks']:,} blocks and {len(result['logs']):,} logs: {verdict}")
+    for number, finding in enumerate(result["findings"][:FINDINGS_SHOWN]):
+        say(f"  {'first: ' if number == 0 else ''}{_where(finding)}{finding['kind']}: {finding['what']}")
+    if result["findings_total"] > FINDINGS_SHOWN:
+        say(f"  and {result['findings_total'] - FINDINGS_SHOWN:,} more; --json lists up to 1,000")
+    for gap in result["gaps"]:
+        say(f"  gap: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
+    if result["conflicts"]:
+        say(f"  conflicts: {result['conflicts']} events came again with other content")
+    if not result["rollups_match"]:
+        say("  the hourly rollups do not match the events")
+    if result["erased_events"]:
+        say(f"  erased: what was personal in {result['erased_events']:,} events; they count as before")
+    if not result["opened"]:
+        say("  what is personal was not opened: without the ledger key a change there is not seen")
+    if not result["checkpoints"]:
+        say("  no checkpoint was compared: a ledger that was rewritten as a whole is not seen")
+
+
+def _where(finding: dict[str, Any]) -> str:
+    parts = []
+    if finding["shard"] is not None:
+        parts.append(f"shard {finding['shard']}")
+    if finding["block"]:
+        parts.append(f"block {finding['block']}")
+    if finding["log_id"]:
+        parts.append(f"log {finding['log_id']}" + (f" event {finding['seq']}" if finding["seq"] else ""))
+    return ", ".join(parts) + (": " if parts else "")
