@@ -303,13 +303,17 @@ def test_exit_code_tells_whether_the_ledger_is_consistent(
     licet_command: CommandLine, server: StubControlPlane, ok: bool, code: int
 ) -> None:
     gap = {"log_id": "ab", "from_seq": 3, "to_seq": 4, "why": "never arrived"}
-    server.answers["GET /v1/ledger/verify"] = {
-        "ok": ok, "events": 5, "logs": ["a"], "gaps": [] if ok else [gap], "duplicates": 0,
-        "conflicts": 0, "rollups_match": ok,
+    finding = {"shard": 1, "block": 2, "log_id": "ab", "seq": 7, "kind": "removed", "what": "the event is missing"}
+    result = {
+        "ok": ok, "events": 5, "blocks": 2, "logs": ["a"], "gaps": [] if ok else [gap],
+        "conflicts": 0, "rollups_match": ok, "findings": [] if ok else [finding], "findings_total": int(not ok),
+        "erased_events": 0, "erased_subjects": 0, "opened": True, "checkpoints": 1, "heads": [],
     }  # fmt: skip
+    server.answers["POST /v1/ledger/verify"] = {"result": result}
     ended = licet_command("ledger", "verify")
     assert ended.code == code
     assert ("log ab, 3 to 4: never arrived" in ended.out) is not ok
+    assert ("first: shard 1, block 2, log ab event 7: removed: the event is missing" in ended.out) is not ok
     assert licet_command("ledger", "verify", "--json").json["ok"] is ok
 
 
@@ -366,14 +370,15 @@ def test_help_is_quick_and_shows_an_example() -> None:
     [
         "dev", "server", "check", "replay", "status", "policy push", "policy validate", "license create", "license get",
         "license list", "license update", "grant add", "grant list", "grant revoke",
-        "usage summary", "ledger verify", "sidecar list",
+        "usage summary", "usage subject export", "usage subject erase", "ledger verify", "ledger checkpoint",
+        "sidecar list",
     ],
 )  # fmt: skip
 def test_every_command_explains_itself(licet_command: CommandLine, command: str) -> None:
     ended = licet_command(*command.split(), "--help")
     assert ended.code == 0
     assert f"licet {command}" in ended.out.partition("Example")[2]
-    assert "--json" in ended.out or command == "server"
+    assert "--json" in ended.out or command in ("server", "usage subject export")
     assert "Exit codes:" in ended.out
 
 

@@ -364,90 +364,135 @@ def _check(engine: Engine, piece: _Piece, deployment: str, ledger_key: LedgerKey
     with engine.connect() as connection, connection.begin():
         reader = EventReader(connection, ledger_key)
         numbers: dict[str, int] = {row.log_id: row.log for row in connection.execute(select(logs.c.log_id, logs.c.log))}
-        stored = {
-            row.number: Block(*row)
-            for row in connection.execute(
-                select(blocks).where(
-                    blocks.c.shard == piece.shard, blocks.c.number.between(piece.first - 1, piece.last)
-                )
-            )
-        }
-        for number in range(piece.first, piece.last + 1):
-            block = stored.get(number)
-            if block is None:
-                found.add(Finding(piece.shard, number, "", 0, "removed", "the block is missing"))
-                continue
-            found.blocks += 1
-            before = stored.get(number - 1)
-            link = chain.genesis(deployment, piece.shard) if number == 1 else before.hash if before else block.previous
-            if block.previous != link:
-                what = "the block does not follow the one before it"
-                found.add(Finding(piece.shard, number, "", 0, "block", what))
-            if chain.hash_of(block) != block.hash:
-                what = "the block was altered: its hash is not that of its contents"
-                found.add(Finding(piece.shard, number, "", 0, "block", what))
-            try:
-                covered = chain.ranges_of(block)
-                found.erased += [(piece.shard, number, subject) for subject in chain.erased_of(block)]
-            except ValueError as error:
-                found.add(Finding(piece.shard, number, "", 0, "block", f"the block cannot be read: {error}"))
-                continue
-            found.ranges += [(piece.shard, number, one) for one in covered]
-            _check_block(connection, reader, numbers, block, covered, found, account)
+        group: list[tuple[Block, list[chain.Range]]] = []
+        size = 0
+        for block, covered in _checked_blocks(connection, piece, deployment, found):
+            group.append((block, covered))
+            size += block.events
+            if size >= ROWS_MAX:
+                _check_group(connection, reader, numbers, group, found, account)
+                group, size = [], 0
+        _check_group(connection, reader, numbers, group, found, account)
     found.sums = {tuple(key): tuple(sums) for key, sums in account.rollups.items()}
     return found
 
 
-def _check_block(
+def _checked_blocks(
+    connection: Connection, piece: _Piece, deployment: str, found: _Found
+) -> Iterator[tuple[Block, list[chain.Range]]]:
+    """The blocks of a piece with their ranges, once their links and hashes were looked at."""
+    stored = {
+        row.number: Block(*row)
+        for row in connection.execute(
+            select(blocks).where(blocks.c.shard == piece.shard, blocks.c.number.between(piece.first - 1, piece.last))
+        )
+    }
+    covered: dict[str, RecordedSeqs] = {}
+    for number in range(piece.first, piece.last + 1):
+        block = stored.get(number)
+        if block is None:
+            found.add(Finding(piece.shard, number, "", 0, "removed", "the block is missing"))
+            continue
+        found.blocks += 1
+        before = stored.get(number - 1)
+        link = chain.genesis(deployment, piece.shard) if number == 1 else before.hash if before else block.previous
+        if block.previous != link:
+            what = "the block does not follow the one before it"
+            found.add(Finding(piece.shard, number, "", 0, "block", what))
+        if chain.hash_of(block) != block.hash:
+            what = "the block was altered: its hash is not that of its contents"
+            found.add(Finding(piece.shard, number, "", 0, "block", what))
+        try:
+            ranges_ = chain.ranges_of(block)
+            found.erased += [(piece.shard, number, subject) for subject in chain.erased_of(block)]
+        except ValueError as error:
+            found.add(Finding(piece.shard, number, "", 0, "block", f"the block cannot be read: {error}"))
+            continue
+        for one in ranges_:
+            _cover(covered, piece.shard, number, one, found)
+        yield block, ranges_
+    for log_id, seqs in covered.items():
+        below = [(1, seqs.watermark)] if seqs.watermark else []
+        found.ranges += [(piece.shard, piece.last, (log_id, first, last)) for first, last in [*below, *seqs.ranges]]
+
+
+def _cover(covered: dict[str, RecordedSeqs], shard: int, number: int, one: chain.Range, found: _Found) -> None:
+    """Note that a block (or one up to it) has a range, which no other may have."""
+    log_id, first, last = one
+    seqs = covered.setdefault(log_id, RecordedSeqs())
+    if seqs.missing(first, last) != [(first, last)]:
+        what = "a block has events that a block before it has too"
+        found.add(Finding(shard, number, log_id, first, "block", what))
+    seqs.add(first, last)
+
+
+def _check_group(
     connection: Connection,
     reader: EventReader,
     numbers: dict[str, int],
-    block: Block,
-    covered: Sequence[chain.Range],
+    group: Sequence[tuple[Block, list[chain.Range]]],
     found: _Found,
     account: Account,
 ) -> None:
-    leaves: list[bytes] = []
-    before = found.findings_total
-    for log_id, first, last in covered:
-        log = numbers.get(log_id)
-        if log is None:
-            found.add(Finding(block.shard, block.number, log_id, first, "log", "the log was removed or renamed"))
-            continue
-        query = select(*_ROW).where(events.c.log == log, events.c.seq.between(first, last)).order_by(events.c.seq)
-        expected = first
-        for rows in connection.execute(query, execution_options=_STREAMED).partitions():
-            ciphers = reader.ciphers({row[0] for row in rows})
-            good: list[Any] = []
-            for row in rows:
-                seq = row[1]
-                while expected < seq:
-                    found.add(Finding(block.shard, block.number, log_id, expected, "removed", "the event is missing"))
-                    expected += 1
-                if seq < expected:
-                    found.add(Finding(block.shard, block.number, log_id, seq, "inserted", "the event is there twice"))
+    """Check blocks that follow each other; their rows are read together, since most blocks are small."""
+    wanted: dict[str, list[tuple[int, int]]] = {}
+    for _, covered in group:
+        for log_id, first, last in covered:
+            spans = wanted.setdefault(log_id, [])
+            if spans and spans[-1][1] == first - 1:
+                spans[-1] = (spans[-1][0], last)
+            else:
+                spans.append((first, last))
+    rows: dict[str, dict[int, Any]] = {}
+    twice: set[tuple[str, int]] = set()
+    for log_id, spans in wanted.items():
+        mine = rows[log_id] = {}
+        for first, last in spans if log_id in numbers else ():
+            query = select(*_ROW).where(events.c.log == numbers[log_id], events.c.seq.between(first, last))
+            for row in connection.execute(query.order_by(events.c.seq, events.c.at)):
+                if mine.setdefault(row[1], row) is not row:
+                    twice.add((log_id, row[1]))
+    ciphers = reader.ciphers({row[0] for mine in rows.values() for row in mine.values()})
+    readable: list[Any] = []
+    for block, covered in group:
+        before = found.findings_total
+        leaves: list[bytes] = []
+        for log_id, first, last in covered:
+            if log_id not in numbers:
+                found.add(Finding(block.shard, block.number, log_id, first, "log", "the log was removed or renamed"))
+                continue
+            mine = rows[log_id]
+            for seq in range(first, last + 1):
+                if found.findings_total - before > FINDINGS_MAX:
+                    break  # a range without end, of a block that was altered
+                if (kept := mine.get(seq)) is None:
+                    found.add(Finding(block.shard, block.number, log_id, seq, "removed", "the event is missing"))
                     continue
-                expected = seq + 1
+                if twice and (log_id, seq) in twice:
+                    found.add(Finding(block.shard, block.number, log_id, seq, "inserted", "the event is there twice"))
                 found.events += 1
-                leaves.append(leaf_hash(row[-3], row[-2]))
+                leaves.append(leaf_hash(kept[-3], kept[-2]))
                 try:
-                    fields = fields_of(row[-3])
+                    fields = fields_of(kept[-3])
                     fields[SPENDS] = ()  # of what is summed below only the sums by hour are wanted
-                    good.append(fields)
-                    _check_row(row, fields, log_id, reader, ciphers[row[0]], found)
+                    readable.append(fields)
+                    _check_row(kept, fields, log_id, reader, ciphers[kept[0]], found)
                 except Damaged as error:
                     kind = "reordered" if isinstance(error, _Misplaced) else "altered"
                     found.add(Finding(block.shard, block.number, log_id, seq, kind, str(error)))
-            try:
-                account.add("", map(event_of, good))
-            except (TypeError, ValueError, AttributeError):
-                pass  # a public part that was altered: the block says so
-        while expected <= last and found.findings_total - before < FINDINGS_MAX:
-            found.add(Finding(block.shard, block.number, log_id, expected, "removed", "the event is missing"))
-            expected += 1
-    if chain.root_of(leaves) != block.root and found.findings_total == before:
-        # Every event fits itself: columns, public part, personal part. So another one was put in the place of one of
-        # these, or they changed places, or their personal parts are erased or closed to this reader.
+        if found.findings_total == before:
+            _check_root(block, covered, leaves, found)
+    try:
+        account.add("", map(event_of, readable))
+    except (TypeError, ValueError, AttributeError):
+        pass  # a public part that was altered: its block says so
+
+
+def _check_root(block: Block, covered: Sequence[chain.Range], leaves: Sequence[bytes], found: _Found) -> None:
+    """Check the tree of a block in which every event fits itself: columns, public part, and personal part if open."""
+    if chain.root_of(leaves) != block.root:
+        # So another one was put in the place of one of these, whole; or one was altered whose personal part is erased,
+        # or closed to this reader.
         log_id, first, last = covered[0] if covered else ("", 0, 0)
         what = (
             f"an event of this block was altered, or the root of the block: the root over events {first} to {last}"
@@ -455,7 +500,7 @@ def _check_block(
             + " is another"
         )
         found.add(Finding(block.shard, block.number, log_id, first, "altered", what))
-    elif len(leaves) != block.events and found.findings_total == before:
+    elif len(leaves) != block.events:
         what = f"the block counts {block.events} events, and has {len(leaves)}"
         found.add(Finding(block.shard, block.number, "", 0, "block", what))
 
@@ -550,13 +595,8 @@ class _Books:
         """What logs say that they have against what blocks have; and what never came."""
         found, plan = self._found, self._plan
         covered: dict[str, RecordedSeqs] = {}
-        for shard, number, (log_id, first, last) in sorted(found.ranges):
-            seqs = covered.setdefault(log_id, RecordedSeqs())
-            new = sum(b - a + 1 for a, b in seqs.missing(first, last))
-            if new != last - first + 1:
-                what = "a block has events that a block before it has too"
-                found.add(Finding(shard, number, log_id, first, "block", what))
-            seqs.add(first, last)
+        for shard, number, one in sorted(found.ranges):
+            _cover(covered, shard, number, one, found)
         watermarks = {(row.sidecar, row.incarnation): row.watermark for row in plan.logs}
         facts: list[LogFacts] = []
         gaps: list[Gap] = []
