@@ -26,6 +26,7 @@ class ServerConfig:
 
     ``checkpoint_every_s``: how often the heads of the ledger's chains are signed, if anything was recorded since.
     ``reclaim_after_s``: the units of a sidecar silent for so long are reclaimed; 0 for never.
+    ``archive_dir``: where usage is archived before it is acknowledged; ``None`` for nowhere.
     ``new_generation`` is for one start after the database was restored from a backup that Redis is ahead of.
     """
 
@@ -40,6 +41,7 @@ class ServerConfig:
     checkpoint_every_s: float = 60.0
     log_level: str = "info"
     new_generation: bool = False
+    archive_dir: Path | None = None
 
     @classmethod
     def of(cls, environ: Mapping[str, str] = os.environ, **flags: Any) -> Self:
@@ -75,6 +77,7 @@ class ServerConfig:
             checkpoint_every_s=parse_seconds(str(value("checkpoint_every", "LICET_CHECKPOINT_EVERY", "60s"))),
             log_level=log_level,
             new_generation=bool(flags.get("new_generation")),
+            archive_dir=Path(archive) if (archive := str(value("archive_dir", "LICET_ARCHIVE_DIR", ""))) else None,
         )
 
     @property

@@ -13,6 +13,7 @@ import structlog
 
 from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.signing import SigningKey
+from licet_control_plane.archive.follower import Archive
 from licet_control_plane.changes import Changes
 from licet_control_plane.checkpointer import Checkpointer
 from licet_control_plane.config import ServerConfig
@@ -58,6 +59,7 @@ class ControlPlane:
     asks: AsksReader
     checkpointer: Checkpointer
     public_key: str
+    archive: Archive | None
     drain: DrainCounts
     workers: list[ShardWorker]
     metrics: Metrics
@@ -74,8 +76,9 @@ class ControlPlane:
         ledger_key: LedgerKey,
         deployment: str,
         now_s: Callable[[], float],
+        archive: Archive | None = None,
     ) -> Self:
-        """Make the parts. Nothing is connected yet."""
+        """Make the parts. Nothing is connected yet. What it is given it closes at the end."""
         names = RedisNames(config.redis_prefix)
         redis = connect(config.redis_url)
         wake = asyncio.Event()
@@ -106,7 +109,18 @@ class ControlPlane:
         # Shared: all of them write in the database's one writing thread.
         subject_keys = SubjectKeys(ledger_key)
         workers = [
-            ShardWorker(shard, redis, names, database, key, subject_keys, counts, consumer=consumer, now_s=now_s)
+            ShardWorker(
+                shard,
+                redis,
+                names,
+                database,
+                key,
+                subject_keys,
+                counts,
+                archive=archive,
+                consumer=consumer,
+                now_s=now_s,
+            )
             for shard in range(USAGE_SHARDS)
         ]
         plane = cls(
@@ -126,6 +140,7 @@ class ControlPlane:
             asks=asks,
             checkpointer=Checkpointer(database, key, every_s=config.checkpoint_every_s, now_s=now_s),
             public_key=key.public_key,
+            archive=archive,
             drain=counts,
             workers=workers,
             metrics=Metrics(),
@@ -153,6 +168,8 @@ class ControlPlane:
             _, pending = await asyncio.wait(pending, timeout=CANCEL_S)
         self._tasks = []
         await self.redis.aclose()
+        if self.archive is not None:
+            await asyncio.to_thread(self.archive.close)
         await asyncio.to_thread(self.database.close)
         self.metrics.close()
 
@@ -188,6 +205,13 @@ class ControlPlane:
         metrics.gauge("licet_dead_letters", "Batches set aside and not settled.", lambda: drain.dead_letters.letters)
         metrics.gauge("licet_dead_letters_held", "Batches that found no room.", lambda: sum(drain.held.values()))
         metrics.gauge("licet_ledger_conflicts_kept", "Conflicts in the ledger.", lambda: drain.conflicts_kept)
+        if self.archive is not None:
+            archived = self.archive.counts
+            metrics.counter("licet_archive_blocks", "Blocks archived.", lambda: archived.blocks)
+            metrics.counter("licet_archive_events", "Events archived.", lambda: archived.events)
+            metrics.counter("licet_archive_failures", "Times it could not be written.", lambda: archived.failures)
+            metrics.gauge("licet_archive_bytes", "Size of its files.", lambda: archived.bytes)
+            metrics.gauge("licet_archive_lag_blocks", "Blocks not archived yet.", lambda: sum(archived.lag.values()))
 
 
 async def _supervised(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:

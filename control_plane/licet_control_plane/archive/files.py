@@ -97,8 +97,10 @@ class ArchiveDirectory:
         return ShardArchive.open(self.path, shard, deployment)
 
     def close(self) -> None:
-        """Give the lock back."""
-        os.close(self._lock)
+        """Give the lock back. May be repeated."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
 
 
 class ShardArchive:

@@ -47,6 +47,12 @@ def server(
             "--checkpoint-every", help="How often the ledger's heads are signed, if they moved. [default: 60s]"
         ),
     ] = None,
+    archive_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--archive-dir", help="Also write usage to files here, before it is acknowledged. [default: none]"
+        ),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option("--log-level", help="debug, info, warning or error. [default: info]")
     ] = None,
@@ -79,6 +85,7 @@ def server(
             staleness_max=staleness_max,
             reclaim_after=reclaim_after,
             checkpoint_every=checkpoint_every,
+            archive_dir=archive_dir,
             log_level=log_level,
             new_generation=new_generation,
         )

@@ -23,6 +23,8 @@ from licet.wire.documents import ACK
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import RedisNames
 from licet.wire.signing import SigningKey, Statement
+from licet_control_plane.archive.files import ArchiveDamaged, ArchiveUnavailable
+from licet_control_plane.archive.follower import Archive
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.redis_link import BLOCK_MS, Redis, RedisRefused, RedisUnavailable, backoff_s, redis_errors
 from licet_control_plane.store import dead_letters, ledger, ledger_reports, meta
@@ -85,6 +87,7 @@ class ShardWorker:
         subject_keys: SubjectKeys,
         counts: DrainCounts,
         *,
+        archive: Archive | None = None,
         consumer: str,
         now_s: Callable[[], float],
     ) -> None:
@@ -96,6 +99,7 @@ class ShardWorker:
         self._key = key
         self._subject_keys = subject_keys
         self._counts = counts
+        self._archive = archive
         self._consumer = consumer
         self._now_s = now_s
         self._cursor = _PENDING
@@ -111,7 +115,13 @@ class ShardWorker:
                 await self._step()
                 failures = 0
                 self._counts.trouble.pop(self._shard, None)
-            except (RedisUnavailable, RedisRefused, DatabaseUnavailable) as error:
+            except (
+                RedisUnavailable,
+                RedisRefused,
+                DatabaseUnavailable,
+                ArchiveUnavailable,
+                ArchiveDamaged,
+            ) as error:
                 failures += 1
                 self._cursor = _PENDING
                 if self._shard not in self._counts.trouble:
@@ -166,6 +176,7 @@ class ShardWorker:
             self._claimed_s = asyncio.get_running_loop().time()
         if entries:
             await self._drain(entries)
+        await self._catch_up()
         await self.count_kept()
 
     async def count_kept(self) -> None:
@@ -183,6 +194,7 @@ class ShardWorker:
                 done = await self._record([batch for _, batch in decoded])
             except _MISFIT:
                 done = await self._record_singly(decoded, poison)
+        await self._catch_up()
         await self._acknowledge(done)
         self._held.difference_update(gone)
         await self._remove([*(entry for entry, _ in decoded), *gone])
@@ -222,6 +234,11 @@ class ShardWorker:
             done.watermarks |= one.watermarks
         return done
 
+    async def _catch_up(self) -> None:
+        """Archive what is committed. No sidecar is told of anything that the archive does not have."""
+        if self._archive is not None:
+            await self._archive.catch_up(self._shard)
+
     async def _acknowledge(self, done: Recorded) -> None:
         """Tell sidecars what is committed, signed: who can write Redis must not make them delete the bill."""
         if not done.watermarks:
@@ -256,8 +273,9 @@ class ShardWorker:
         counts.duplicates += done.duplicates
         counts.conflicts += done.conflicts
         try:
+            await self._catch_up()
             await self._acknowledge(done)
-        except (RedisUnavailable, RedisRefused) as error:
+        except (RedisUnavailable, RedisRefused, ArchiveUnavailable, ArchiveDamaged) as error:
             log.warning("a dead letter is recorded, its sidecar not told yet", letter=number, reason=str(error))
             return done, False
         return done, True

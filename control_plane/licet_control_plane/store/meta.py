@@ -82,6 +82,13 @@ def start_generation(connection: Connection, *, revision: int) -> Meta:
     return read(connection)
 
 
+def start_ledger_generation(connection: Connection) -> int:
+    """Begin a new generation of the ledger alone: sidecars then send again what they still hold. Returns it."""
+    row = lock(connection)
+    connection.execute(update(meta).values(ledger_generation=row.ledger_generation + 1))
+    return row.ledger_generation + 1
+
+
 def set_redis_run(connection: Connection, run: str) -> None:
     """Remember the server whose contents and marks were checked."""
     connection.execute(update(meta).values(redis_run=run))
