@@ -1,9 +1,10 @@
-"""The archive beside a real ledger: nothing is acknowledged without it, erasing reaches it, it gives the ledger back."""
+"""The archive beside a real ledger: nothing is acknowledged without it, erasing reaches it, and it gives it back."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,18 +29,24 @@ from licet_control_plane.archive.follower import Archive, ArchiveAhead
 from licet_control_plane.archive.rebuilding import NotARebuild, rebuild
 from licet_control_plane.archive.records import ArchivedBlock
 from licet_control_plane.archive.subject_keys import SubjectKeyFiles
+from licet_control_plane.bootstrap import _open_archive
+from licet_control_plane.config import ServerConfig
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.core.sealed_events import ERASED
 from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.drain.worker import GROUP
+from licet_control_plane.state_dir import LEDGER_KEY_FILE, StartError
 from licet_control_plane.store import ledger, meta
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.schema import blocks, events, logs, ranges, register_spend, rollups, shards, subjects
 from licet_control_plane.store.subjects import SubjectKeys
+from tests.support.command_line import CommandLine, licet_command
 from tests.support.control_plane import NAMES, Deployment, deployment, until
 from tests.support.ledger import verification_of
 from tests.support.usage import batch
 from tests.support.valkey import ValkeyProcess
+
+__all__ = ["licet_command"]
 
 SIDECAR: Final = "a" * 32
 OTHER: Final = "b" * 32
@@ -103,7 +110,8 @@ def contents(connection: Connection) -> dict[str, list[Any]]:
     of_logs = [column for column in logs.c if column.name not in ("log", "first_at")]
     found["logs"] = [tuple(row) for row in connection.execute(select(*of_logs).order_by(logs.c.log_id))]
     of_shards = (shards.c.shard, shards.c.events, shards.c.blocks, shards.c.head)
-    found["shards"] = [tuple(row) for row in connection.execute(select(*of_shards).order_by(shards.c.shard))]
+    begun = select(*of_shards).where(shards.c.blocks > 0)
+    found["shards"] = [tuple(row) for row in connection.execute(begun.order_by(shards.c.shard))]
     return found
 
 
@@ -140,13 +148,9 @@ async def test_a_rebuilt_ledger_goes_on_where_the_archive_ends(book: Book, empty
     book.archive.close()
     archive = Archive.open(ArchiveDirectory.claim(book.archive_dir), empty, DEPLOYMENT, now_s=lambda: 0.0)
     try:
-        decoded = [DecodedBatch.of(one.pack()) for one in (batch(5, 14), batch(1, 2, sidecar=OTHER, tenant="globex"))]
+        decoded = [DecodedBatch.of(one.pack()) for one in (batch(1, 4), batch(7, 8), batch(13, 14))]
         done = empty.write_now(ledger.record, 0, decoded, keys=SubjectKeys(LEDGER_KEY), now_us=10)
-        assert (done.inserted, done.duplicates, done.watermarks) == (
-            4,
-            8,
-            {log_id(SIDECAR, 1): 14, log_id(OTHER, 1): 3},
-        )
+        assert (done.inserted, done.duplicates, done.watermarks) == (4, 4, {log_id(SIDECAR, 1): 14})
         await archive.catch_up(0)
     finally:
         archive.close()
@@ -180,9 +184,12 @@ async def test_a_ledger_that_holds_something_else_is_refused(book: Book, empty: 
     with pytest.raises(NotARebuild, match="block 1 of shard 0"):
         list(rebuild(empty, book.archive_dir, DEPLOYMENT, LEDGER_KEY, now_us=9))
     assert empty.read_now(contents) == before
-    with pytest.raises(ArchiveAhead, match="ends with block 3 of shard 0, and the ledger with block 1"):
-        book.archive.close()
-        Archive.open(ArchiveDirectory.claim(book.archive_dir), empty, DEPLOYMENT, now_s=lambda: 0.0)
+    book.archive.close()
+    with ExitStack() as stack:
+        directory = ArchiveDirectory.claim(book.archive_dir)
+        stack.callback(directory.close)
+        with pytest.raises(ArchiveAhead, match="ends with block 3 of shard 0, and the ledger with block 1"):
+            Archive.open(directory, empty, DEPLOYMENT, now_s=lambda: 0.0)
 
 
 async def test_what_was_altered_in_the_archive_is_named_and_nothing_after_it_is_taken(
@@ -218,7 +225,8 @@ async def test_erasing_somebody_destroys_their_keys_in_the_archive_too(book: Boo
     assert empty.read_now(contents) == book.database.read_now(contents)
     newest = empty.read_now(ledger.newest_events, "acme", ledger_key=LEDGER_KEY, limit=100)
     assert sum(one.subject_id == ERASED for one in newest) == erased.events == 2
-    assert verification_of(empty, LEDGER_KEY).ok
+    report = verification_of(empty, LEDGER_KEY)
+    assert (report.findings, report.rollups_match, report.erased_events) == ([], True, 2)
 
 
 def erased_numbers(book: Book) -> list[int]:
@@ -272,6 +280,47 @@ async def test_a_torn_record_is_archived_again(book: Book, empty: Database) -> N
     assert empty.read_now(contents) == book.database.read_now(contents)
 
 
+async def test_the_command_rebuilds_a_database_and_refuses_what_it_cannot(
+    book: Book, tmp_path: Path, licet_command: CommandLine
+) -> None:
+    await book.fill()
+    state = tmp_path / "state"
+    arguments = ("ledger", "rebuild", "--from-archive", book.archive_dir, "--state-dir", state)
+    without_key = licet_command(*arguments)
+    assert (without_key.code, "ledger-key" in without_key.err) == (1, True)
+    (state / LEDGER_KEY_FILE).write_text(LEDGER_KEY.secret.hex() + "\n")
+    done = licet_command(*arguments, "--json")
+    assert done.code == 0, done.err
+    assert done.json == {"deployment": DEPLOYMENT, "ledger_generation": 2, "blocks": 5, "events": 17}
+    again = licet_command(*arguments)
+    assert (again.code, "nothing was changed" in again.out) == (0, True)
+    rebuilt = Database(f"sqlite:///{state / 'licet.db'}")
+    assert rebuilt.read_now(contents) == book.database.read_now(contents)
+    rebuilt.close()
+    nothing = licet_command("ledger", "rebuild", "--from-archive", tmp_path, "--state-dir", state)
+    assert (nothing.code, "holds no archive" in nothing.err) == (1, True)
+    path = files_of(book.archive_dir / "shard-0")[0]
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    (state / "licet.db").unlink()
+    damaged = licet_command(*arguments)
+    assert (damaged.code, str(path) in damaged.err) == (1, True)
+
+
+async def test_a_server_does_not_start_with_an_archive_that_is_ahead_of_its_ledger(book: Book, tmp_path: Path) -> None:
+    await book.fill()
+    book.archive.close()
+    config = ServerConfig(state_dir=tmp_path, archive_dir=book.archive_dir)
+    fresh = opened(tmp_path / "restored.db")
+    with pytest.raises(StartError, match="does not fit the ledger") as refused:
+        _open_archive(config, fresh, DEPLOYMENT)
+    assert "licet ledger rebuild --from-archive" in refused.value.fix
+    other = opened(tmp_path / "other.db")
+    with pytest.raises(StartError, match="belongs to shard 0 of deployment"):
+        _open_archive(config, other, "e" * 32)
+
+
 @pytest.fixture
 async def running(tmp_path: Path, valkey_process: ValkeyProcess) -> AsyncIterator[Deployment]:
     async with deployment(tmp_path / "state", valkey_process.url, start=False) as made:
@@ -323,18 +372,20 @@ async def test_erasing_by_the_api_says_whether_the_archive_followed(
     running: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await send(running, batch(1, 2, subject_id="bob"))
-    await acked(running, 2)
+    await send(running, batch(3, 4, subject_id="eve"))
+    await acked(running, 4)
     transport = httpx.ASGITransport(make_app(running.plane))
     headers = {"Authorization": f"Bearer {running.admin_key}"}
-    path, whom = "/v1/tenants/acme/subjects/erase", {"type": "user", "id": "bob"}
+    path = "/v1/tenants/acme/subjects/erase"
     async with httpx.AsyncClient(transport=transport, base_url="http://licet", headers=headers) as client:
-        assert (await client.post(path, json=whom)).json()["archive"] == "erased"
+        assert (await client.post(path, json={"type": "user", "id": "bob"})).json()["archive"] == "erased"
 
         def full(*_args: Any, **_kwargs: Any) -> None:
             raise ArchiveUnavailable("No space left on device")
 
         monkeypatch.setattr(follower.SubjectKeyFiles, "erase", full)
-        assert (await client.post(path, json=whom)).json()["archive"] == "waits: No space left on device"
+        erased = (await client.post(path, json={"type": "user", "id": "eve"})).json()
+        assert (erased["events"], erased["archive"]) == (2, "waits: No space left on device")
 
 
 async def has_trouble(running: Deployment) -> bool:
