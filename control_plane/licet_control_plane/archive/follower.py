@@ -27,6 +27,7 @@ from licet_control_plane.archive.records import ArchivedBlock
 from licet_control_plane.archive.subject_keys import SubjectKeyFiles
 from licet_control_plane.core import chain
 from licet_control_plane.store import archiving
+from licet_control_plane.store.archiving import FoundBlock
 from licet_control_plane.store.database import Database
 
 EVENTS_MAX: Final = 20_000
@@ -137,19 +138,20 @@ class Archive:
             self._copy(files, found)
             self.counts.lag[shard] = max(0, self.counts.lag[shard] - len(found))
 
-    def _copy(self, files: ShardArchive, found: Sequence[ArchivedBlock]) -> None:
-        missing = self._keys.missing(archiving.subjects_in(found))
+    def _copy(self, files: ShardArchive, found: Sequence[FoundBlock]) -> None:
+        missing = self._keys.missing(set().union(*(one.subjects for one in found)))
         if missing:
             self._keys.put(self._database.read_now(archiving.subject_rows, missing))
-        for one in found:
+        blocks = [one.archived for one in found]
+        for one in blocks:
             erased = chain.erased_of(one.block)
             if erased:
                 self._keys.erase(set(erased), at=one.block.at)
         before = files.bytes
-        files.append(found[0].block.number, [one.pack() for one in found], now_s=self._now_s())
+        files.append(blocks[0].block.number, [one.pack() for one in blocks], now_s=self._now_s())
         self.counts.bytes += files.bytes - before
         self.counts.blocks += len(found)
-        self.counts.events += sum(len(one.events) for one in found)
+        self.counts.events += sum(len(one.events) for one in blocks)
 
     def close(self) -> None:
         """Finish what runs, and let the directory go."""

@@ -5,9 +5,9 @@ This is the one place where the forms of the ledger and the archive meet.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, insert, select, update
 
@@ -15,7 +15,7 @@ from licet_control_plane.archive.records import ArchivedBlock, ArchivedLog
 from licet_control_plane.archive.subject_keys import ArchivedSubject
 from licet_control_plane.core import chain
 from licet_control_plane.core.chain import Block
-from licet_control_plane.core.sealed_events import Sealed, fields_of
+from licet_control_plane.core.sealed_events import Sealed
 from licet_control_plane.store import access, meta
 from licet_control_plane.store.schema import blocks, events, logs, shards, subjects
 
@@ -46,15 +46,22 @@ def hash_at(connection: Connection, shard: int, number: int) -> bytes | None:
     return None if found is None else bytes(found)
 
 
+class FoundBlock(NamedTuple):
+    """A block of the ledger, and the numbers of the subjects that its events are about."""
+
+    archived: ArchivedBlock
+    subjects: set[int]
+
+
 def blocks_after(
     connection: Connection, shard: int, after: int, *, events_max: int, blocks_max: int
-) -> list[ArchivedBlock]:
+) -> list[FoundBlock]:
     """The blocks of a shard after number ``after``, ascending: at most ``blocks_max``, and no more once they hold
     ``events_max`` events. Fewer when there are no more, or when one was dropped from the ledger."""
     query = (select(blocks).where(blocks.c.shard == shard, blocks.c.number > after).order_by(blocks.c.number)).limit(
         blocks_max
     )
-    found: list[ArchivedBlock] = []
+    found: list[FoundBlock] = []
     count = 0
     for row in connection.execute(query).all():
         block = Block._make(row)
@@ -67,20 +74,23 @@ def blocks_after(
     return found
 
 
-def _archived(connection: Connection, block: Block) -> ArchivedBlock:
+def _archived(connection: Connection, block: Block) -> FoundBlock:
     held: list[Sealed] = []
+    about: set[int] = set()
     named: dict[str, Any] = {}
     for log_id, first, last in chain.ranges_of(block):
         log = named.get(log_id)
         if log is None:
             log = named[log_id] = connection.execute(select(logs).where(logs.c.log_id == log_id)).one()
         rows = connection.execute(
-            select(events.c.public, events.c.commitment, events.c.personal)
+            select(events.c.subject, events.c.public, events.c.commitment, events.c.personal)
             .where(events.c.log == log.log, events.c.seq >= first, events.c.seq <= last)
             .order_by(events.c.seq)
         )
-        held += [Sealed(bytes(public), bytes(commitment), personal) for public, commitment, personal in rows]
-    about = [
+        for subject, *sealed in rows:
+            about.add(subject)
+            held.append(Sealed(*sealed))
+    headers = [
         ArchivedLog(
             log.log_id,
             log.sidecar,
@@ -91,12 +101,7 @@ def _archived(connection: Connection, block: Block) -> ArchivedBlock:
         )
         for log in named.values()
     ]
-    return ArchivedBlock(block, about, held)
-
-
-def subjects_in(archived: Iterable[ArchivedBlock]) -> set[int]:
-    """The numbers of the subjects that events of the blocks are about."""
-    return {int(fields_of(event.public)[1]) for one in archived for event in one.events}
+    return FoundBlock(ArchivedBlock(block, headers, held), about)
 
 
 def subject_rows(connection: Connection, numbers: Sequence[int]) -> list[ArchivedSubject]:
