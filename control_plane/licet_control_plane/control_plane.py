@@ -7,6 +7,7 @@ import hashlib
 import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Self
 
 import structlog
@@ -29,6 +30,7 @@ from licet_control_plane.publisher.reclaim import Reclaimer
 from licet_control_plane.publisher.registers import RedisRegisters
 from licet_control_plane.publisher.sweep import Sweeper
 from licet_control_plane.redis_link import Redis, connect, location
+from licet_control_plane.sink.sender import EventSender
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.subjects import SubjectKeys
 from licet_control_plane.telemetry import Metrics
@@ -60,6 +62,7 @@ class ControlPlane:
     checkpointer: Checkpointer
     public_key: str
     archive: Archive | None
+    sender: EventSender | None
     drain: DrainCounts
     workers: list[ShardWorker]
     metrics: Metrics
@@ -141,6 +144,16 @@ class ControlPlane:
             checkpointer=Checkpointer(database, key, every_s=config.checkpoint_every_s, now_s=now_s),
             public_key=key.public_key,
             archive=archive,
+            sender=EventSender(
+                database,
+                url=config.events_url,
+                secret=config.events_secret,
+                deployment=deployment,
+                ledger_key=ledger_key if config.events_personal else None,
+                now_s=now_s,
+            )
+            if config.events_url
+            else None,
             drain=counts,
             workers=workers,
             metrics=Metrics(),
@@ -156,6 +169,14 @@ class ControlPlane:
             asyncio.create_task(_supervised("asks", self.asks.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
             asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
+            *self._sending(),
+        ]
+
+    def _sending(self) -> list[asyncio.Task[None]]:
+        if self.sender is None:
+            return []
+        return [
+            asyncio.create_task(_supervised("events", partial(self.sender.run, shard))) for shard in self.sender.shards
         ]
 
     async def stop(self) -> None:
@@ -168,6 +189,8 @@ class ControlPlane:
             _, pending = await asyncio.wait(pending, timeout=CANCEL_S)
         self._tasks = []
         await self.redis.aclose()
+        if self.sender is not None:
+            await self.sender.close()
         if self.archive is not None:
             await asyncio.to_thread(self.archive.close)
         await asyncio.to_thread(self.database.close)
@@ -205,6 +228,12 @@ class ControlPlane:
         metrics.gauge("licet_dead_letters", "Batches set aside and not settled.", lambda: drain.dead_letters.letters)
         metrics.gauge("licet_dead_letters_held", "Batches that found no room.", lambda: sum(drain.held.values()))
         metrics.gauge("licet_ledger_conflicts_kept", "Conflicts in the ledger.", lambda: drain.conflicts_kept)
+        if self.sender is not None:
+            sent = self.sender.counts
+            metrics.counter("licet_events_sent", "Usage events that the receiver took.", lambda: sent.events)
+            metrics.counter("licet_events_failures", "Times it did not.", lambda: sent.failures)
+            metrics.gauge("licet_events_lag_blocks", "Blocks it has not.", lambda: sum(sent.lag_blocks.values()))
+            metrics.gauge("licet_events_lag_seconds", "Age of the oldest of them.", self._events_lag_s)
         if self.archive is not None:
             archived = self.archive.counts
             metrics.counter("licet_archive_blocks", "Blocks archived.", lambda: archived.blocks)
@@ -212,6 +241,10 @@ class ControlPlane:
             metrics.counter("licet_archive_failures", "Times it could not be written.", lambda: archived.failures)
             metrics.gauge("licet_archive_bytes", "Size of its files.", lambda: archived.bytes)
             metrics.gauge("licet_archive_lag_blocks", "Blocks not archived yet.", lambda: sum(archived.lag.values()))
+
+    def _events_lag_s(self) -> float:
+        oldest = self.sender.counts.oldest_at.values() if self.sender else ()
+        return max((self.now_s() - at / 1_000_000 for at in oldest), default=0.0)
 
 
 async def _supervised(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:

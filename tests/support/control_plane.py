@@ -99,10 +99,14 @@ class Deployment:
         self.plane: ControlPlane
         self.admin_key = f"licet_{secrets.token_hex(8)}"
         self.archive_dir: Path | None = None
+        self.settings: dict[str, Any] = {}
+        """More of the server's configuration."""
 
     async def start(self, *, new_generation: bool = False) -> ControlPlane:
         """Start the control plane on whatever the state directory holds."""
-        config = ServerConfig(state_dir=self.state_dir, redis_url=self.redis_url, new_generation=new_generation)
+        config = ServerConfig(
+            state_dir=self.state_dir, redis_url=self.redis_url, new_generation=new_generation, **self.settings
+        )
         database = Database(config.database)
         database.migrate()
         if database.write_now(meta.ensure, deployment="d" * 32, now_us=1):

@@ -285,6 +285,17 @@ dead_letters: Final = Table(
     Column("settled_by", String(128)),
 )
 
+sinks: Final = Table(
+    # How far a sink of events is: everything before ``block`` was taken, and ``events`` of that block.
+    "event_sinks",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("shard", Integer, primary_key=True, autoincrement=False),
+    Column("block", BigInteger, nullable=False),
+    Column("events", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+)
+
 rollups: Final = Table(
     # One row for each feature of an event; ``feature`` is "" for events without units. ``decisions`` counts an event
     # once, on its one feature or else on ""; ``events`` and ``units`` count it on each of its features, ``cost_nanos``

@@ -89,6 +89,15 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("log", "seq", "digest", name=op.f("pk_ledger_conflicts")),
     )
     op.create_table(
+        "event_sinks",
+        sa.Column("name", sa.String(length=32), nullable=False),
+        sa.Column("shard", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("block", sa.BigInteger(), nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.Column("updated_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("name", "shard", name=op.f("pk_event_sinks")),
+    )
+    op.create_table(
         "ledger_dead_letters",
         sa.Column("number", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("digest", sa.String(length=64), nullable=False),
