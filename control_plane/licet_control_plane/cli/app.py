@@ -117,6 +117,7 @@ _ledger = _group("ledger", "The system of record of every decision.")
 _ledger.command("verify", epilog=EXIT_CODES_HELP)(ledger.verify)
 _ledger.command("checkpoint", epilog=EXIT_CODES_HELP)(ledger.checkpoint)
 _ledger.command("rebuild", epilog=EXIT_CODES_HELP)(ledger.rebuild)
+_ledger.command("reconcile", epilog=EXIT_CODES_HELP)(ledger.reconcile)
 
 _sidecar = _group("sidecar", "The sidecars that are connected.")
 _sidecar.command("list", epilog=EXIT_CODES_HELP)(fleet.list_)

@@ -1,4 +1,4 @@
-"""``licet ledger verify|checkpoint|rebuild``."""
+"""``licet ledger verify|checkpoint|rebuild|reconcile``."""
 
 from __future__ import annotations
 
@@ -203,6 +203,69 @@ def rebuild(
     else:
         say(f"{last.events:,} events in {last.blocks:,} blocks; the ledger's generation is {generation}")
         note("now start the server, and run: licet ledger verify")
+
+
+def reconcile(
+    tenant: Annotated[
+        str, typer.Option("--tenant", help="Only this tenant's quotas, and not the archive.", metavar="TENANT")
+    ] = "",
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Compare the ledger with quota registers in Redis, sidecars' logs and the archive. Exits with 1 when they differ.
+
+    What is on its way is no difference: numbers that differ are looked at again, every few seconds, until they are
+    equal, or stay as they are while nothing of theirs is unacknowledged. Changes nothing.
+
+    \b
+    Example:
+      licet ledger reconcile --tenant acme
+    """
+    from licet_control_plane.cli.rest import ControlPlane
+
+    result: dict[str, Any] | None = None
+    with ControlPlane(server_target(server, api_key)) as control_plane:
+        for line in control_plane.post_lines("/v1/ledger/reconcile", {"tenant": tenant}):
+            step: dict[str, Any] = json.loads(line)
+            if "error" in step:
+                raise CliError(f"it could not be read: {step['error']}", fix="look at `licet status`; run it again")
+            if "progress" in step and sys.stderr.isatty():
+                note(f"{step['progress']['doing']}: {step['progress']['done']:,}")
+            result = step.get("result", result)
+    if result is None:
+        raise CliError("the server ended before it was done.", fix="look at its log, and run the command again")
+    if as_json:
+        emit_json(result)
+    else:
+        _show_reconciled(result)
+    if not result["ok"]:
+        raise typer.Exit(EXIT_NO)
+
+
+def _show_reconciled(result: dict[str, Any]) -> None:
+    verdict = "in agreement" if result["ok"] else "NOT in agreement"
+    say(f"{result['quotas']:,} quotas of {result['tenants']:,} tenants: {verdict}")
+    for item in result["differences"][:FINDINGS_SHOWN]:
+        say(
+            f"  {item['tenant']} {item['quota']}, {(item['sidecar'] or 'no register')[:12]}: register"
+            f" {item['register']:,}, ledger {item['ledger']:,}: {item['what']}"
+        )
+    if len(result["differences"]) > FINDINGS_SHOWN:
+        say(f"  and {len(result['differences']) - FINDINGS_SHOWN:,} more; --json lists all")
+    for item in result["logs"]:
+        say(
+            f"  log {item['log_id']}: last {item['last_seq']:,}, acknowledged {item['acked_seq']:,}, in the ledger"
+            f" {item['watermark']:,}: {item['what']}"
+        )
+    for item in result["archive"] or ():
+        say(f"  archive, shard {item['shard']} {item['log_id']}: {item['what']}")
+    if result["archive"] is None:
+        say("  no archive was compared")
+    if result["in_flight"]:
+        say(f"  on their way: {len(result['in_flight'])} numbers still change; run it again when it is quieter")
+    if result["learning"]:
+        say(f"  not looked at, because they learn or have no open quotas: {len(result['learning'])} tenants")
 
 
 def _document(path: Path) -> str:
