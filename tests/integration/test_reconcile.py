@@ -87,11 +87,11 @@ async def test_what_agrees_agrees(running: Running) -> None:
 async def test_differences_are_named_by_tenant_quota_and_sidecar(running: Running) -> None:
     await spends(running, 1, 10)
     await spends(running, 1, 4, sidecar=TWO)
-    await running.holds({ONE: register(30, 13), TWO: register(30, 1)}, base=2)
+    await running.holds({ONE: register(30, 13), TWO: register(3, 1)}, base=2)
     result = await reconciled(running, tenant="acme")
     assert not result["ok"]
     found = {item["sidecar"]: (item["register"], item["ledger"]) for item in result["differences"]}
-    assert found == {ONE: (13, 10), TWO: (1, 4), None: (2, 0)}
+    assert found == {ONE: (13, 10), TWO: (3, 4), None: (2, 0)}
     assert {item["quota"] for item in result["differences"]} == {running.quota}
     assert result["archive"] is None
 

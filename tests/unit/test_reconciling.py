@@ -22,13 +22,18 @@ def register(used: int, *, sealed: bool = False) -> Register:
 
 def test_each_holder_is_compared_and_those_without_a_register_with_the_base() -> None:
     registers = {"a": register(10), "b": register(7), "c": register(3), "sealed": register(9, sealed=True)}
-    ledger = {"a": 10, "b": 9, "sealed": 9, "left": 4}
+    ledger = {"a": 10, "b": 13, "sealed": 9, "left": 4}
     assert differences("t", "q", 13, registers, ledger) == {
-        Place("t", "q", "b"): Sides(7, 9),
+        Place("t", "q", "b"): Sides(12, 13),
         Place("t", "q", "c"): Sides(3, 0),
     }
     assert differences("t", "q", 15, {}, {"left": 4, "gone": 9}) == {Place("t", "q", FOLDED): Sides(15, 13)}
     assert differences("t", "q", 0, {}, {}) == {}
+
+
+def test_what_a_sidecar_may_spend_before_it_says_so_is_no_difference() -> None:
+    for units, differs in ((9, True), (10, False), (15, False), (16, True)):
+        assert bool(differences("t", "q", 0, {"a": register(10)}, {"a": units})) == differs
 
 
 def test_a_difference_counts_once_it_stays_and_nothing_of_its_is_on_its_way() -> None:

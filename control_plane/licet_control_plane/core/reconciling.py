@@ -1,8 +1,9 @@
 """What the ledger, the registers of quotas and the logs of sidecars say of the same usage, side by side. Pure.
 
-They are never equal at one instant: a sidecar's spend is in its register half a second later, and in the ledger when
-its batch is. So a difference counts only when it *settled*: two looks found the same numbers on both sides, and no
-sidecar that has to do with it had anything unacknowledged at either.
+They are seldom equal. A sidecar says what it spent when it refills or keeps its lease, up to a minute later, and until
+then may spend what it was granted: what the ledger has must lie between what the register says was *used* and what was
+*granted*. And events are in the ledger when their batch is. So a difference counts only when it *settled*: two looks
+found the same numbers on both sides, and no sidecar that has to do with it had anything unacknowledged at either.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Place(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """What each side says of it, in units of the limit."""
+    """What each side says of it, in units of the limit; of a register, whichever of used and granted is closer."""
 
     register: int
     ledger: int
@@ -44,8 +45,11 @@ def differences(
     tenant: str, quota: str, base: int, registers: Mapping[str, Register], ledger: Mapping[str, int]
 ) -> dict[Place, Sides]:
     """Where a quota's registers and the ledger differ."""
-    live = {sidecar: register.used for sidecar, register in registers.items() if not register.sealed}
-    sides = {sidecar: Sides(used, ledger.get(sidecar, 0)) for sidecar, used in live.items()}
+    live = {sidecar: register for sidecar, register in registers.items() if not register.sealed}
+    sides: dict[str, Sides] = {}
+    for sidecar, register in live.items():
+        units = ledger.get(sidecar, 0)
+        sides[sidecar] = Sides(min(max(units, register.used), max(register.granted, register.used)), units)
     sides[FOLDED] = Sides(base, sum(units for sidecar, units in ledger.items() if sidecar not in live))
     return {Place(tenant, quota, holder): both for holder, both in sides.items() if both.register != both.ledger}
 
