@@ -343,6 +343,20 @@ def test_progress_reaches_the_end(full: Book) -> None:
     assert steps[-1] == (14, 14)
 
 
+def test_what_is_recorded_and_erased_while_it_is_verified_does_not_disturb(full: Book) -> None:
+    steps = verify(f"sqlite:///{full.path}", LEDGER_KEY, VERIFIER, processes=1)
+    assert next(steps) == (0, 14)
+    full.record(batch(12, 20), batch(4, 5, sidecar=OTHER, tenant="globex"))
+    full.erase("bob")
+    full.checkpoint()
+    *_, last = steps
+    assert isinstance(last, Verification)
+    assert (last.ok, last.events) == (True, 14)
+    after = full.verified()
+    assert (after.findings, after.rollups_match, after.events, after.erased_events) == ([], True, 25, 2)
+    assert [(gap.from_seq, gap.to_seq) for gap in after.gaps] == [(10, 11)]
+
+
 # --- batches in any order ---------------------------------------------------------------------------------------------
 
 

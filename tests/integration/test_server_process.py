@@ -14,7 +14,15 @@ from pathlib import Path
 import httpx
 import pytest
 
+from licet_control_plane.core.accounting import DecodedBatch
+from licet_control_plane.state_dir import read_ledger_key
+from licet_control_plane.store import ledger
+from licet_control_plane.store.database import Database
+from licet_control_plane.store.subjects import SubjectKeys
+from tests.support.usage import batch
 from tests.support.valkey import ValkeyProcess, free_port
+
+SECRETS = ("admin-key", "signing-key.pem", "ledger-key")
 
 DEADLINE_S = 20.0
 
@@ -79,8 +87,8 @@ def test_the_first_start_makes_keys_that_stay_and_sigterm_ends_it(
     server = start(valkey_process.url)
     server.wait(lambda: server.answers("/readyz") == 200)
     state = server.state_dir
-    modes = {name: (state / name).stat().st_mode & 0o777 for name in ("admin-key", "signing-key.pem", "public-key.txt")}
-    assert modes == {"admin-key": 0o600, "signing-key.pem": 0o600, "public-key.txt": 0o644}
+    modes = {name: (state / name).stat().st_mode & 0o777 for name in (*SECRETS, "public-key.txt")}
+    assert modes == {**dict.fromkeys(SECRETS, 0o600), "public-key.txt": 0o644}
     assert (state / "licet.db").stat().st_mode & 0o077 == 0
     key = (state / "admin-key").read_text().strip()
     headers = {"Authorization": f"Bearer {key}"}
@@ -117,14 +125,32 @@ def test_a_state_directory_has_one_server(start: Callable[..., Server], valkey_p
     assert str(server.process.pid) in other.log.read_text()
 
 
-def test_a_missing_signing_key_is_not_replaced(start: Callable[..., Server], valkey_process: ValkeyProcess) -> None:
+@pytest.mark.parametrize("name", ["signing-key.pem", "ledger-key"])
+def test_a_missing_key_is_not_replaced(start: Callable[..., Server], valkey_process: ValkeyProcess, name: str) -> None:
     server = start(valkey_process.url)
     server.wait(lambda: server.answers("/healthz") == 200)
     server.end()
-    (server.state_dir / "signing-key.pem").unlink()
+    (server.state_dir / name).unlink()
     again = start(valkey_process.url)
     assert again.process.wait(DEADLINE_S) != 0
-    assert "signing-key.pem" in again.log.read_text()
+    assert name in again.log.read_text()
+    assert not (server.state_dir / name).exists()
+
+
+def test_a_ledger_key_of_another_database_is_refused(
+    start: Callable[..., Server], valkey_process: ValkeyProcess
+) -> None:
+    server = start(valkey_process.url)
+    server.wait(lambda: server.answers("/healthz") == 200)
+    server.end()
+    database = Database(f"sqlite:///{server.state_dir / 'licet.db'}")
+    keys = SubjectKeys(read_ledger_key(server.state_dir / "ledger-key"))
+    database.write_now(ledger.record, 0, [DecodedBatch.of(batch(1, 1).pack())], keys=keys, now_us=1)
+    database.close()
+    (server.state_dir / "ledger-key").write_text("00" * 32)
+    again = start(valkey_process.url)
+    assert again.process.wait(DEADLINE_S) != 0
+    assert "not the one of this database" in again.log.read_text()
 
 
 def test_it_serves_without_redis_and_says_so(start: Callable[..., Server]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Generator
 from dataclasses import asdict
 from typing import Annotated, Any, Final
 
@@ -36,8 +36,10 @@ JSON_LINES: Final = "application/jsonl"
 PROGRESS_S: Final = 0.5
 CHECKPOINTS_MAX: Final = 100
 """That one verification is held to."""
+PROCESSES: Final = 2
+"""Of a verification: the drain wants processors too, and each takes some 60 MB of what the container has."""
 _busy: Final = asyncio.Lock()
-"""One verification at a time: it takes every processor."""
+"""One verification at a time."""
 
 
 class VerifyOrder(BaseModel):
@@ -169,7 +171,11 @@ async def _verified(plane: ControlPlane, order: VerifyOrder, given: list[Checkpo
     """Progress, then the result or an error."""
     async with _busy:
         steps = verify(
-            plane.config.database, None if order.quick else plane.ledger_key, Verifier([plane.public_key]), given=given
+            plane.config.database,
+            None if order.quick else plane.ledger_key,
+            Verifier([plane.public_key]),
+            given=given,
+            processes=PROCESSES,
         )
         loop = asyncio.get_running_loop()
         said_s = 0.0
@@ -188,10 +194,19 @@ async def _verified(plane: ControlPlane, order: VerifyOrder, given: list[Checkpo
             log.error("the ledger could not be verified", reason=str(error))
             yield {"error": f"{type(error).__name__}: {error}"}
         finally:
-            # Ends the processes, also when nobody listens any more.
-            with contextlib.suppress(RuntimeError):
-                await asyncio.shield(asyncio.to_thread(steps.close))  # type: ignore[attr-defined]
+            # Also when nobody listens any more: the processes must not go on by themselves.
+            await asyncio.shield(asyncio.to_thread(_end, steps))
 
 
-def _next(steps: Iterator[Progress | Verification]) -> Progress | Verification | None:
+def _next(steps: Generator[Progress | Verification, None, None]) -> Progress | Verification | None:
     return next(steps, None)
+
+
+def _end(steps: Generator[Progress | Verification, None, None]) -> None:
+    """Close ``steps``, once the step that is under way in another thread has ended."""
+    while True:
+        try:
+            steps.close()
+            return
+        except ValueError:  # it is being executed
+            time.sleep(0.05)

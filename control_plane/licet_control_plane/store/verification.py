@@ -11,7 +11,7 @@ import gc
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, NamedTuple
@@ -138,7 +138,7 @@ def verify(
     *,
     given: Sequence[Checkpoint] = (),
     processes: int = 0,
-) -> Iterator[Progress | Verification]:
+) -> Generator[Progress | Verification, None, None]:
     """Check the ledger in the database at ``url``; yields progress, and the verification last.
 
     ``ledger_key`` ``None``: personal parts are not opened, and an alteration of them is not found. ``verifier`` checks
