@@ -389,7 +389,7 @@ def to_wire(reservation: Reservation) -> list[Any]:
         reservation.observed,
         reservation.reported,
         reservation.given_up,
-        *([dict(reservation.hidden)] if reservation.hidden else []),
+        dict(reservation.hidden),
     ]
 
 
