@@ -17,6 +17,8 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from licet.wire.signing import SigningKey
 from licet_control_plane.api.app import make_app
+from licet_control_plane.archive.files import ArchiveDamaged, ArchiveDirectory, ArchiveInUse, ArchiveUnavailable
+from licet_control_plane.archive.follower import Archive, ArchiveAhead
 from licet_control_plane.config import ServerConfig
 from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.core.subject_keys import LedgerKey
@@ -61,12 +63,14 @@ async def run_server(
             listener = listen(config.host, config.port)
             try:
                 database, key, ledger_key, deployment = await asyncio.to_thread(_prepare, config, state_dir)
+                archive = await asyncio.to_thread(_open_archive, config, database, deployment)
                 plane = ControlPlane.assemble(
                     config,
                     database=database,
                     key=key,
                     ledger_key=ledger_key,
                     deployment=deployment,
+                    archive=archive,
                     now_s=time.time,
                 )
                 plane.start()
@@ -132,3 +136,34 @@ def _prepare(config: ServerConfig, state_dir: StateDir) -> tuple[Database, Signi
 
 def _add_key(connection: Connection, role: str, key: str) -> None:
     access.add_key(connection, name=role, role=role, key=key, now_us=time.time_ns() // 1_000)
+
+
+def _open_archive(config: ServerConfig, database: Database, deployment: str) -> Archive | None:
+    """The archive, recovered and claimed. Closes the database when it cannot be had."""
+    if config.archive_dir is None:
+        return None
+    try:
+        directory = ArchiveDirectory.claim(config.archive_dir)
+        try:
+            return Archive.open(directory, database, deployment, now_s=time.time)
+        except BaseException:
+            directory.close()
+            raise
+    except ArchiveAhead as error:
+        fix = (
+            "If the database was restored from a backup, run: licet ledger rebuild --from-archive"
+            f" {config.archive_dir}. Otherwise name another, empty directory with --archive-dir."
+        )
+        database.close()
+        raise StartError(f"The archive does not fit the ledger: {error}.", fix) from error
+    except (ArchiveDamaged, ArchiveInUse, ArchiveUnavailable) as error:
+        database.close()
+        raise StartError(
+            f"The archive cannot be used: {error}.",
+            "Look at the disk and the files; or keep them, and name another, empty directory with --archive-dir.",
+        ) from error
+    except DatabaseUnavailable as error:
+        database.close()
+        raise StartError(
+            f"The database does not work: {error}.", "Look at LICET_DATABASE_URL and at its disk."
+        ) from error

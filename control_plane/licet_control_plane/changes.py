@@ -199,7 +199,13 @@ class Changes:
         if dry_run:
             return replace(pushed, revision=row.revision + 1)
         now_us = self._now_us()
-        manifest = Manifest(chunks=tuple(bodies), observe=observe, message=message, published_us=now_us)
+        manifest = Manifest(
+            chunks=tuple(bodies),
+            observe=observe,
+            message=message,
+            published_us=now_us,
+            salt=row.redaction_salt,
+        )
         revision = revisions.append(
             connection,
             kind=BUNDLE,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
+
+from licet_control_plane.core.cloud_events import secret_of
 
 DEFAULT_LISTEN: Final = "127.0.0.1:7430"
 DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
@@ -26,6 +28,9 @@ class ServerConfig:
 
     ``checkpoint_every_s``: how often the heads of the ledger's chains are signed, if anything was recorded since.
     ``reclaim_after_s``: the units of a sidecar silent for so long are reclaimed; 0 for never.
+    ``events_url``: where usage events are posted to, signed with ``events_secret``; empty for nowhere.
+    ``events_personal``: with what is personal in them.
+    ``archive_dir``: where usage is archived before it is acknowledged; ``None`` for nowhere.
     ``new_generation`` is for one start after the database was restored from a backup that Redis is ahead of.
     """
 
@@ -40,6 +45,10 @@ class ServerConfig:
     checkpoint_every_s: float = 60.0
     log_level: str = "info"
     new_generation: bool = False
+    archive_dir: Path | None = None
+    events_url: str = ""
+    events_secret: bytes = field(default=b"", repr=False)
+    events_personal: bool = False
 
     @classmethod
     def of(cls, environ: Mapping[str, str] = os.environ, **flags: Any) -> Self:
@@ -63,6 +72,8 @@ class ServerConfig:
         prefix = str(value("redis_prefix", "LICET_REDIS_PREFIX", "licet"))
         if not prefix or not all(character.isalnum() or character in "._-" for character in prefix):
             raise ConfigError(f"redis prefix {prefix!r}: use letters, digits, dots, dashes and underscores")
+        events_url = str(value("events_url", "LICET_EVENTS_URL", ""))
+        events_secret = _events_secret(events_url, str(value("events_secret_file", "LICET_EVENTS_SECRET_FILE", "")))
         return cls(
             host=host,
             port=port,
@@ -75,12 +86,29 @@ class ServerConfig:
             checkpoint_every_s=parse_seconds(str(value("checkpoint_every", "LICET_CHECKPOINT_EVERY", "60s"))),
             log_level=log_level,
             new_generation=bool(flags.get("new_generation")),
+            events_url=events_url,
+            events_secret=events_secret,
+            events_personal=str(value("events_personal", "LICET_EVENTS_PERSONAL", "")).lower() in ("1", "true", "yes"),
+            archive_dir=Path(archive) if (archive := str(value("archive_dir", "LICET_ARCHIVE_DIR", ""))) else None,
         )
 
     @property
     def database(self) -> str:
         """The database's URL, the default worked out."""
         return self.database_url or f"sqlite:///{self.state_dir / 'licet.db'}"
+
+
+def _events_secret(url: str, path: str) -> bytes:
+    if not url and not path:
+        return b""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"events URL {url!r}: give one that begins with https:// or http://")
+    if not path:
+        raise ConfigError("events URL without a secret: name a file with one in LICET_EVENTS_SECRET_FILE")
+    try:
+        return secret_of(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"events secret file {path!r}: {error}") from error
 
 
 def parse_listen(text: str) -> tuple[str, int]:

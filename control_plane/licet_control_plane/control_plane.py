@@ -7,12 +7,14 @@ import hashlib
 import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Self
 
 import structlog
 
 from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.signing import SigningKey
+from licet_control_plane.archive.follower import Archive
 from licet_control_plane.changes import Changes
 from licet_control_plane.checkpointer import Checkpointer
 from licet_control_plane.config import ServerConfig
@@ -28,6 +30,7 @@ from licet_control_plane.publisher.reclaim import Reclaimer
 from licet_control_plane.publisher.registers import RedisRegisters
 from licet_control_plane.publisher.sweep import Sweeper
 from licet_control_plane.redis_link import Redis, connect, location
+from licet_control_plane.sink.sender import EventSender
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.subjects import SubjectKeys
 from licet_control_plane.telemetry import Metrics
@@ -58,6 +61,8 @@ class ControlPlane:
     asks: AsksReader
     checkpointer: Checkpointer
     public_key: str
+    archive: Archive | None
+    sender: EventSender | None
     drain: DrainCounts
     workers: list[ShardWorker]
     metrics: Metrics
@@ -74,8 +79,9 @@ class ControlPlane:
         ledger_key: LedgerKey,
         deployment: str,
         now_s: Callable[[], float],
+        archive: Archive | None = None,
     ) -> Self:
-        """Make the parts. Nothing is connected yet."""
+        """Make the parts. Nothing is connected yet. What it is given it closes at the end."""
         names = RedisNames(config.redis_prefix)
         redis = connect(config.redis_url)
         wake = asyncio.Event()
@@ -106,7 +112,18 @@ class ControlPlane:
         # Shared: all of them write in the database's one writing thread.
         subject_keys = SubjectKeys(ledger_key)
         workers = [
-            ShardWorker(shard, redis, names, database, key, subject_keys, counts, consumer=consumer, now_s=now_s)
+            ShardWorker(
+                shard,
+                redis,
+                names,
+                database,
+                key,
+                subject_keys,
+                counts,
+                archive=archive,
+                consumer=consumer,
+                now_s=now_s,
+            )
             for shard in range(USAGE_SHARDS)
         ]
         plane = cls(
@@ -126,6 +143,17 @@ class ControlPlane:
             asks=asks,
             checkpointer=Checkpointer(database, key, every_s=config.checkpoint_every_s, now_s=now_s),
             public_key=key.public_key,
+            archive=archive,
+            sender=EventSender(
+                database,
+                url=config.events_url,
+                secret=config.events_secret,
+                deployment=deployment,
+                ledger_key=ledger_key if config.events_personal else None,
+                now_s=now_s,
+            )
+            if config.events_url
+            else None,
             drain=counts,
             workers=workers,
             metrics=Metrics(),
@@ -141,6 +169,14 @@ class ControlPlane:
             asyncio.create_task(_supervised("asks", self.asks.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
             asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
+            *self._sending(),
+        ]
+
+    def _sending(self) -> list[asyncio.Task[None]]:
+        if self.sender is None:
+            return []
+        return [
+            asyncio.create_task(_supervised("events", partial(self.sender.run, shard))) for shard in self.sender.shards
         ]
 
     async def stop(self) -> None:
@@ -153,6 +189,10 @@ class ControlPlane:
             _, pending = await asyncio.wait(pending, timeout=CANCEL_S)
         self._tasks = []
         await self.redis.aclose()
+        if self.sender is not None:
+            await self.sender.close()
+        if self.archive is not None:
+            await asyncio.to_thread(self.archive.close)
         await asyncio.to_thread(self.database.close)
         self.metrics.close()
 
@@ -186,6 +226,26 @@ class ControlPlane:
         metrics.gauge("licet_ledger_checkpoint", "Number of the newest checkpoint.", lambda: self.checkpointer.number)
         metrics.counter("licet_ledger_lost", "Events declared lost.", lambda: drain.declared_lost)
         metrics.counter("licet_ledger_poison", "Batches set aside.", lambda: drain.poison)
+        metrics.gauge("licet_dead_letters", "Batches set aside and not settled.", lambda: drain.dead_letters.letters)
+        metrics.gauge("licet_dead_letters_held", "Batches that found no room.", lambda: sum(drain.held.values()))
+        metrics.gauge("licet_ledger_conflicts_kept", "Conflicts in the ledger.", lambda: drain.conflicts_kept)
+        if self.sender is not None:
+            sent = self.sender.counts
+            metrics.counter("licet_events_sent", "Usage events that the receiver took.", lambda: sent.events)
+            metrics.counter("licet_events_failures", "Times it did not.", lambda: sent.failures)
+            metrics.gauge("licet_events_lag_blocks", "Blocks it has not.", lambda: sum(sent.lag_blocks.values()))
+            metrics.gauge("licet_events_lag_seconds", "Age of the oldest of them.", self._events_lag_s)
+        if self.archive is not None:
+            archived = self.archive.counts
+            metrics.counter("licet_archive_blocks", "Blocks archived.", lambda: archived.blocks)
+            metrics.counter("licet_archive_events", "Events archived.", lambda: archived.events)
+            metrics.counter("licet_archive_failures", "Times it could not be written.", lambda: archived.failures)
+            metrics.gauge("licet_archive_bytes", "Size of its files.", lambda: archived.bytes)
+            metrics.gauge("licet_archive_lag_blocks", "Blocks not archived yet.", lambda: sum(archived.lag.values()))
+
+    def _events_lag_s(self) -> float:
+        oldest = self.sender.counts.oldest_at.values() if self.sender else ()
+        return max((self.now_s() - at / 1_000_000 for at in oldest), default=0.0)
 
 
 async def _supervised(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:

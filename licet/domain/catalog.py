@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 
 from licet.domain.ids import LimitKey
 from licet.domain.money import Fee, Price, Step, TierMode, Tiers
+from licet.domain.redaction import RecordMode
 from licet.domain.windows import Anchor, Period
 
 Wire = dict[str, Any]
@@ -93,10 +94,12 @@ class LicenseStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """A declared context attribute. ``default`` is ``None`` when the caller must send it."""
+    """A declared context attribute. ``default`` is ``None`` when the caller must send it; ``record`` is what events
+    keep of it."""
 
     type: AttributeType
     default: AttributeValue | None = None
+    record: RecordMode = RecordMode.KEEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +375,7 @@ def document_to_wire(document: Document) -> Wire:
             body = {
                 "name": document.name,
                 "meters": dict(document.meters),
-                "attributes": {name: [spec.type.value, spec.default] for name, spec in document.attributes.items()},
+                "attributes": {name: _attribute_to_wire(spec) for name, spec in document.attributes.items()},
                 "durability": document.durability.value,
                 "on_unavailable": [
                     document.on_unavailable.mode.value,
@@ -414,6 +417,12 @@ def document_to_wire(document: Document) -> Wire:
     return {"kind": type(document).__name__, **body}
 
 
+def _attribute_to_wire(spec: Attribute) -> list[Any]:
+    # A sidecar that cannot hide a value must not take the bundle for one that hides nothing: a longer list stops it.
+    record = [] if spec.record is RecordMode.KEEP else [spec.record.value]
+    return [spec.type.value, spec.default, *record]
+
+
 # A name has no dot, but a scope does: `context.usd` is an attribute, `month@context.usd` a limit in units.
 _BUDGET_KEY: Final = re.compile(r":[^:]+(?<![@+]context)\.([a-z]{3})\Z")
 _NO_TERMS: Final = (ReservationTerms().expires_after_s, ReservationTerms().on_expiry.value)
@@ -437,8 +446,8 @@ def document_from_wire(wire: Wire) -> Document:
                 name=name,
                 meters=wire["meters"],
                 attributes={
-                    key: Attribute(AttributeType(type_), default)
-                    for key, (type_, default) in wire["attributes"].items()
+                    key: Attribute(AttributeType(type_), default, *map(RecordMode, record))
+                    for key, (type_, default, *record) in wire["attributes"].items()
                 },
                 durability=Durability(wire["durability"]),
                 on_unavailable=OnUnavailable(UnavailableMode(mode), units_max, for_s_max),

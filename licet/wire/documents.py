@@ -37,12 +37,16 @@ _SECOND_ROUTE_KIND: Final = "second-route"
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a bundle consists of: the SHA-256 (hex) of each chunk, in order. ``observe`` answers everything APPROVED."""
+    """What a bundle consists of: the SHA-256 (hex) of each chunk, in order. ``observe`` answers everything APPROVED.
+
+    ``salt`` keys the hashes of attributes that are recorded hashed; the same in every bundle of a deployment.
+    """
 
     chunks: tuple[str, ...]
     observe: bool = False
     message: str = ""
     published_us: int = 0
+    salt: bytes = b""
 
     def to_payload(self) -> dict[str, Any]:
         """As msgpack-able primitives."""
@@ -55,7 +59,13 @@ class Manifest:
         Raises:
             KeyError: the chunks are missing.
         """
-        return cls(tuple(payload["chunks"]), bool(payload["observe"]), payload["message"], int(payload["published_us"]))
+        return cls(
+            tuple(payload["chunks"]),
+            bool(payload["observe"]),
+            payload["message"],
+            int(payload["published_us"]),
+            payload.get("salt", b""),
+        )
 
 
 @dataclass(frozen=True, slots=True)

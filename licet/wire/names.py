@@ -63,10 +63,6 @@ class RedisNames:
         """Stream of usage batches."""
         return f"{self.prefix}:usage:{shard}"
 
-    def usage_dead(self) -> str:
-        """Stream of batches that could not be read, each with the reason."""
-        return f"{self.prefix}:usage:dead"
-
     def acked(self) -> str:
         """Hash, log id to signed acknowledgement."""
         return f"{self.prefix}:acked"

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 from redis.exceptions import ResponseError
+from sqlalchemy import Connection
 
 from licet.domain.outcomes import Effect, Reason
 from licet.wire.documents import ACK
 from licet.wire.names import usage_shard
 from licet.wire.signing import Statement
 from licet.wire.usage import FLAG_OBSERVED, LostRange, UsageBatch, log_id
-from licet_control_plane.drain.worker import GROUP
-from licet_control_plane.store import ledger, usage_reports
+from licet_control_plane.drain.worker import GROUP, NotRecordable
+from licet_control_plane.store import dead_letters, ledger, usage_reports
 from licet_control_plane.store.schema import register_spend
 from licet_control_plane.store.verification import Verification
 from tests.support.control_plane import NAMES, Deployment, deployment, until
@@ -150,11 +151,87 @@ async def test_what_cannot_be_read_is_set_aside_and_holds_up_nobody(running: Dep
     await send(running, batch(1, 10))
     await acked(running, 10)
     await until(lambda: is_empty(running))
-    dead = await running.redis.xrange(f"{NAMES.prefix}:usage:dead")
+    dead = await letters(running)
     assert len(dead) == 5
-    assert all(fields[b"reason"] for _, fields in dead)
-    assert running.plane.drain.poison == 5
+    assert all(letter.reason for letter in dead)
+    assert [letter.log_id for letter in dead if letter.log_id] == [log_id("f" * 32, 1), log_id("e" * 32, 1)]
+    assert (running.plane.drain.poison, running.plane.drain.dead_letters.letters) == (5, 5)
     assert (await verified(running)).events == 10
+
+
+async def test_a_bad_batch_that_comes_again_is_kept_once_and_counted(running: Deployment) -> None:
+    for _ in range(3):
+        await running.redis.xadd(STREAM, {"b": b"not a batch"})
+    await until(lambda: is_empty(running))
+    await running.redis.xadd(STREAM, {"b": b"not a batch"})
+    await until(lambda: is_empty(running))
+    assert [(letter.times, letter.body) for letter in await letters(running)] == [(4, b"not a batch")]
+    assert running.plane.drain.poison == 1
+
+
+async def test_a_bad_batch_that_finds_no_room_stays_in_the_stream_and_holds_up_nobody(
+    running: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_letters, "LETTERS_MAX", 1)
+    monkeypatch.setattr("licet_control_plane.drain.worker.CLAIM_IDLE_MS", 1)
+    monkeypatch.setattr("licet_control_plane.drain.worker.CLAIM_S", 0.0)
+    for number in range(3):
+        await running.redis.xadd(STREAM, {"b": b"not a batch %d" % number})
+    await send(running, batch(1, 10))
+    await acked(running, 10)
+    await until(lambda: has_held(running, 2))
+    assert await running.redis.xlen(STREAM) == 2
+    assert len(await letters(running)) == 1
+    await running.stop()
+    await running.start()
+    await send(running, batch(11, 12))
+    await acked(running, 12)
+    await until(lambda: has_held(running, 2))
+    await running.plane.database.write(settle_all)
+    monkeypatch.setattr(dead_letters, "LETTERS_MAX", 10)
+    await until(lambda: is_empty(running))
+    assert sorted(letter.body for letter in await letters(running)) == [b"not a batch 1", b"not a batch 2"]
+    assert await has_held(running, 0)
+
+
+async def test_a_dead_letter_is_retried_through_the_ledger_transaction(
+    running: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = ledger.record
+
+    def too_old(*_args: Any, **_kwargs: Any) -> Any:
+        raise ValueError("a field of a newer sidecar")
+
+    monkeypatch.setattr(ledger, "record", too_old)
+    await send(running, batch(1, 10))
+    await until(lambda: is_empty(running))
+    (letter,) = await letters(running)
+    assert (letter.first_seq, letter.last_seq) == (1, 10)
+    worker = running.plane.workers[letter.shard]
+    with pytest.raises(NotRecordable, match="newer sidecar"):
+        await worker.retry(letter.number, letter.body, by="test")
+    assert len(await letters(running)) == 1
+    assert await running.redis.hgetall(NAMES.acked()) == {}
+
+    monkeypatch.setattr(ledger, "record", record)
+    await send(running, batch(1, 4))
+    await acked(running, 4)
+    done, told = await worker.retry(letter.number, letter.body, by="test")
+    assert (done.inserted, done.duplicates, told) == (6, 4, True)
+    await acked(running, 10)
+    assert await letters(running) == []
+    report = await verified(running)
+    assert (report.ok, report.events) == (True, 10)
+
+
+async def test_what_was_recorded_once_is_kept_again_when_it_is_refused_later(running: Deployment) -> None:
+    await running.redis.xadd(STREAM, {"b": b"not a batch"})
+    await until(lambda: is_empty(running))
+    await running.plane.database.write(settle_all, outcome=dead_letters.RECORDED)
+    assert await letters(running) == []
+    await running.redis.xadd(STREAM, {"b": b"not a batch"})
+    await until(lambda: is_empty(running))
+    assert [(letter.times, letter.body) for letter in await letters(running)] == [(2, b"not a batch")]
 
 
 async def test_a_wiped_server_is_drained_again_once_sidecars_send_again(running: Deployment) -> None:
@@ -286,6 +363,21 @@ async def send_until_acked(running: Deployment, last: int) -> None:
 
 async def verified(running: Deployment) -> Verification:
     return await asyncio.to_thread(verification_of, running.plane.database, running.ledger_key)
+
+
+async def letters(running: Deployment) -> list[Any]:
+    """Dead letters that wait, with their bodies."""
+    page = await running.plane.database.read(dead_letters.page, after=0, limit=100, settled=False)
+    return [await running.plane.database.read(dead_letters.get, row.number) for row in page]
+
+
+def settle_all(connection: Connection, outcome: str = dead_letters.DROPPED) -> None:
+    for row in dead_letters.page(connection, after=0, limit=100, settled=False):
+        assert dead_letters.settle(connection, row.number, outcome, by="test", now_us=1)
+
+
+async def has_held(running: Deployment, count: int) -> bool:
+    return sum(running.plane.drain.held.values()) == count
 
 
 async def decisions(running: Deployment) -> int:

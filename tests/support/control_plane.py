@@ -19,6 +19,8 @@ from licet.wire.documents import HEAD, HEAD_KEY, Head, Heartbeat
 from licet.wire.names import RedisNames
 from licet.wire.registers import RUN_SECTIONS, Mark, parse_mark, run_of
 from licet.wire.signing import SigningKey, Statement, Verifier
+from licet_control_plane.archive.files import ArchiveDirectory
+from licet_control_plane.archive.follower import Archive
 from licet_control_plane.config import ServerConfig
 from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.core.subject_keys import LedgerKey
@@ -96,10 +98,15 @@ class Deployment:
         self.redis: Any = aioredis.Redis.from_url(redis_url, protocol=2)
         self.plane: ControlPlane
         self.admin_key = f"licet_{secrets.token_hex(8)}"
+        self.archive_dir: Path | None = None
+        self.settings: dict[str, Any] = {}
+        """More of the server's configuration."""
 
     async def start(self, *, new_generation: bool = False) -> ControlPlane:
         """Start the control plane on whatever the state directory holds."""
-        config = ServerConfig(state_dir=self.state_dir, redis_url=self.redis_url, new_generation=new_generation)
+        config = ServerConfig(
+            state_dir=self.state_dir, redis_url=self.redis_url, new_generation=new_generation, **self.settings
+        )
         database = Database(config.database)
         database.migrate()
         if database.write_now(meta.ensure, deployment="d" * 32, now_us=1):
@@ -112,6 +119,9 @@ class Deployment:
             ledger_key=self.ledger_key,
             deployment=deployment,
             now_s=time.time,
+            archive=Archive.open(ArchiveDirectory.claim(self.archive_dir), database, deployment, now_s=time.time)
+            if self.archive_dir
+            else None,
         )
         self.plane.start()
         return self.plane

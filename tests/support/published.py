@@ -59,10 +59,13 @@ class Signer:
         """Any signed document."""
         return self.key.sign(Statement(self.deployment, kind, key, self.generation, revision, payload))
 
+    salt = b"salt" * 8
+    """Of hashed attributes."""
+
     def bundle(self, content: Catalog, revision: int, *, observe: bool = False) -> tuple[bytes, dict[str, bytes]]:
         """Manifest, and chunks by digest."""
         chunks = {digest_of(chunk): chunk for chunk in chunk_catalog(content)}
-        manifest = Manifest(tuple(chunks), observe=observe)
+        manifest = Manifest(tuple(chunks), observe=observe, salt=self.salt)
         return self.document(documents.BUNDLE, documents.BUNDLE_KEY, revision, manifest.to_payload()), chunks
 
     def license(self, license_: License, revision: int) -> bytes:

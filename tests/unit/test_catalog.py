@@ -47,6 +47,7 @@ from licet.domain.catalog import (
 )
 from licet.domain.ids import NAME_PATTERN, UNITS_MAX, LimitKey
 from licet.domain.money import AMOUNT_NANOS_MAX, Fee, Price, Step, TierMode, Tiers
+from licet.domain.redaction import RecordMode
 from licet.domain.windows import Anchor, Period
 from licet.wire.documents import CHUNK_COUNT, catalog_of_chunks, chunk_catalog, digest_of
 
@@ -143,6 +144,14 @@ def test_a_license_survives_the_wire(license_: License) -> None:
 @given(documents)
 def test_what_a_newer_writer_adds_is_ignored(document: Document) -> None:
     assert document_from_wire({**document_to_wire(document), "from_the_future": [1]}) == document
+
+
+def test_an_attribute_that_is_not_recorded_stops_a_reader_that_would_record_it() -> None:
+    kept = Action("x", {"": "f"}, {"a": Attribute(AttributeType.STRING)})
+    hashed = Action("x", {"": "f"}, {"a": Attribute(AttributeType.STRING, None, RecordMode.HASH)})
+    assert document_to_wire(kept)["attributes"] == {"a": ["string", None]}  # as before there was anything to hide
+    assert document_to_wire(hashed)["attributes"] == {"a": ["string", None, "hash"]}
+    assert document_from_wire(over_the_wire(document_to_wire(hashed))) == hashed
 
 
 def test_documents_of_an_older_writer_have_the_defaults() -> None:

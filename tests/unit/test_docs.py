@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 import typer
+import yaml
 
 from licet.domain.outcomes import Reason
 from licet_control_plane.cli.app import app
@@ -130,6 +131,20 @@ def test_metrics_named_anywhere_in_the_docs_exist() -> None:
     packages = {"licet_sidecar", "licet_control_plane"}
     named = {name for page in PAGES for name in re.findall(r"\b(licet_[a-z_]+)\b", _prose(page))}
     assert named - made - packages == set()
+
+
+def test_alert_rules_are_about_metrics_that_exist_and_say_what_to_do() -> None:
+    made = _metrics("sidecar/licet_sidecar") | _metrics("control_plane/licet_control_plane")
+    groups = yaml.safe_load((TOP / "deploy/alerts.yaml").read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert rules
+    for rule in rules:
+        named = set(re.findall(r"licet_\w+", rule["expr"]))
+        assert named, rule
+        assert named <= made, rule
+        assert {"summary", "fix"} <= set(rule["annotations"]), rule
+    names = [rule["alert"] for rule in rules]
+    assert len(names) == len(set(names))
 
 
 def test_every_reason_has_its_row() -> None:

@@ -45,6 +45,18 @@ POLICY = WORLD + "kind: Policy\nname: guard\nactions: ['*']\nrules: "
         (PLAN + "{▶llm.token: {}}", "there is no feature 'llm.token'", "Did you mean 'llm.tokens'?"),
         (WORLD + "kind: Feature\nname: ▶reports\n", "is taken by the Feature at 1.yaml:3:23", "Rename or remove"),
         (
+            PLAN.replace("model: string", "model: {type: string, record: hash}")
+            + '{llm.tokens: {price: {amount: "1", currency: USD, by: ▶context.model, amounts: {a: "1"}}}}',
+            "'model' has 'record: hash' in the action 'llm.complete': the bill needs its value",
+            "record: keep",
+        ),
+        (
+            PLAN.replace("{region: string, tags", "{region: {type: string, record: redact}, tags")
+            + "{llm.tokens: {limits: [{amount: 1, per: day, scope: [▶context.region]}]}}",
+            "'region' has 'record: redact' in the action 'llm.chat': the names of its quotas would tell it",
+            "Use another attribute here",
+        ),
+        (
             PLAN + '{llm.tokens: {price: {amount: "1", currency: USD, by: ▶context.modle, amounts: {a: "1"}}}}',
             "no action that draws on 'llm.tokens' declares the attribute 'modle'",
             "Did you mean 'model'?",

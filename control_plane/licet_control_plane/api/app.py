@@ -8,6 +8,7 @@ from licet_control_plane.api import (
     bundles,
     grants,
     invoices,
+    kept_aside,
     ledger,
     licenses,
     problems,
@@ -30,7 +31,7 @@ def make_app(plane: ControlPlane) -> FastAPI:
     app.add_middleware(BodyLimit)
     problems.install(app)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
-    for part in (bundles, licenses, grants, ledger, proof, subjects, usage, invoices, quotas, status):
+    for part in (bundles, licenses, grants, ledger, kept_aside, proof, subjects, usage, invoices, quotas, status):
         v1.include_router(part.router)
     app.include_router(v1)
     app.include_router(second_route.router)

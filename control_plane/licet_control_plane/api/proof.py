@@ -1,4 +1,4 @@
-"""``/v1/ledger/verify`` and ``/v1/ledger/checkpoint``: what shows that the ledger is what was recorded."""
+"""``/v1/ledger/verify``, ``…/checkpoint`` and ``…/reconcile``: what shows that the ledger is what was recorded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import binascii
 import json
 import time
 from collections.abc import AsyncIterator, Generator
+from dataclasses import asdict
 from typing import Annotated, Any, Final
 
 import structlog
@@ -19,8 +20,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from licet.wire.signing import VerificationError, Verifier
 from licet_control_plane.api.auth import plane_of
 from licet_control_plane.api.problems import Problem
+from licet_control_plane.archive.files import ArchiveUnavailable
 from licet_control_plane.control_plane import ControlPlane
+from licet_control_plane.core.reconciling import Place, Sides, meaning
+from licet_control_plane.reconciliation import Reconciled, Reconciliation
+from licet_control_plane.redis_link import RedisRefused, RedisUnavailable
 from licet_control_plane.store.checkpoints import Checkpoint
+from licet_control_plane.store.database import DatabaseUnavailable
 from licet_control_plane.store.verification import Progress, Verification, verify
 
 router = APIRouter()
@@ -72,6 +78,65 @@ async def verify_ledger_with_progress(request: Request, body: VerifyOrder) -> St
             yield json.dumps(line) + "\n"
 
     return StreamingResponse(lines(), media_type=JSON_LINES)
+
+
+class ReconcileOrder(BaseModel):
+    """``tenant``: only the quotas of this one, and no archive."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant: str = ""
+
+
+@router.post("/ledger/reconcile")
+async def reconcile_ledger(request: Request, body: ReconcileOrder) -> StreamingResponse:
+    """Compare the ledger with quota registers, sidecars' logs and the archive. JSON Lines: ``progress`` (``doing``,
+    ``done``), then ``result`` or ``error``."""
+    plane = plane_of(request)
+    run = Reconciliation(
+        plane.database,
+        plane.marks,
+        plane.registers,
+        plane.fleet,
+        archive=plane.config.archive_dir,
+        deployment=plane.deployment,
+        now_s=plane.now_s,
+    )
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            async for step in run.steps(tenant=body.tenant):
+                line = {"result": _reconciled(step)} if isinstance(step, Reconciled) else {"progress": asdict(step)}
+                yield json.dumps(line) + "\n"
+        except (RedisUnavailable, RedisRefused, DatabaseUnavailable, ArchiveUnavailable) as error:
+            yield json.dumps({"error": str(error)}) + "\n"
+
+    return StreamingResponse(lines(), media_type=JSON_LINES)
+
+
+def _reconciled(done: Reconciled) -> dict[str, Any]:
+    return {
+        "ok": done.ok,
+        "tenants": done.tenants,
+        "quotas": done.quotas,
+        "differences": [_difference(place, sides) for place, sides in sorted(done.differences.items())],
+        "in_flight": [_difference(place, sides) for place, sides in sorted(done.moving.items())],
+        "learning": done.learning,
+        "logs": [log._asdict() | {"what": what} for log, what in done.logs],
+        "archive": None if done.archive is None else [asdict(one) for one in done.archive],
+    }
+
+
+def _difference(place: Place, sides: Sides) -> dict[str, Any]:
+    return {
+        "tenant": place.tenant,
+        "quota": place.quota,
+        "sidecar": place.holder or None,
+        "register": sides.register,
+        "ledger": sides.ledger,
+        "difference": sides.register - sides.ledger,
+        "what": meaning(sides),
+    }
 
 
 @router.get("/ledger/checkpoint")

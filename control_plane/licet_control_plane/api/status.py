@@ -50,6 +50,11 @@ async def readyz(request: Request) -> JSONResponse:
     checks["drain"] = {"ok": not plane.drain.trouble}
     if plane.drain.trouble:
         checks["drain"] |= {"reason": next(iter(plane.drain.trouble.values()))}
+    elif any(plane.drain.held.values()):
+        checks["drain"] |= {
+            "warning": "dead letters are full: batches that cannot be read stay in the usage streams",
+            "fix": "Look at `licet usage dead-letters list`, then retry or drop.",
+        }
     ready = all(check["ok"] for check in checks.values())
     return JSONResponse({"ready": ready, "checks": checks}, 200 if ready else 503)
 
@@ -77,7 +82,8 @@ async def status(request: Request) -> dict[str, Any]:
         },
         "epoch": row.epoch,
         "sidecars_live": plane.fleet.live_count(plane.now_s()),
-        "drain": {"backlog": sum(plane.drain.backlog.values())},
+        "drain": {"backlog": sum(plane.drain.backlog.values()), "held": sum(plane.drain.held.values())},
+        "ledger": {"dead_letters": plane.drain.dead_letters.letters, "conflicts": plane.drain.conflicts_kept},
         "publisher": {"state": publisher.state, "reason": publisher.reason, "fix": publisher.fix},
         "learning": {"tenants": len(plane.quotas.learning), "waiting_for": publisher.waited_for},
     }

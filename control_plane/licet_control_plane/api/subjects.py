@@ -16,9 +16,12 @@ from sqlalchemy import Connection
 
 from licet_control_plane.api.auth import Caller, authenticate, plane_of
 from licet_control_plane.api.proof import JSON_LINES
+from licet_control_plane.archive.files import ArchiveDamaged, ArchiveUnavailable
+from licet_control_plane.archive.follower import Archive
 from licet_control_plane.core.event_view import event_json
 from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.store import access, ledger
+from licet_control_plane.store.database import DatabaseUnavailable
 
 router = APIRouter()
 
@@ -66,7 +69,20 @@ async def erase_subject(
         _erase, plane.ledger_key, tenant, body, by=caller.name, now_us=int(plane.now_s() * 1_000_000)
     )
     await plane.database.shred()
-    return {"tenant": tenant, "subjects": erased.numbers, "events": erased.events}
+    answer: dict[str, Any] = {"tenant": tenant, "subjects": erased.numbers, "events": erased.events}
+    if plane.archive is not None:
+        answer["archive"] = await _erased_in_archive(plane.archive)
+    return answer
+
+
+async def _erased_in_archive(archive: Archive) -> str:
+    """Whether the archive's copies of the keys are destroyed already; if not, that is done before anything else is
+    archived."""
+    try:
+        await archive.catch_up(ledger.ERASURES_SHARD)
+    except (ArchiveDamaged, ArchiveUnavailable, DatabaseUnavailable) as error:
+        return f"waits: {error}"
+    return "erased"
 
 
 def _erase(

@@ -11,6 +11,7 @@ from licet_control_plane.cli import (
     bundles,
     fleet,
     grants,
+    kept_aside,
     ledger,
     licenses,
     quotas,
@@ -53,9 +54,9 @@ def root(
     """Options that come before a command."""
 
 
-def _group(name: str, help_: str) -> typer.Typer:
+def _group(name: str, help_: str, *, within: typer.Typer = app) -> typer.Typer:
     group = typer.Typer(help=help_, no_args_is_help=True, epilog=EXIT_CODES_HELP, rich_markup_mode=None)
-    app.add_typer(group, name=name)
+    within.add_typer(group, name=name)
     return group
 
 
@@ -101,6 +102,14 @@ _usage.command("denied", epilog=EXIT_CODES_HELP)(usage.denied)
 _usage.command("tail", epilog=EXIT_CODES_HELP)(usage.tail)
 _usage.command("export", epilog=EXIT_CODES_HELP)(usage.export)
 _usage.command("invoice", epilog=EXIT_CODES_HELP)(usage.invoice)
+_dead_letters = _group("dead-letters", "Batches of usage that could not be recorded.", within=_usage)
+_dead_letters.command("list", epilog=EXIT_CODES_HELP)(kept_aside.list_letters)
+_dead_letters.command("show", epilog=EXIT_CODES_HELP)(kept_aside.show_letter)
+_dead_letters.command("retry", epilog=EXIT_CODES_HELP)(kept_aside.retry_letters)
+_dead_letters.command("drop", epilog=EXIT_CODES_HELP)(kept_aside.drop_letter)
+_conflicts = _group("conflicts", "Events that came again with other content.", within=_usage)
+_conflicts.command("list", epilog=EXIT_CODES_HELP)(kept_aside.list_conflicts)
+_conflicts.command("show", epilog=EXIT_CODES_HELP)(kept_aside.show_conflict)
 
 _subject = typer.Typer(
     help="What the ledger holds about somebody.", no_args_is_help=True, epilog=EXIT_CODES_HELP, rich_markup_mode=None
@@ -112,6 +121,8 @@ _subject.command("erase", epilog=EXIT_CODES_HELP)(subjects.erase)
 _ledger = _group("ledger", "The system of record of every decision.")
 _ledger.command("verify", epilog=EXIT_CODES_HELP)(ledger.verify)
 _ledger.command("checkpoint", epilog=EXIT_CODES_HELP)(ledger.checkpoint)
+_ledger.command("rebuild", epilog=EXIT_CODES_HELP)(ledger.rebuild)
+_ledger.command("reconcile", epilog=EXIT_CODES_HELP)(ledger.reconcile)
 
 _sidecar = _group("sidecar", "The sidecars that are connected.")
 _sidecar.command("list", epilog=EXIT_CODES_HELP)(fleet.list_)

@@ -1,4 +1,4 @@
-"""``licet ledger verify|checkpoint``."""
+"""``licet ledger verify|checkpoint|rebuild|reconcile``."""
 
 from __future__ import annotations
 
@@ -113,6 +113,161 @@ def checkpoint(
         note(f"written to {out}; keep it where the server cannot reach")
 
 
+def rebuild(
+    from_archive: Annotated[
+        Path,
+        typer.Option("--from-archive", help="The directory that --archive-dir of the server named.", exists=True),
+    ],
+    state_dir: Annotated[
+        Path | None,
+        typer.Option("--state-dir", help="Of the stopped server: holds ledger-key. [default: licet-state]"),
+    ] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option("--database-url", help="Where to. [default: licet.db in the state directory]"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put the ledger back together from its archive, into an empty database or one restored from a backup.
+
+    The server must be stopped. Interrupted, it goes on where it was. A ledger that holds anything that the archive does
+    not is refused. Documents and licenses are not in the archive: push and create them again. Sidecars then send again
+    what they still hold: the generation of the ledger is a new one.
+
+    \b
+    Example:
+      licet ledger rebuild --from-archive /var/lib/licet-archive --state-dir /var/lib/licet
+    """
+    import time
+
+    from sqlalchemy.exc import ArgumentError
+
+    from licet_control_plane.archive.files import ArchiveDamaged, ArchiveUnavailable, deployment_of
+    from licet_control_plane.archive.rebuilding import NotARebuild, Progress
+    from licet_control_plane.archive.rebuilding import rebuild as steps_of
+    from licet_control_plane.config import ConfigError, ServerConfig
+    from licet_control_plane.state_dir import StartError, StateDir
+    from licet_control_plane.store import meta
+    from licet_control_plane.store.database import Database, DatabaseUnavailable
+
+    now_us = time.time_ns() // 1_000
+    last: Progress | None = None
+    claimed: StateDir | None = None
+    database: Database | None = None
+    try:
+        config = ServerConfig.of(state_dir=state_dir, database_url=database_url)
+        claimed = StateDir.claim(config.state_dir)
+        ledger_key = claimed.ledger_key(may_create=False)
+        deployment = deployment_of(from_archive)
+        if not deployment:
+            raise CliError(f"{from_archive} holds no archive.", fix="name the directory of --archive-dir")
+        database = Database(config.database)
+        database.migrate()
+        database.write_now(meta.ensure, deployment=deployment, now_us=now_us)
+        if (other := database.read_now(meta.read).deployment) != deployment:
+            raise CliError(
+                f"the database is of deployment {other}, the archive of {deployment}.", fix="give an empty database"
+            )
+        note(f"rebuilding {config.database} from {from_archive}")
+        with _bar("rebuilding", "bytes") as bar:
+            for last in steps_of(database, from_archive, deployment, ledger_key, now_us=now_us):
+                _move(bar, last.bytes_done, last.bytes_total)
+        generation = database.read_now(meta.read).ledger_generation
+    except (ConfigError, ArgumentError, ModuleNotFoundError) as error:
+        raise bad(f"{error}.", "correct the flag or the environment variable") from error
+    except StartError as error:
+        raise CliError(str(error), fix=error.fix) from error
+    except NotARebuild as error:
+        raise CliError(f"{error}.", fix="give an empty database, or a backup of the one that was archived") from error
+    except ArchiveDamaged as error:
+        done = f" {last.events:,} events before it are in the ledger." if last else ""
+        fix = "put a good copy of that file there, and run the command again"
+        raise CliError(f"the archive is damaged: {error}.{done}", fix=fix) from error
+    except (ArchiveUnavailable, DatabaseUnavailable) as error:
+        raise CliError(f"{error}.", fix="look at the disk; then run the command again: it goes on") from error
+    finally:
+        if database is not None:
+            database.close()
+        if claimed is not None:
+            claimed.close()
+    result = {
+        "deployment": deployment,
+        "ledger_generation": generation,
+        "blocks": last.blocks if last else 0,
+        "events": last.events if last else 0,
+    }
+    if as_json:
+        emit_json(result)
+    elif last is None:
+        say("the ledger holds everything that the archive does: nothing was changed")
+    else:
+        say(f"{last.events:,} events in {last.blocks:,} blocks; the ledger's generation is {generation}")
+        note("now start the server, and run: licet ledger verify")
+
+
+def reconcile(
+    tenant: Annotated[
+        str, typer.Option("--tenant", help="Only this tenant's quotas, and not the archive.", metavar="TENANT")
+    ] = "",
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Compare the ledger with quota registers in Redis, sidecars' logs and the archive. Exits with 1 when they differ.
+
+    What is on its way is no difference: numbers that differ are looked at again, every few seconds, until they are
+    equal, or stay as they are while nothing of theirs is unacknowledged. Changes nothing.
+
+    \b
+    Example:
+      licet ledger reconcile --tenant acme
+    """
+    from licet_control_plane.cli.rest import ControlPlane
+
+    result: dict[str, Any] | None = None
+    with ControlPlane(server_target(server, api_key)) as control_plane:
+        for line in control_plane.post_lines("/v1/ledger/reconcile", {"tenant": tenant}):
+            step: dict[str, Any] = json.loads(line)
+            if "error" in step:
+                raise CliError(f"it could not be read: {step['error']}", fix="look at `licet status`; run it again")
+            if "progress" in step and sys.stderr.isatty():
+                note(f"{step['progress']['doing']}: {step['progress']['done']:,}")
+            result = step.get("result", result)
+    if result is None:
+        raise CliError("the server ended before it was done.", fix="look at its log, and run the command again")
+    if as_json:
+        emit_json(result)
+    else:
+        _show_reconciled(result)
+    if not result["ok"]:
+        raise typer.Exit(EXIT_NO)
+
+
+def _show_reconciled(result: dict[str, Any]) -> None:
+    verdict = "in agreement" if result["ok"] else "NOT in agreement"
+    say(f"{result['quotas']:,} quotas of {result['tenants']:,} tenants: {verdict}")
+    for item in result["differences"][:FINDINGS_SHOWN]:
+        say(
+            f"  {item['tenant']} {item['quota']}, {(item['sidecar'] or 'no register')[:12]}: register"
+            f" {item['register']:,}, ledger {item['ledger']:,}: {item['what']}"
+        )
+    if len(result["differences"]) > FINDINGS_SHOWN:
+        say(f"  and {len(result['differences']) - FINDINGS_SHOWN:,} more; --json lists all")
+    for item in result["logs"]:
+        say(
+            f"  log {item['log_id']}: last {item['last_seq']:,}, acknowledged {item['acked_seq']:,}, in the ledger"
+            f" {item['watermark']:,}: {item['what']}"
+        )
+    for item in result["archive"] or ():
+        say(f"  archive, shard {item['shard']} {item['log_id']}: {item['what']}")
+    if result["archive"] is None:
+        say("  no archive was compared")
+    if result["in_flight"]:
+        say(f"  on their way: {len(result['in_flight'])} numbers still change; run it again when it is quieter")
+    if result["learning"]:
+        say(f"  not looked at, because they learn or have no open quotas: {len(result['learning'])} tenants")
+
+
 def _document(path: Path) -> str:
     """The signed document in a file, base64."""
     from licet_control_plane.store.checkpoints import document_of
@@ -182,7 +337,7 @@ def _by_hand(url: str, documents: list[str], public_keys: list[str], ledger_key:
 
 
 @contextmanager
-def _bar() -> Iterator[Bar | None]:
+def _bar(doing: str = "verifying", unit: str = "events") -> Iterator[Bar | None]:
     """A bar on standard error, for a person who waits there."""
     if not sys.stderr.isatty():
         yield None
@@ -190,9 +345,9 @@ def _bar() -> Iterator[Bar | None]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TextColumn("events"), TimeRemainingColumn())
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        bar.add_task("events", total=None)
+        bar.add_task(unit, total=None)
         yield bar
 
 

@@ -47,6 +47,24 @@ def server(
             "--checkpoint-every", help="How often the ledger's heads are signed, if they moved. [default: 60s]"
         ),
     ] = None,
+    archive_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--archive-dir", help="Also write usage to files here, before it is acknowledged. [default: none]"
+        ),
+    ] = None,
+    events_url: Annotated[
+        str | None,
+        typer.Option("--events-url", help="POST every usage event here, as CloudEvents. [default: nowhere]"),
+    ] = None,
+    events_secret_file: Annotated[
+        Path | None,
+        typer.Option("--events-secret-file", help="File with the secret that signs them: whsec_… or any text."),
+    ] = None,
+    events_personal: Annotated[
+        bool | None,
+        typer.Option("--events-personal", help="With subjects, resources and context. [default: without]"),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option("--log-level", help="debug, info, warning or error. [default: info]")
     ] = None,
@@ -79,6 +97,10 @@ def server(
             staleness_max=staleness_max,
             reclaim_after=reclaim_after,
             checkpoint_every=checkpoint_every,
+            archive_dir=archive_dir,
+            events_url=events_url,
+            events_secret_file=events_secret_file,
+            events_personal=events_personal,
             log_level=log_level,
             new_generation=new_generation,
         )

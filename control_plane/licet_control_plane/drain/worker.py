@@ -2,7 +2,8 @@
 
 It reads first what it had read before and did not acknowledge (cursor ``0``: after a start, and after any failure),
 then what is new (cursor ``>``), and now and then what a dead worker left. A batch that cannot be understood is moved
-aside, so that it holds up nobody; one that the ledger cannot take now stays, and is tried again.
+to the dead letters, so that it holds up nobody; one that the ledger cannot take now stays, and is tried again. So does
+one that there is no room for among the dead letters: nothing leaves the stream that is not in the database.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from redis.exceptions import ResponseError
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from licet.wire.documents import ACK, AckPayload
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import RedisNames
 from licet.wire.signing import SigningKey, Statement
+from licet_control_plane.archive.files import ArchiveDamaged, ArchiveUnavailable
+from licet_control_plane.archive.follower import Archive
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.redis_link import BLOCK_MS, Redis, RedisRefused, RedisUnavailable, backoff_s, redis_errors
-from licet_control_plane.store import ledger, meta
+from licet_control_plane.store import dead_letters, ledger, ledger_reports, meta
 from licet_control_plane.store.database import Database, DatabaseUnavailable
+from licet_control_plane.store.dead_letters import Letter, Waiting
 from licet_control_plane.store.ledger import Recorded
 from licet_control_plane.store.subjects import SubjectKeys
 
@@ -35,8 +40,6 @@ READ_MAX: Final = 16
 CLAIM_IDLE_MS: Final = 30_000
 """A batch that a worker has had for this long without acknowledging it is somebody else's to do."""
 CLAIM_S: Final = 10.0
-DEAD_MAX: Final = 10_000
-"""Undecodable batches that are kept to be looked at."""
 _MISFIT: Final = (SQLAlchemyError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 """What the ledger raises for an event whose fields are not what they should be. A database that is away is not it."""
 _PENDING: Final = "0"
@@ -47,9 +50,17 @@ log = structlog.get_logger(__name__)
 Entry = tuple[bytes, dict[bytes, bytes] | None]
 
 
+class NotRecordable(Exception):
+    """A batch cannot be recorded. The message says why."""
+
+
 @dataclass(slots=True)
 class DrainCounts:
-    """Since the start. ``trouble``: why each shard's worker waits; absent when it works. ``backlog`` by shard."""
+    """Since the start. ``trouble``: why each shard's worker waits; absent when it works. ``backlog`` by shard.
+
+    ``dead_letters`` and ``conflicts_kept`` are what the database holds; ``held`` is how many batches each shard's
+    stream holds because there was no room for them among the dead letters.
+    """
 
     events: int = 0
     batches: int = 0
@@ -59,6 +70,9 @@ class DrainCounts:
     poison: int = 0
     trouble: dict[int, str] = field(default_factory=dict)
     backlog: dict[int, int] = field(default_factory=dict)
+    held: dict[int, int] = field(default_factory=dict)
+    dead_letters: Waiting = field(default_factory=Waiting)
+    conflicts_kept: int = 0
 
 
 class ShardWorker:
@@ -74,23 +88,25 @@ class ShardWorker:
         subject_keys: SubjectKeys,
         counts: DrainCounts,
         *,
+        archive: Archive | None = None,
         consumer: str,
         now_s: Callable[[], float],
     ) -> None:
         self._shard = shard
         self._redis = redis
         self._stream = names.usage(shard)
-        self._dead = names.usage_dead()
         self._acked = names.acked()
         self._database = database
         self._key = key
         self._subject_keys = subject_keys
         self._counts = counts
+        self._archive = archive
         self._consumer = consumer
         self._now_s = now_s
         self._cursor = _PENDING
         self._claimed_s = -math.inf
         self._claim_from = "0-0"
+        self._held: set[bytes] = set()
 
     async def run(self) -> None:
         """Drain until cancelled, through everything that passes by itself."""
@@ -100,7 +116,13 @@ class ShardWorker:
                 await self._step()
                 failures = 0
                 self._counts.trouble.pop(self._shard, None)
-            except (RedisUnavailable, RedisRefused, DatabaseUnavailable) as error:
+            except (
+                RedisUnavailable,
+                RedisRefused,
+                DatabaseUnavailable,
+                ArchiveUnavailable,
+                ArchiveDamaged,
+            ) as error:
                 failures += 1
                 self._cursor = _PENDING
                 if self._shard not in self._counts.trouble:
@@ -121,16 +143,19 @@ class ShardWorker:
         entries: list[Entry] = [(b"-", {FIELD: raw}) for raw in raws]
         decoded, poison, _ = await asyncio.to_thread(_decode, entries)
         if poison:
-            raise EnvelopeError(poison[0][2])
+            raise EnvelopeError(poison[0].reason)
         done = Recorded()
         try:
             done = await self._record([batch for _, batch in decoded])
         except _MISFIT:
             done = await self._record_singly(decoded, poison)
-        for _, _, reason in poison:
-            log.error("a batch that came over HTTP is not taken", shard=self._shard, reason=reason)
-        self._count(done, batches=len(decoded), poison=len(poison))
-        return await self._acks(done)
+        if poison:
+            await self._keep(poison)
+        self._count(done, batches=len(decoded))
+        try:
+            return await self._acks(done)
+        except (ArchiveUnavailable, ArchiveDamaged) as error:
+            raise DatabaseUnavailable(f"the archive failed: {error}") from error
 
     async def _step(self) -> None:
         entries = await self._read()
@@ -154,6 +179,8 @@ class ShardWorker:
         entries: list[Entry] = answer[0][1] if answer else []
         if not entries:
             self._cursor = _NEW
+        elif self._cursor != _NEW:
+            self._cursor = entries[-1][0].decode()  # past what is held
         return entries
 
     async def _make_group(self) -> None:
@@ -177,6 +204,14 @@ class ShardWorker:
             self._claimed_s = asyncio.get_running_loop().time()
         if entries:
             await self._drain(entries)
+        await self._catch_up()
+        await self.count_kept()
+
+    async def count_kept(self) -> None:
+        """Read what the database keeps aside, for metrics and alerts."""
+        counts = self._counts
+        counts.dead_letters = await self._database.read(dead_letters.waiting)
+        counts.conflicts_kept = await self._database.read(ledger_reports.conflict_count)
 
     async def _drain(self, entries: Sequence[Entry]) -> None:
         # In a thread: decoding thousands of events would keep the loop from everything else.
@@ -188,18 +223,18 @@ class ShardWorker:
             except _MISFIT:
                 done = await self._record_singly(decoded, poison)
         await self._acknowledge(done)
+        self._held.difference_update(gone)
+        await self._remove([*(entry for entry, _ in decoded), *gone])
         await self._set_aside(poison)
-        await self._remove([*(entry for entry, _ in decoded), *(entry for entry, _, _ in poison), *gone])
-        self._count(done, batches=len(decoded), poison=len(poison))
+        self._count(done, batches=len(decoded))
 
-    def _count(self, done: Recorded, *, batches: int, poison: int) -> None:
+    def _count(self, done: Recorded, *, batches: int) -> None:
         counts = self._counts
         counts.batches += batches
         counts.events += done.inserted
         counts.duplicates += done.duplicates
         counts.conflicts += done.conflicts
         counts.declared_lost += done.declared
-        counts.poison += poison
         if done.declared:
             log.error(
                 "a sidecar declared events lost: they were answered, perhaps, and cannot be billed",
@@ -214,7 +249,7 @@ class ShardWorker:
                 shard=self._shard,
                 events=done.conflicts,
                 logs=sorted(done.watermarks),
-                fix="A sidecar's volume may have been cloned or rolled back: see licet ledger verify.",
+                fix="A sidecar's volume may have been cloned or rolled back: see licet usage conflicts list.",
             )
 
     async def _record(self, batches: list[DecodedBatch]) -> Recorded:
@@ -222,7 +257,7 @@ class ShardWorker:
             ledger.record, self._shard, batches, keys=self._subject_keys, now_us=int(self._now_s() * 1_000_000)
         )
 
-    async def _record_singly(self, decoded: list[tuple[bytes, DecodedBatch]], poison: list[Any]) -> Recorded:
+    async def _record_singly(self, decoded: list[tuple[bytes, DecodedBatch]], poison: list[Letter]) -> Recorded:
         """One of the batches does not fit the ledger: find it, and do the others."""
         done = Recorded()
         for entry, batch in list(decoded):
@@ -230,7 +265,7 @@ class ShardWorker:
                 one = await self._record([batch])
             except _MISFIT as error:
                 decoded.remove((entry, batch))
-                poison.append((entry, batch.batch.pack(), f"does not fit the ledger: {type(error).__name__}: {error}"))
+                poison.append(_misfit(entry, batch, error))
                 continue
             done.inserted += one.inserted
             done.duplicates += one.duplicates
@@ -239,6 +274,11 @@ class ShardWorker:
             done.watermarks |= one.watermarks
             done.lost |= one.lost
         return done
+
+    async def _catch_up(self) -> None:
+        """Archive what is committed. No sidecar is told of anything that the archive does not have."""
+        if self._archive is not None:
+            await self._archive.catch_up(self._shard)
 
     async def _acknowledge(self, done: Recorded) -> None:
         """Tell sidecars what is committed, signed: who can write Redis must not make them delete the bill."""
@@ -249,20 +289,87 @@ class ShardWorker:
             await self._redis.hset(self._acked, mapping=acks)
 
     async def _acks(self, done: Recorded) -> dict[str, bytes]:
+        await self._catch_up()
         about = await self._database.read(meta.read)
         return {
             log_id: acknowledgement(self._key, about, log_id, watermark, done.lost.get(log_id, []))
             for log_id, watermark in done.watermarks.items()
         }
 
-    async def _set_aside(self, poison: Sequence[tuple[bytes, bytes, str]]) -> None:
-        for entry, raw, reason in poison:
-            log.error("batch cannot be read and is set aside", shard=self._shard, entry=entry.decode(), reason=reason)
-            fields = {"shard": self._shard, "entry": entry, "reason": reason[:1_000], "b": raw}
-            with redis_errors():
-                await self._redis.xadd(self._dead, fields, maxlen=DEAD_MAX, approximate=True)
+    async def retry(self, number: int, body: bytes, *, by: str) -> tuple[Recorded, bool]:
+        """Record the batch of a dead letter, as if it came by the stream, and settle the letter with it.
+
+        What was recorded, and whether its sidecar was told; if not, it sends the batch again, which is harmless.
+
+        Raises:
+            NotRecordable: it still cannot be recorded; the letter stays, with the new reason.
+            DatabaseUnavailable: nothing was changed.
+        """
+        decoded: DecodedBatch | None = None
+        try:
+            decoded = await asyncio.to_thread(DecodedBatch.of, body)
+            done = await self._database.write(self._record_letter, number, decoded, by=by)
+        except (EnvelopeError, *_MISFIT) as error:
+            reason = _misfit(b"", decoded, error).reason if decoded else str(error)
+            await self._database.write(dead_letters.set_reason, number, reason)
+            raise NotRecordable(reason) from error
+        self._count(done, batches=1)
+        try:
+            await self._acknowledge(done)
+        except (RedisUnavailable, RedisRefused, ArchiveUnavailable, ArchiveDamaged) as error:
+            log.warning("a dead letter is recorded, its sidecar not told yet", letter=number, reason=str(error))
+            return done, False
+        return done, True
+
+    def _record_letter(self, connection: Connection, number: int, decoded: DecodedBatch, *, by: str) -> Recorded:
+        now_us = int(self._now_s() * 1_000_000)
+        done = ledger.record(connection, self._shard, [decoded], keys=self._subject_keys, now_us=now_us)
+        dead_letters.settle(connection, number, dead_letters.RECORDED, by=by, now_us=now_us)
+        return done
+
+    async def _set_aside(self, poison: Sequence[Letter]) -> None:
+        """Move ``poison`` to the dead letters. What there is no room for stays pending in the stream."""
+        if not poison:
+            return
+        kept: list[bytes] = []
+        for letter, became in zip(poison, await self._keep(poison), strict=True):
+            entry = letter.entry.encode()
+            if became.kept:
+                kept.append(entry)
+                self._held.discard(entry)
+            elif entry not in self._held:
+                self._held.add(entry)
+                log.error(
+                    "dead letters are full: a batch that cannot be read stays in the stream",
+                    shard=self._shard,
+                    entry=letter.entry,
+                    reason=letter.reason,
+                    fix="Look at licet usage dead-letters list, then retry or drop.",
+                )
+        self._counts.held[self._shard] = len(self._held)
+        await self._remove(kept)
+
+    async def _keep(self, poison: Sequence[Letter]) -> Sequence[dead_letters.Kept]:
+        """Make dead letters of ``poison``, as far as there is room; their sidecars send the rest again."""
+        now_us = int(self._now_s() * 1_000_000)
+        done = await self._database.write(dead_letters.keep, self._shard, poison, now_us=now_us)
+        for letter, became in zip(poison, done, strict=True):
+            if became.kept and became.new:
+                self._counts.poison += 1
+                log.error(
+                    "batch cannot be recorded and is set aside",
+                    shard=self._shard,
+                    entry=letter.entry,
+                    log=letter.log_id,
+                    reason=letter.reason,
+                    fix="See licet usage dead-letters list.",
+                )
+        await self.count_kept()
+        return done
 
     async def _remove(self, entries: Sequence[bytes]) -> None:
+        if not entries:
+            return
         with redis_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.xack(self._stream, GROUP, *entries)
@@ -279,12 +386,18 @@ def acknowledgement(
     return key.sign(Statement(about.deployment, ACK, log_id, about.ledger_generation, watermark, payload))
 
 
+def _misfit(entry: bytes, decoded: DecodedBatch, error: BaseException) -> Letter:
+    batch = decoded.batch
+    reason = f"does not fit the ledger: {type(error).__name__}: {error}"
+    return Letter(entry.decode(), batch.pack(), reason, batch.log_id, batch.first_seq, batch.last_seq)
+
+
 def _decode(
     entries: Sequence[Entry],
-) -> tuple[list[tuple[bytes, DecodedBatch]], list[tuple[bytes, bytes, str]], list[bytes]]:
+) -> tuple[list[tuple[bytes, DecodedBatch]], list[Letter], list[bytes]]:
     """Batches; what is not one, with the reason; and entries that were deleted while pending."""
     decoded: list[tuple[bytes, DecodedBatch]] = []
-    poison: list[tuple[bytes, bytes, str]] = []
+    poison: list[Letter] = []
     gone: list[bytes] = []
     for entry, fields in entries:
         if fields is None:
@@ -294,5 +407,5 @@ def _decode(
         try:
             decoded.append((entry, DecodedBatch.of(raw)))
         except EnvelopeError as error:
-            poison.append((entry, raw, str(error)))
+            poison.append(Letter(entry.decode(), raw, str(error)))
     return decoded, poison, gone

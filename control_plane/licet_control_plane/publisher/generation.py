@@ -34,7 +34,7 @@ def start(connection: Connection, found: Found, tenants_in_redis: set[str], *, s
         )
 
     if bundle := bundles.current(connection):
-        manifest = Manifest(bundle.chunks, bundle.observe, bundle.message, now_us)
+        manifest = Manifest(bundle.chunks, bundle.observe, bundle.message, now_us, old.redaction_salt)
         revision = again(BUNDLE, BUNDLE_KEY, manifest.to_payload())
         files = bundles.files(connection, bundle.revision)
         bundles.insert_bundle(connection, replace(bundle, revision=revision), files=files, bodies={})

@@ -110,7 +110,7 @@ class Publisher:
         self._now_s = now_s
         self.status = PublisherStatus()
         self._copier = OutboxCopier(database, documents, quotas)
-        self._meta = meta.Meta("", 0, 0, 0, 0, "")
+        self._meta = meta.Meta("", 0, 0, 0, 0, "", b"")
         self._looked_s = -math.inf  # the loop's clock, which nobody sets
 
     @property

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -26,10 +26,11 @@ from sqlalchemy import Connection, Row, delete, func, insert, or_, select, tuple
 
 from licet.wire.names import USAGE_SHARDS
 from licet.wire.usage import UsageBatch, UsageEvent
+from licet_control_plane.archive.records import ArchivedBlock, ArchivedLog
 from licet_control_plane.core import chain
 from licet_control_plane.core.accounting import Account, DecodedBatch, window_start_of
 from licet_control_plane.core.recorded import Gap, LogNumbers, RecordedSeqs
-from licet_control_plane.core.sealed_events import RANDOM_BYTES, Sealed, is_same, leaf_hash, seal
+from licet_control_plane.core.sealed_events import RANDOM_BYTES, UNITS, Sealed, fields_of, is_same, leaf_hash, seal
 from licet_control_plane.core.subject_keys import LedgerKey, Subject
 from licet_control_plane.store import ledger_sums, meta, subjects
 from licet_control_plane.store.database import insert_sql, upsert
@@ -132,7 +133,7 @@ def record(
         batch = decoded.batch
         log = known.get(batch.log_id)
         if log is None:
-            log = known[batch.log_id] = _open_log(connection, shard, decoded, now_us)
+            log = known[batch.log_id] = _open_log(connection, shard, batch, now_us)
         for lost in batch.lost:
             done.declared += log.numbers.declare(lost.first_seq, lost.last_seq, Gap(lost.reason, now_us))
         missing = log.numbers.missing(batch.first_seq, batch.last_seq)
@@ -165,6 +166,70 @@ def record(
     done.watermarks = {log_id: log.numbers.recorded.watermark for log_id, log in known.items()}
     done.lost = {log_id: sorted(log.numbers.gaps) for log_id, log in known.items() if log.numbers.gaps}
     return done
+
+
+def restore(
+    connection: Connection, archived: ArchivedBlock, *, ledger_key: LedgerKey, erased: Container[int], now_us: int
+) -> None:
+    """Put a block back that was read from an archive, after the block before it, with all that follows from it.
+
+    The caller has verified it. Subjects are there already; what is personal of those in ``erased`` is left out.
+
+    Raises:
+        Damaged: an event cannot be read.
+        ValueError: an event is not where the block says.
+    """
+    block = archived.block
+    _lock(connection, block.shard)
+    reader = EventReader(connection, ledger_key)
+    account = Account()
+    about = {log.log_id: log for log in archived.logs}
+    sealed = iter(archived.events)
+    known: dict[str, _Log] = {}
+    for log_id, first, last in chain.ranges_of(block):
+        log = known.get(log_id)
+        if log is None:
+            log = known[log_id] = _open_log(connection, block.shard, about[log_id], now_us)
+        rows: list[tuple[Any, ...]] = []
+        readable: list[_Readable] = []
+        for seq, event in zip(range(first, last + 1), sealed, strict=False):
+            fields = fields_of(event.public)
+            subject, numbered, at, tenant, *columns = fields[1:UNITS]
+            if numbered != seq:
+                raise ValueError(f"event {numbered} of log {log_id} stands where event {seq} should")
+            personal = None if subject in erased else event.personal
+            units = sum(fields[UNITS].values())
+            rows.append(
+                (log.number, seq, at, tenant, subject, *columns, units, event.public, event.commitment, personal)
+            )
+            readable.append(_Readable(log.number, subject, event.public, event.commitment, personal))
+        connection.exec_driver_sql(insert_sql(connection.dialect.name, events, _EVENT_COLUMNS), rows)
+        read = reader.read(readable)
+        account.add(about[log_id].sidecar, read)
+        log.numbers.add(first, last)
+        log.last_at = max(log.last_at, read[-1].at_us)
+    for log in known.values():
+        _save_log(connection, log)
+    ledger_sums.add(connection, account)
+    _add_spend(connection, account)
+    connection.execute(insert(blocks).values(block._asdict()))
+    connection.execute(
+        update(shards)
+        .where(shards.c.shard == block.shard)
+        .values(
+            blocks=block.number, head=block.hash, batches=shards.c.batches + 1, events=shards.c.events + block.events
+        )
+    )
+
+
+class _Readable(NamedTuple):
+    """The columns of ``READABLE``."""
+
+    log: int
+    subject: int
+    public: bytes
+    commitment: bytes
+    personal: bytes | None
 
 
 def spend_of(
@@ -350,8 +415,7 @@ def _append(connection: Connection, head: _Head, now_us: int, **contents: Any) -
     return _Head(head.shard, block.number, block.hash, head.erasures)
 
 
-def _open_log(connection: Connection, shard: int, decoded: DecodedBatch, now_us: int) -> _Log:
-    batch = decoded.batch
+def _open_log(connection: Connection, shard: int, batch: UsageBatch | ArchivedLog, now_us: int) -> _Log:
     row = connection.execute(select(logs).where(logs.c.log_id == batch.log_id)).first()
     if row is None:
         made = connection.execute(

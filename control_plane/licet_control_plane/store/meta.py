@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
+from licet.domain.redaction import SALT_BYTES
 from licet_control_plane.store.schema import META_ID, meta
 
 
@@ -20,6 +22,7 @@ class Meta:
     revision: int
     epoch: int
     redis_run: str
+    redaction_salt: bytes
 
 
 def ensure(connection: Connection, *, deployment: str, now_us: int) -> bool:
@@ -36,6 +39,7 @@ def ensure(connection: Connection, *, deployment: str, now_us: int) -> bool:
             epoch=0,
             redis_run="",
             created_at=now_us,
+            redaction_salt=os.urandom(SALT_BYTES),
         )
     )
     return True
@@ -78,10 +82,25 @@ def start_generation(connection: Connection, *, revision: int) -> Meta:
     return read(connection)
 
 
+def start_ledger_generation(connection: Connection) -> int:
+    """Begin a new generation of the ledger alone: sidecars then send again what they still hold. Returns it."""
+    row = lock(connection)
+    connection.execute(update(meta).values(ledger_generation=row.ledger_generation + 1))
+    return row.ledger_generation + 1
+
+
 def set_redis_run(connection: Connection, run: str) -> None:
     """Remember the server whose contents and marks were checked."""
     connection.execute(update(meta).values(redis_run=run))
 
 
 def _meta(row: Row[Any]) -> Meta:
-    return Meta(row.deployment, row.generation, row.ledger_generation, row.revision, row.epoch, row.redis_run)
+    return Meta(
+        row.deployment,
+        row.generation,
+        row.ledger_generation,
+        row.revision,
+        row.epoch,
+        row.redis_run,
+        bytes(row.redaction_salt),
+    )

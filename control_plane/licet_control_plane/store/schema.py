@@ -44,6 +44,7 @@ meta: Final = Table(
     Column("epoch", BigInteger, nullable=False),  # the last one allocated
     Column("redis_run", String(64), nullable=False),  # run id of the server whose marks were last checked
     Column("created_at", BigInteger, nullable=False),
+    Column("redaction_salt", LargeBinary, nullable=False),  # keys the hashes of attributes; published with bundles
 )
 
 api_keys: Final = Table(
@@ -273,6 +274,39 @@ conflicts: Final = Table(
     Column("public", LargeBinary, nullable=False),
     Column("commitment", LargeBinary, nullable=False),
     Column("personal", LargeBinary),
+)
+
+dead_letters: Final = Table(
+    # Batches that could not be recorded, as they came, until somebody decides: see ``store/dead_letters.py``.
+    "ledger_dead_letters",
+    metadata,
+    Column("number", _AutoId, primary_key=True),
+    Column("digest", String(64), nullable=False, unique=True),  # SHA-256 of the body
+    Column("shard", Integer, nullable=False),
+    Column("entry", String(48), nullable=False),  # of the usage stream, when it came first
+    Column("first_at", BigInteger, nullable=False),
+    Column("last_at", BigInteger, nullable=False),
+    Column("times", BigInteger, nullable=False),  # how often it came
+    Column("reason", Text, nullable=False),
+    Column("log_id", String(96), nullable=False),  # empty when it cannot be read
+    Column("first_seq", BigInteger, nullable=False),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("body", LargeBinary),  # null once settled
+    Column("outcome", String(16), nullable=False),  # "", then "recorded" or "dropped"
+    Column("settled_at", BigInteger),
+    Column("settled_by", String(128)),
+)
+
+sinks: Final = Table(
+    # How far a sink of events is: everything before ``block`` was taken, and ``events`` of that block.
+    "event_sinks",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("shard", Integer, primary_key=True, autoincrement=False),
+    Column("block", BigInteger, nullable=False),
+    Column("events", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
 )
 
 rollups: Final = Table(

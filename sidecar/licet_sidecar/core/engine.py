@@ -101,6 +101,7 @@ class Decision:
         self.feature_costs: Mapping[str, int] = _NOTHING
         """What each feature costs, when several do."""
         self.context: Mapping[str, AttributeValue] = _NOTHING
+        """The declared attributes as they are recorded."""
         self.prices: Prices = ()
         """What the license says the action's features cost."""
         self.priced_as: Mapping[str, str] = _NOTHING
@@ -395,7 +396,7 @@ class Engine:
             return _unknown_action(inquiry)
         decision = _unavailable(bound, "The tenant's license could not be read.")
         prepare(bound, inquiry)
-        decision.units, decision.context = inquiry.units, inquiry.declared
+        decision.units, decision.context = inquiry.units, bound.recorded(inquiry.declared)
         return decision
 
     def _with_license(
@@ -454,7 +455,7 @@ class Engine:
                 return settled
             decision = settled
         decision.units = units
-        decision.context = context
+        decision.context = bound.recorded(context) if bound.hides else context
         decision.shadow = shadow
         if exposures:
             decision.exposures = exposures

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
@@ -92,6 +92,7 @@ class Reservation:
         "expires_us",
         "exposures",
         "given_up",
+        "hidden",
         "holds",
         "id",
         "inquiry",
@@ -106,12 +107,17 @@ class Reservation:
         "size",
         "terms_s",
         "units",
+        "values_lost",
     )
 
     def __init__(self, id_: str, inquiry: Inquiry, *, expires_us: int, made_ms: int) -> None:
         self.id = id_
         self.inquiry = inquiry
         """What was asked; its context holds what the action declares, and nothing else."""
+        self.hidden: Mapping[str, AttributeValue] = {}
+        """What is recorded instead of attributes whose value is not."""
+        self.values_lost = False
+        """Whether their values went with an earlier process."""
         self.expires_us = expires_us
         self.made_ms = made_ms
         self.units: Mapping[str, int] = {}
@@ -140,8 +146,8 @@ class Reservation:
 
     @property
     def context(self) -> Mapping[str, AttributeValue]:
-        """The attributes that the action declares."""
-        return self.inquiry.context
+        """The attributes that the action declares, as they are recorded."""
+        return {**self.inquiry.context, **self.hidden} if self.hidden else self.inquiry.context
 
     def used_units(self, quantity: int | None, quantities: Mapping[str, int]) -> dict[str, int]:
         """Units by feature that a commit names; all that is held when it names none.
@@ -361,7 +367,9 @@ def to_wire(reservation: Reservation) -> list[Any]:
         inquiry.tenant,
         inquiry.action,
         [
-            _values_to_wire(getattr(inquiry, name)) if name in _MAPPINGS else getattr(inquiry, name)
+            _values_to_wire(getattr(inquiry, name), reservation.hidden if name == "context" else ())
+            if name in _MAPPINGS
+            else getattr(inquiry, name)
             for name in _INQUIRY_FIELDS
         ],
         dict(reservation.units),
@@ -385,6 +393,7 @@ def to_wire(reservation: Reservation) -> list[Any]:
         reservation.reported,
         reservation.given_up,
         dict(reservation.exposures),
+        dict(reservation.hidden),
     ]
 
 
@@ -420,6 +429,8 @@ def from_wire(wire: list[Any], lease_of: LeaseOf, boot_ms: int) -> Reservation:
     reservation.degraded, reservation.observed = degraded, observed
     reservation.reported, reservation.given_up = reported, given_up
     reservation.exposures = later[0] if later else {}
+    reservation.hidden = later[1] if len(later) > 1 else {}
+    reservation.values_lost = bool(reservation.hidden)
     return reservation
 
 
@@ -429,9 +440,13 @@ def _price_to_wire(price: Price | None) -> list[Any] | None:
     return [price.amount_nanos, price.per_units, price.currency, price.by, dict(price.amounts_nanos)]
 
 
-def _values_to_wire(values: Mapping[str, Any]) -> dict[str, Any]:
+def _values_to_wire(values: Mapping[str, Any], without: Container[str] = ()) -> dict[str, Any]:
     # Integers and timestamps are told apart by type, which msgpack does not carry.
-    return {name: {"us": int(value)} if type(value) is TimestampUs else value for name, value in values.items()}
+    return {
+        name: {"us": int(value)} if type(value) is TimestampUs else value
+        for name, value in values.items()
+        if name not in without
+    }
 
 
 def _values_from_wire(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,23 @@ Actions are compiled when first asked for, so that the cost of a decision does n
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from licet.domain.catalog import Action, AttributeType, Catalog, Durability, Enforcement, Flag, RuleEffect, matches
+from licet.domain.catalog import (
+    Action,
+    AttributeType,
+    AttributeValue,
+    Catalog,
+    Durability,
+    Enforcement,
+    Flag,
+    RuleEffect,
+    matches,
+)
 from licet.domain.conditions import Condition, ConditionEnvironment, ConditionError
+from licet.domain.redaction import RecordMode, hidden
 
 ROLLOUT_STEPS: Final = 10_000
 """Resolution of a rollout's percentage: a hundredth of a percent."""
@@ -55,13 +67,25 @@ class BoundAction:
     rulings_kept: bool
     """Whether all of ``variables`` have few values, so that ``core.rules`` remembers its rulings by them."""
     rulings: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    hides: Mapping[str, RecordMode] = field(default_factory=dict)
+    """Declared attributes whose value is not recorded; empty for most actions."""
+    salt: bytes = b""
+
+    def hidden(self, declared: Mapping[str, AttributeValue]) -> dict[str, AttributeValue]:
+        """What is recorded instead of the values of ``hides``."""
+        return hidden(declared, self.hides, self.salt)
+
+    def recorded(self, declared: Mapping[str, AttributeValue]) -> Mapping[str, AttributeValue]:
+        """The attributes as events have them."""
+        return {**declared, **self.hidden(declared)} if self.hides else declared
 
 
 class Rulebook:
     """A catalog at a revision. Owned by one event loop; replaced as a whole when a new bundle arrives."""
 
-    def __init__(self, catalog: Catalog, *, generation: int, revision: int, observe: bool) -> None:
+    def __init__(self, catalog: Catalog, *, generation: int, revision: int, observe: bool, salt: bytes = b"") -> None:
         self.catalog = catalog
+        self._salt = salt
         self.generation = generation
         self.revision = revision
         self.observe = observe
@@ -98,6 +122,8 @@ class Rulebook:
             variables=variables,
             only_meter=meters[0] if len(meters) == 1 else None,
             rulings_kept=all(_has_few_values(action, variable) for variable in variables),
+            hides={name: spec.record for name, spec in action.attributes.items() if spec.record is not RecordMode.KEEP},
+            salt=self._salt,
         )
 
     def _rules_of(self, action: Action) -> list[BoundRule]:

@@ -216,7 +216,7 @@ def is_recorded_as(event: usage.UsageEvent, inquiry: Inquiry, rulebook: Rulebook
         return True  # without units, it was denied before they were read
     prepare(bound, inquiry)
     # Packed, because what is no number does not equal itself.
-    return units == inquiry.units and _packed(event.context) == _packed(dict(inquiry.declared))
+    return units == inquiry.units and _packed(event.context) == _packed(dict(bound.recorded(inquiry.declared)))
 
 
 def _packed(context: dict[str, Any]) -> bytes:

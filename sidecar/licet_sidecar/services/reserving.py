@@ -20,6 +20,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 
 from licet.domain.catalog import OnExpiry
+from licet.domain.conditions import CONTEXT_PREFIX
 from licet.domain.outcomes import Effect, Reason
 from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
@@ -250,6 +251,10 @@ class Reserving:
         after_us = expires_after_us or terms.expires_after_s * _US
         inquiry.context = decision.context  # what is not declared is not kept
         reservation = Reservation(id_, inquiry, expires_us=self._clock.now_us() + after_us, made_ms=boot_ms)
+        if bound.hides:
+            # In memory the true values, for what a commit uses beyond the reservation; in the log what is recorded.
+            inquiry.context = inquiry.declared
+            reservation.hidden = bound.hidden(inquiry.declared)
         reservation.units = dict(decision.units)
         reservation.meters = dict(bound.action.meters)
         reservation.prices = decision.prices
@@ -528,8 +533,9 @@ class Reserving:
         extra: Decision | None = None
         if beyond:
             inquiry = reservation.inquiry_for(beyond)
+            extra = self._undecidable(reservation)
             try:
-                outcome = self._deciding.decide(inquiry, patient=True)
+                outcome = extra or self._deciding.decide(inquiry, patient=True)
                 if not isinstance(outcome, Decision):
                     left_s = (deadline_ms - self._clock.boot_ms()) / 1_000
                     outcome = await self._deciding.decide_later(inquiry, outcome, left_s)
@@ -660,6 +666,20 @@ class Reserving:
                 self._tally.log_failures += 1
 
     # Records and answers
+
+    def _undecidable(self, reservation: Reservation) -> Decision | None:
+        """A denial, when conditions read values that were not recorded and went with the process that had them."""
+        bound = self._engine.rulebook.action(reservation.inquiry.action) if self._engine.rulebook else None
+        if bound is None or not reservation.values_lost:
+            return None
+        lost = sorted(name for name in reservation.hidden if f"{CONTEXT_PREFIX}{name}" in bound.variables)
+        if not lost:
+            return None
+        return Decision(
+            Effect.DENIED,
+            Reason.POLICY_ERROR,
+            f"A condition reads {', '.join(lost)}, which is not recorded and was lost when the sidecar restarted.",
+        )
 
     def records(self) -> list[bytes]:
         """Records of every open reservation, for the head of a new log segment."""

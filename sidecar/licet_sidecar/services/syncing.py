@@ -419,7 +419,11 @@ class SyncService:
         manifest = Manifest.from_payload(statement.payload)
         catalog: Catalog = catalog_of_chunks((chunks[digest] for digest in manifest.chunks), manifest.chunks)
         rulebook = Rulebook(
-            catalog, generation=statement.generation, revision=statement.revision, observe=manifest.observe
+            catalog,
+            generation=statement.generation,
+            revision=statement.revision,
+            observe=manifest.observe,
+            salt=manifest.salt,
         )
         return _Bundle(statement, document, {digest: chunks[digest] for digest in manifest.chunks}, rulebook)
 

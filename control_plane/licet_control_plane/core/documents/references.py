@@ -12,6 +12,7 @@ from typing import Final
 
 from licet.domain.catalog import Action, AttributeType, Document, Entitlement, Limit, Plan, matches
 from licet.domain.conditions import CONTEXT_PREFIX
+from licet.domain.redaction import RecordMode
 from licet_control_plane.core.documents.findings import Findings
 from licet_control_plane.core.documents.nodes import Node, SourceDocument
 from licet_control_plane.core.suggestion import did_you_mean
@@ -207,6 +208,9 @@ def _check_price_by(
         findings.error(
             document, path, f"{by} is of type {declared[attribute].type.value}", "Price by an attribute of type string."
         )
+    for name, action in sorted(metering.items()):
+        if action is not None and attribute in action.attributes:
+            _check_recorded(document, path, name, action, attribute, "the bill needs its value", findings)
 
 
 def _check_scopes(
@@ -241,6 +245,29 @@ def _check_scopes(
                         f"{attribute!r} is of type {spec.type.value} in the action {name!r}, and cannot be counted by",
                         "Use an attribute of type string, int or bool.",
                     )
+                else:
+                    _check_recorded(
+                        document, path, name, action, attribute, "the names of its quotas would tell it", findings
+                    )
+
+
+def _check_recorded(
+    document: SourceDocument,
+    path: tuple[str | int, ...],
+    name: str,
+    action: Action,
+    attribute: str,
+    why: str,
+    findings: Findings,
+) -> None:
+    record = action.attributes[attribute].record
+    if record is not RecordMode.KEEP:
+        findings.error(
+            document,
+            path,
+            f"{attribute!r} has 'record: {record.value}' in the action {name!r}: {why}",
+            "Use another attribute here, or write 'record: keep' there.",
+        )
 
 
 def _check_limit_keys(document: SourceDocument, feature: str, limits: Sequence[Limit], findings: Findings) -> None:

@@ -35,6 +35,7 @@ from licet.domain.catalog import (
     UnavailableMode,
 )
 from licet.domain.money import Fee, Price, Step, TierMode, Tiers
+from licet.domain.redaction import RecordMode
 from licet_control_plane.core.documents.limits import LimitSource
 from licet_control_plane.core.documents.model import Source
 from licet_control_plane.core.documents.scalars import (
@@ -97,10 +98,11 @@ class FeatureSource(Source):
 
 
 class AttributeSource(Source):
-    """``string``, or ``{type: string, default: ""}``."""
+    """``string``, or ``{type: string, default: "", record: hash}``."""
 
     type: AttributeType
     default: Any = None
+    record: RecordMode = RecordMode.KEEP
 
     @field_validator("default")
     @classmethod
@@ -111,7 +113,7 @@ class AttributeSource(Source):
 
     def to_domain(self) -> Attribute:
         """The record both programs act on."""
-        return Attribute(self.type, self.default)
+        return Attribute(self.type, self.default, self.record)
 
 
 def _attribute_value(kind: AttributeType, value: Any) -> AttributeValue:

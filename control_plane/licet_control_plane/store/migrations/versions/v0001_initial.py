@@ -89,6 +89,36 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("log", "seq", "digest", name=op.f("pk_ledger_conflicts")),
     )
     op.create_table(
+        "event_sinks",
+        sa.Column("name", sa.String(length=32), nullable=False),
+        sa.Column("shard", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("block", sa.BigInteger(), nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.Column("updated_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("name", "shard", name=op.f("pk_event_sinks")),
+    )
+    op.create_table(
+        "ledger_dead_letters",
+        sa.Column("number", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("shard", sa.Integer(), nullable=False),
+        sa.Column("entry", sa.String(length=48), nullable=False),
+        sa.Column("first_at", sa.BigInteger(), nullable=False),
+        sa.Column("last_at", sa.BigInteger(), nullable=False),
+        sa.Column("times", sa.BigInteger(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("log_id", sa.String(length=96), nullable=False),
+        sa.Column("first_seq", sa.BigInteger(), nullable=False),
+        sa.Column("last_seq", sa.BigInteger(), nullable=False),
+        sa.Column("bytes", sa.BigInteger(), nullable=False),
+        sa.Column("body", sa.LargeBinary(), nullable=True),
+        sa.Column("outcome", sa.String(length=16), nullable=False),
+        sa.Column("settled_at", sa.BigInteger(), nullable=True),
+        sa.Column("settled_by", sa.String(length=128), nullable=True),
+        sa.PrimaryKeyConstraint("number", name=op.f("pk_ledger_dead_letters")),
+        sa.UniqueConstraint("digest", name=op.f("uq_ledger_dead_letters_digest")),
+    )
+    op.create_table(
         "ledger_events",
         sa.Column("log", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -216,6 +246,7 @@ def upgrade() -> None:
         sa.Column("epoch", sa.BigInteger(), nullable=False),
         sa.Column("redis_run", sa.String(length=64), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("redaction_salt", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_meta")),
     )
     op.create_table(

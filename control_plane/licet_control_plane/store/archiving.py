@@ -1,0 +1,164 @@
+"""Blocks as the archive holds them: read from the ledger, and put back in an empty one.
+
+This is the one place where the forms of the ledger and the archive meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection, insert, select, update
+
+from licet_control_plane.archive.records import ArchivedBlock, ArchivedLog
+from licet_control_plane.archive.subject_keys import ArchivedSubject
+from licet_control_plane.core import chain
+from licet_control_plane.core.chain import Block
+from licet_control_plane.core.sealed_events import Sealed
+from licet_control_plane.store import access, meta
+from licet_control_plane.store.schema import blocks, events, logs, shards, subjects
+
+_ASK_MAX: Final = 500
+"""Values in one question: SQLite takes at least 999."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainHead:
+    """Where a shard's chain ends: the number of its last block, 0 for none, and its hash."""
+
+    shard: int
+    blocks: int
+    hash: bytes
+
+
+def heads(connection: Connection) -> dict[int, ChainHead]:
+    """Of every shard that has one, by shard."""
+    rows = connection.execute(select(shards.c.shard, shards.c.blocks, shards.c.head))
+    return {row.shard: ChainHead(row.shard, row.blocks, bytes(row.head)) for row in rows}
+
+
+def hash_at(connection: Connection, shard: int, number: int) -> bytes | None:
+    """The hash of a block; of block 0, what the first block has for the one before it. ``None``: it is not there."""
+    if number == 0:
+        return chain.genesis(meta.read(connection).deployment, shard)
+    found = connection.scalar(select(blocks.c.hash).where(blocks.c.shard == shard, blocks.c.number == number))
+    return None if found is None else bytes(found)
+
+
+class FoundBlock(NamedTuple):
+    """A block of the ledger, and the numbers of the subjects that its events are about."""
+
+    archived: ArchivedBlock
+    subjects: set[int]
+
+
+def blocks_after(
+    connection: Connection, shard: int, after: int, *, events_max: int, blocks_max: int
+) -> list[FoundBlock]:
+    """The blocks of a shard after number ``after``, ascending: at most ``blocks_max``, and no more once they hold
+    ``events_max`` events. Fewer when there are no more, or when one was dropped from the ledger."""
+    query = (select(blocks).where(blocks.c.shard == shard, blocks.c.number > after).order_by(blocks.c.number)).limit(
+        blocks_max
+    )
+    found: list[FoundBlock] = []
+    count = 0
+    for row in connection.execute(query).all():
+        block = Block._make(row)
+        if block.number != after + 1 + len(found):
+            break
+        found.append(_archived(connection, block))
+        count += block.events
+        if count >= events_max:
+            break
+    return found
+
+
+def _archived(connection: Connection, block: Block) -> FoundBlock:
+    held: list[Sealed] = []
+    about: set[int] = set()
+    named: dict[str, Any] = {}
+    for log_id, first, last in chain.ranges_of(block):
+        log = named.get(log_id)
+        if log is None:
+            log = named[log_id] = connection.execute(select(logs).where(logs.c.log_id == log_id)).one()
+        rows = connection.execute(
+            select(events.c.subject, events.c.public, events.c.commitment, events.c.personal)
+            .where(events.c.log == log.log, events.c.seq >= first, events.c.seq <= last)
+            .order_by(events.c.seq)
+        )
+        for subject, *sealed in rows:
+            about.add(subject)
+            held.append(Sealed(*sealed))
+    headers = [
+        ArchivedLog(
+            log.log_id,
+            log.sidecar,
+            log.incarnation,
+            log.previous_incarnation,
+            log.previous_last_seq,
+            bytes(log.decision_prefix),
+        )
+        for log in named.values()
+    ]
+    return FoundBlock(ArchivedBlock(block, headers, held), about)
+
+
+def subject_rows(connection: Connection, numbers: Sequence[int]) -> list[ArchivedSubject]:
+    """The subjects of these numbers, with their wrapped keys."""
+    found: list[ArchivedSubject] = []
+    for start in range(0, len(numbers), _ASK_MAX):
+        some = numbers[start : start + _ASK_MAX]
+        for row in connection.execute(select(subjects).where(subjects.c.number.in_(some))):
+            found.append(
+                ArchivedSubject(
+                    row.number,
+                    row.tenant,
+                    row.type,
+                    row.tag,
+                    row.principal,
+                    row.key,
+                    row.created_at,
+                    row.erased_at,
+                )
+            )
+    return found
+
+
+def begin_rebuilding(connection: Connection, source: str, *, now_us: int) -> int:
+    """A new generation of the ledger, so that sidecars send again what they still hold. Returns it."""
+    generation = meta.start_ledger_generation(connection)
+    access.record(
+        connection,
+        by="licet ledger rebuild",
+        action="ledger.rebuild",
+        target=f"ledger generation {generation}",
+        before=None,
+        after={"archive": source},
+        now_us=now_us,
+    )
+    return generation
+
+
+def put_subjects(connection: Connection, archived: Collection[ArchivedSubject]) -> None:
+    """Put subjects in the ledger that it does not have; those that it has stay as they are."""
+    numbers = [subject.number for subject in archived]
+    known: set[int] = set()
+    for start in range(0, len(numbers), _ASK_MAX):
+        some = numbers[start : start + _ASK_MAX]
+        known |= set(connection.scalars(select(subjects.c.number).where(subjects.c.number.in_(some))))
+    new = [subject._asdict() for subject in archived if subject.number not in known]
+    if new:
+        connection.execute(insert(subjects), new)
+
+
+def erase_subjects(connection: Connection, numbers: Sequence[int], *, at: int) -> None:
+    """What an erasure that the chain records did to the ledger, done to it again."""
+    for start in range(0, len(numbers), _ASK_MAX):
+        some = numbers[start : start + _ASK_MAX]
+        connection.execute(update(events).where(events.c.subject.in_(some)).values(personal=None))
+        connection.execute(
+            update(subjects)
+            .where(subjects.c.number.in_(some), subjects.c.erased_at.is_(None))
+            .values(tag=None, principal=None, key=None, erased_at=at)
+        )
