@@ -1,4 +1,4 @@
-"""The store on a real SQLite."""
+"""The store on a real SQLite and a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.support.usage import batch
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    made = Database(f"sqlite:///{tmp_path / 'licet.db'}")
+def database(database_url: str) -> Iterator[Database]:
+    made = Database(database_url)
     made.migrate()
     made.write_now(meta.ensure, deployment="d", now_us=1)
     yield made
@@ -112,9 +112,9 @@ def test_an_intended_mark_is_new_only_once(database: Database) -> None:
     assert database.write_now(marks.intend, ["b", "c"], now_us=1) == {"c"}
 
 
-def test_a_reader_after_a_failed_one_sees_what_was_committed_since(database: Database, tmp_path: Path) -> None:
+def test_a_reader_after_a_failed_one_sees_what_was_committed_since(database: Database, database_url: str) -> None:
     database.write_now(append)
-    writer = Database(f"sqlite:///{tmp_path / 'licet.db'}")  # its connections are never the reader's
+    writer = Database(database_url)  # its connections are never the reader's
     kept = []
 
     def fails(connection: Connection) -> None:
