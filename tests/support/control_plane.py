@@ -1,4 +1,4 @@
-"""A control plane in the test's own event loop, on a real Valkey and SQLite, and what a sidecar would see of it."""
+"""A control plane in the test's own event loop, on a real Valkey and a real database, and what a sidecar would see of it."""
 
 from __future__ import annotations
 
@@ -84,9 +84,10 @@ async def until(condition: Callable[[], Awaitable[Any]], *, within_s: float = WA
 class Deployment:
     """A state directory's worth of control plane, which can be started and stopped, and a view of its Redis."""
 
-    def __init__(self, state_dir: Path, redis_url: str) -> None:
+    def __init__(self, state_dir: Path, redis_url: str, database_url: str = "") -> None:
         self.state_dir = state_dir
         self.redis_url = redis_url
+        self.database_url = database_url
         self.key = SigningKey.generate()
         self.verifier = Verifier([self.key.public_key])
         self.redis: Any = aioredis.Redis.from_url(redis_url, protocol=2)
@@ -95,7 +96,12 @@ class Deployment:
 
     async def start(self, *, new_generation: bool = False) -> ControlPlane:
         """Start the control plane on whatever the state directory holds."""
-        config = ServerConfig(state_dir=self.state_dir, redis_url=self.redis_url, new_generation=new_generation)
+        config = ServerConfig(
+            state_dir=self.state_dir,
+            redis_url=self.redis_url,
+            database_url=self.database_url,
+            new_generation=new_generation,
+        )
         database = Database(config.database)
         database.migrate()
         if database.write_now(meta.ensure, deployment="d" * 32, now_us=1):
@@ -168,10 +174,12 @@ class Deployment:
 
 
 @asynccontextmanager
-async def deployment(state_dir: Path, redis_url: str, *, start: bool = True) -> AsyncIterator[Deployment]:
-    """A deployment, started unless told otherwise, and ended at the end."""
+async def deployment(
+    state_dir: Path, redis_url: str, *, start: bool = True, database_url: str = ""
+) -> AsyncIterator[Deployment]:
+    """A deployment, started unless told otherwise, and ended at the end; on SQLite unless told otherwise."""
     state_dir.mkdir(exist_ok=True)
-    made = Deployment(state_dir, redis_url)
+    made = Deployment(state_dir, redis_url, database_url)
     try:
         if start:
             await made.start()

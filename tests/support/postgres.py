@@ -29,6 +29,8 @@ from tests.support.valkey import free_port
 
 URL_VARIABLE: Final = "LICET_TEST_POSTGRES_URL"
 """A server to use instead, as ``postgresql+psycopg://user:password@host/postgres``; the user creates databases."""
+DATABASES_VARIABLE: Final = "LICET_TEST_DATABASES"
+"""``all``: also the long suites, which are more about Redis, run over both databases; some 80 seconds more."""
 START_S_MAX: Final = 60.0
 STOP_S_MAX: Final = 20.0
 _POLL_S: Final = 0.02
@@ -280,9 +282,22 @@ def postgres_process() -> Iterator[PostgresProcess]:
         process.close()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+_BOTH: Final = ["sqlite", "postgresql"]
+
+
+@pytest.fixture(params=_BOTH)
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database: every test that asks runs over both kinds."""
+    return _new_database(request, tmp_path)
+
+
+@pytest.fixture(params=_BOTH if os.environ.get(DATABASES_VARIABLE) == "all" else _BOTH[:1])
+def long_suite_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty SQLite database; over both kinds only when all is wanted."""
+    return _new_database(request, tmp_path)
+
+
+def _new_database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'licet.db'}"
     url: str = request.getfixturevalue("postgres_url")
