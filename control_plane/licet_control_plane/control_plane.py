@@ -15,6 +15,7 @@ from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.signing import SigningKey
 from licet_control_plane.changes import Changes
 from licet_control_plane.config import ServerConfig
+from licet_control_plane.drain.months import MonthKeeper
 from licet_control_plane.drain.worker import DrainCounts, ShardWorker
 from licet_control_plane.publisher.asks import AsksReader
 from licet_control_plane.publisher.documents import RedisDocuments
@@ -54,6 +55,7 @@ class ControlPlane:
     asks: AsksReader
     drain: DrainCounts
     workers: list[ShardWorker]
+    months: MonthKeeper
     metrics: Metrics
     now_s: Callable[[], float]
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -116,6 +118,7 @@ class ControlPlane:
             asks=asks,
             drain=counts,
             workers=workers,
+            months=MonthKeeper(database, now_s=now_s),
             metrics=Metrics(),
             now_s=now_s,
         )
@@ -127,6 +130,7 @@ class ControlPlane:
         self._tasks = [
             asyncio.create_task(_supervised("publisher", self.publisher.run)),
             asyncio.create_task(_supervised("asks", self.asks.run)),
+            asyncio.create_task(_supervised("months", self.months.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
         ]
 

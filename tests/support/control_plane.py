@@ -1,4 +1,4 @@
-"""A control plane in the test's own event loop, on a real Valkey and a real database, and what a sidecar would see of it."""
+"""A control plane in the test's own event loop, on a real Valkey and database, and what a sidecar would see of it."""
 
 from __future__ import annotations
 

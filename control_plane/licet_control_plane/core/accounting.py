@@ -70,10 +70,11 @@ class Account:
                 continue
             features = event.units
             hour = event.at_us // _HOUR_US * 3_600
+            action = storable(event.action)
             bearer = next(iter(features)) if len(features) == 1 else ""
             named = features.items() if bearer in features else [("", 0), *features.items()]
             for feature, units in named:
-                key = (hour, event.tenant, feature, event.action, event.effect, event.reason, event.currency)
+                key = (hour, event.tenant, feature, action, event.effect, event.reason, event.currency)
                 sums = rollups.get(key)
                 if sums is None:
                     sums = rollups[key] = [0, 0, 0, 0]
@@ -117,6 +118,11 @@ def is_outcome(event: UsageEvent) -> bool:
 def spends_count(event: UsageEvent) -> bool:
     """Whether the event's spends were really taken from its sidecar's registers."""
     return event.effect == Effect.APPROVED or bool(event.flags & FLAG_OBSERVED)
+
+
+def storable(text: str) -> str:
+    """The text as a column can hold it: PostgreSQL takes no NUL. The event's body keeps it as it is."""
+    return text.replace("\0", "\ufffd") if "\0" in text else text
 
 
 def window_start_of(quota: str) -> int:

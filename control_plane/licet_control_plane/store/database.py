@@ -39,7 +39,7 @@ WAL_PAGES_MAX: Final = 8_000
 CONNECT_S_MAX: Final = 10
 """How long PostgreSQL may take to take a connection."""
 SILENCE_S_MAX: Final = 30
-"""After which a PostgreSQL that does not even answer TCP is given up: a failed node must not hold a worker for hours."""
+"""After which a PostgreSQL that does not answer at all is given up: a failed node must not hold a worker for hours."""
 LOCK_S_MAX: Final = 30
 """How long PostgreSQL waits for another's row lock. Ledger transactions take a second or two; whoever holds one for
 longer is stuck, and its session ends after ``IDLE_IN_TRANSACTION_S_MAX``."""
@@ -160,7 +160,7 @@ def insert_rows(connection: Connection, table: Table, columns: tuple[str, ...], 
     Naming each value would cost as much as inserting the row.
     """
     if connection.dialect.name != POSTGRESQL:
-        connection.exec_driver_sql(insert_sql(connection.dialect.name, table, columns), list(rows))  # type: ignore[arg-type]
+        connection.exec_driver_sql(insert_sql(connection.dialect.name, table, columns), list(rows))
         return
     import psycopg  # here, so that whoever has SQLite need not load it
 
@@ -249,7 +249,7 @@ def _postgresql_engine(url: str) -> Engine:
         url,
         pool_size=READERS_MAX + 1,
         pool_pre_ping=True,  # after a restart of the server, connections are made anew and nobody notices
-        isolation_level="READ COMMITTED",  # whatever the server's default: row locks are relied on, not failing and retrying
+        isolation_level="READ COMMITTED",  # whatever the server's default: writers wait for row locks, and go on
         connect_args={name: value for name, value in limits.items() if name not in given},
     )
     settings = (

@@ -19,9 +19,9 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, delete, insert, or_, select, update
 
 from licet.wire.usage import UsageEvent, unpack_event
-from licet_control_plane.core.accounting import Account, DecodedBatch, window_start_of
+from licet_control_plane.core.accounting import Account, DecodedBatch, storable, window_start_of
 from licet_control_plane.core.recorded import RecordedSeqs
-from licet_control_plane.store.database import insert_sql, upsert
+from licet_control_plane.store.database import insert_rows, upsert
 from licet_control_plane.store.schema import (
     conflicts,
     events,
@@ -146,13 +146,15 @@ def newest_events(connection: Connection, tenant: str, *, limit: int) -> list[Us
 
 
 def _lock(connection: Connection, shard: int) -> None:
-    connection.execute(upsert(connection, shards).values(shard=shard, batches=0, events=0).on_conflict_do_nothing())
-    connection.execute(select(shards.c.shard).where(shards.c.shard == shard).with_for_update()).one()
+    if connection.execute(select(shards.c.shard).where(shards.c.shard == shard).with_for_update()).first() is None:
+        connection.execute(upsert(connection, shards).values(shard=shard, batches=0, events=0).on_conflict_do_nothing())
+        connection.execute(select(shards.c.shard).where(shards.c.shard == shard).with_for_update()).one()
 
 
 def _open_log(connection: Connection, shard: int, decoded: DecodedBatch, now_us: int) -> _Log:
     batch = decoded.batch
-    row = connection.execute(select(logs).where(logs.c.log_id == batch.log_id)).first()
+    # Locked too: a batch that somebody puts in the stream of another shard must not be recorded twice at a time.
+    row = connection.execute(select(logs).where(logs.c.log_id == batch.log_id).with_for_update()).first()
     if row is None:
         made = connection.execute(
             insert(logs).values(
@@ -194,28 +196,29 @@ def _save_log(connection: Connection, log: _Log) -> None:
 
 
 def _insert(connection: Connection, log: int, new: Sequence[UsageEvent], bodies: Sequence[bytes]) -> None:
-    # As tuples straight to the driver: naming each value costs as much as inserting the row.
-    connection.exec_driver_sql(
-        insert_sql(connection.dialect.name, events, _EVENT_COLUMNS),
-        [
+    insert_rows(
+        connection,
+        events,
+        _EVENT_COLUMNS,
+        (
             (
                 log,
                 event.seq,
                 event.at_us,
                 event.tenant,
-                event.subject_type,
-                event.subject_id,
-                event.action,
+                storable(event.subject_type),
+                storable(event.subject_id),
+                storable(event.action),
                 event.effect,
                 event.reason,
                 event.rule,
                 event.revision,
                 sum(event.units.values()),
-                event.idempotency_key,
+                storable(event.idempotency_key),
                 body,
             )
             for event, body in zip(new, bodies, strict=True)
-        ],
+        ),
     )
 
 
@@ -242,7 +245,8 @@ def _compare(
 
 
 def _add_rollups(connection: Connection, account: Account) -> None:
-    rows = [{**key._asdict(), **sums._asdict()} for key, sums in account.rollups.items()]
+    # Sorted, here and below: other shards add to the same rows, and two that lock in one order never deadlock.
+    rows = [{**key._asdict(), **sums._asdict()} for key, sums in sorted(account.rollups.items())]
     if not rows:
         return
     statement = upsert(connection, rollups)
@@ -263,7 +267,7 @@ def _add_spend(connection: Connection, account: Account) -> None:
             "window_start": window_start_of(quota),
             "units": units,
         }
-        for (tenant, quota, sidecar), units in account.spend.items()
+        for (tenant, quota, sidecar), units in sorted(account.spend.items())
     ]
     if not rows:
         return

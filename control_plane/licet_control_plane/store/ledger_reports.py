@@ -222,7 +222,7 @@ def _verify_logs(connection: Connection) -> tuple[list[LogFacts], list[Gap]]:
 
 def _rollups_match(connection: Connection) -> bool:
     account = Account()
-    for bodies in _pages(connection, select(events.c.body).order_by(events.c.id)):
+    for bodies in _pages(connection, select(events.c.body)):
         account.add("", [unpack_event(body) for (body,) in bodies])
     stored = {tuple(row[:7]): tuple(int(value) for value in row[7:]) for row in connection.execute(select(rollups))}
     return stored == {tuple(key): tuple(sums) for key, sums in account.rollups.items()}

@@ -18,7 +18,6 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    UniqueConstraint,
 )
 
 metadata: Final = MetaData(
@@ -179,12 +178,13 @@ ranges: Final = Table(
 )
 
 events: Final = Table(
+    # On PostgreSQL, partitioned by month: ``partitions.py``. Watermarks and ranges see to it that (log, seq) is there
+    # once: ``at`` is in the key only because a partitioned table must have it there.
     "ledger_events",
     metadata,
-    Column("id", _AutoId, primary_key=True),
-    Column("log", BigInteger, nullable=False),
-    Column("seq", BigInteger, nullable=False),
-    Column("at", BigInteger, nullable=False),  # the sidecar's clock
+    Column("log", BigInteger, primary_key=True, autoincrement=False),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", BigInteger, primary_key=True, autoincrement=False),  # the sidecar's clock
     Column("tenant", String(128), nullable=False),
     Column("subject_type", Text, nullable=False),
     Column("subject_id", Text, nullable=False),
@@ -196,8 +196,9 @@ events: Final = Table(
     Column("units_total", BigInteger, nullable=False),
     Column("idempotency_key", Text, nullable=False),
     Column("body", LargeBinary, nullable=False),  # the event as the sidecar packed it
-    UniqueConstraint("log", "seq"),
     Index(None, "tenant", "at"),
+    sqlite_with_rowid=False,  # kept in the order of the key
+    postgresql_partition_by="RANGE (at)",
 )
 
 conflicts: Final = Table(

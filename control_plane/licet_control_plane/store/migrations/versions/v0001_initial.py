@@ -64,10 +64,9 @@ def upgrade() -> None:
     )
     op.create_table(
         "ledger_events",
-        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
-        sa.Column("log", sa.BigInteger(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), nullable=False),
-        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("log", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("at", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("tenant", sa.String(length=128), nullable=False),
         sa.Column("subject_type", sa.Text(), nullable=False),
         sa.Column("subject_id", sa.Text(), nullable=False),
@@ -79,9 +78,12 @@ def upgrade() -> None:
         sa.Column("units_total", sa.BigInteger(), nullable=False),
         sa.Column("idempotency_key", sa.Text(), nullable=False),
         sa.Column("body", sa.LargeBinary(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_ledger_events")),
-        sa.UniqueConstraint("log", "seq", name=op.f("uq_ledger_events_log_seq")),
+        sa.PrimaryKeyConstraint("log", "seq", "at", name=op.f("pk_ledger_events")),
+        sqlite_with_rowid=False,
+        postgresql_partition_by="RANGE (at)",
     )
+    if op.get_bind().dialect.name == "postgresql":
+        op.execute("CREATE TABLE ledger_events_default PARTITION OF ledger_events DEFAULT")
     op.create_index(op.f("ix_ledger_events_tenant_at"), "ledger_events", ["tenant", "at"], unique=False)
     op.create_table(
         "ledger_logs",
