@@ -91,11 +91,14 @@ async def _drain(url: str, batches: list[UsageBatch], valkey_dir: Path) -> Drain
         total = sum(len(batch.events) for batch in batches)
         started_s, started_cpu_s = time.perf_counter(), time.process_time()
         task = asyncio.create_task(worker.run())
-        while counts.events < total:
+        while counts.events < total and not task.done():
             await asyncio.sleep(0.005)
         took_s, cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        if task.done():
+            task.result()  # raises what ended it
+        while not task.done():  # redis-py can swallow a cancellation that comes while it reads
+            task.cancel()
+            await asyncio.wait([task], timeout=0.1)
         stored: Any = await database.read(lambda connection: connection.scalar(select(func.count()).select_from(events)))
         assert stored == total
         return Drained(total, total / took_s, 1e6 * cpu_s / total)
