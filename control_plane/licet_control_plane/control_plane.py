@@ -80,6 +80,9 @@ class ControlPlane:
         reclaimer = Reclaimer(database, marks, registers, fleet, after_s=config.reclaim_after_s)
         sweeper = Sweeper(database, registers)
         asks = AsksReader(redis, names, wake)
+        # The same name after a restart, so that what this server had read is its own again at once.
+        where = f"{socket.gethostname()}:{config.state_dir.resolve()}"
+        name = hashlib.sha256(where.encode()).hexdigest()[:16]
         publisher = Publisher(
             database,
             RedisDocuments(redis, names),
@@ -90,16 +93,14 @@ class ControlPlane:
             sweeper,
             key,
             location=location(config.redis_url),
+            holder=name,
             new_generation=config.new_generation,
             wake=wake,
             now_s=now_s,
         )
         counts = DrainCounts()
-        # The same name after a restart, so that what this server had read is its own again at once.
-        where = f"{socket.gethostname()}:{config.state_dir.resolve()}"
-        consumer = hashlib.sha256(where.encode()).hexdigest()[:16]
         workers = [
-            ShardWorker(shard, redis, names, database, key, counts, consumer=consumer, now_s=now_s)
+            ShardWorker(shard, redis, names, database, key, counts, consumer=name, now_s=now_s)
             for shard in range(USAGE_SHARDS)
         ]
         plane = cls(
@@ -143,6 +144,7 @@ class ControlPlane:
                 task.cancel()
             _, pending = await asyncio.wait(pending, timeout=CANCEL_S)
         self._tasks = []
+        await self.publisher.give_back()
         await self.redis.aclose()
         await asyncio.to_thread(self.database.close)
         self.metrics.close()

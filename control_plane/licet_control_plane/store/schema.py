@@ -45,6 +45,15 @@ meta: Final = Table(
     Column("created_at", BigInteger, nullable=False),
 )
 
+publisher_lease: Final = Table(
+    # Which control plane publishes; the others serve the API, drain, and wait for the lease to end.
+    "publisher_lease",
+    metadata,
+    Column("id", Integer, primary_key=True),  # always META_ID
+    Column("holder", String(64), nullable=False),
+    Column("ends_at", BigInteger, nullable=False),  # the database's clock
+)
+
 api_keys: Final = Table(
     "api_keys",
     metadata,

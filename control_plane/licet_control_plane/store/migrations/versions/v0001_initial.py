@@ -169,6 +169,13 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_meta")),
     )
     op.create_table(
+        "publisher_lease",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("holder", sa.String(length=64), nullable=False),
+        sa.Column("ends_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_publisher_lease")),
+    )
+    op.create_table(
         "register_spend",
         sa.Column("tenant", sa.String(length=128), nullable=False),
         sa.Column("quota", sa.String(length=384), nullable=False),
