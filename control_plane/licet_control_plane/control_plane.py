@@ -138,13 +138,15 @@ class ControlPlane:
     async def stop(self) -> None:
         """End the tasks, then the connections. What was under way is done again by the next start."""
         pending = set(self._tasks)
+        was_started = bool(pending)
         while pending:
             # Again and again: a library that swallows a cancellation must not keep the server from ending.
             for task in pending:
                 task.cancel()
             _, pending = await asyncio.wait(pending, timeout=CANCEL_S)
         self._tasks = []
-        await self.publisher.give_back()
+        if was_started:
+            await self.publisher.give_back()
         await self.redis.aclose()
         await asyncio.to_thread(self.database.close)
         self.metrics.close()

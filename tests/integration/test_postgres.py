@@ -219,7 +219,7 @@ async def two(
         deployment(tmp_path / "two", valkey_process.url, database_url=postgres_url, start=False) as two,
     ):
         await one.headed(0)
-        two.key = one.key
+        two.key, two.verifier = one.key, one.verifier
         await two.start()
         await until(lambda: stands_by(two))
         yield one, two
