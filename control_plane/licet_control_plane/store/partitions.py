@@ -24,8 +24,8 @@ MONTHS_BEHIND: Final = 1
 MONTHS_AHEAD: Final = 2
 """So that a control plane that is down for a month has not run out of partitions when it comes back."""
 DEFAULT: Final = f"{events.name}_default"
-_LOCK_MS_MAX: Final = 500
-"""How long making a partition may hold up readers and writers of the default one; it is tried again later."""
+_LOCK_MS_MAX: Final = 2_000
+"""How long making a partition may wait for who reads the default one, and hold up the drain; it is tried again later."""
 _PATTERN: Final = re.compile(r"(\d{4})-(0[1-9]|1[0-2])")
 _US: Final = 1_000_000
 
@@ -108,8 +108,9 @@ def ensure(connection: Connection, *, now_us: int) -> list[Month]:
     missing = [month for month in wanted(now_us) if month.partition not in there]
     if missing:
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_LOCK_MS_MAX}")
-        # Whoever else makes partitions waits here, and then finds them.
-        connection.exec_driver_sql(f'LOCK TABLE ONLY "{events.name}" IN SHARE UPDATE EXCLUSIVE MODE')
+        # Whoever else makes partitions waits here, and then finds them. So does whoever inserts: it would have chosen the
+        # default partition already, and be refused by its new bounds. Readers go on.
+        connection.exec_driver_sql(f'LOCK TABLE ONLY "{events.name}" IN SHARE ROW EXCLUSIVE MODE')
         there = existing(connection)
         missing = [month for month in missing if month.partition not in there]
     for month in missing:
