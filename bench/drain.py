@@ -99,7 +99,9 @@ async def _drain(url: str, batches: list[UsageBatch], valkey_dir: Path) -> Drain
         while not task.done():  # redis-py can swallow a cancellation that comes while it reads
             task.cancel()
             await asyncio.wait([task], timeout=0.1)
-        stored: Any = await database.read(lambda connection: connection.scalar(select(func.count()).select_from(events)))
+        stored: Any = await database.read(
+            lambda connection: connection.scalar(select(func.count()).select_from(events))
+        )
         assert stored == total
         return Drained(total, total / took_s, 1e6 * cpu_s / total)
     finally:

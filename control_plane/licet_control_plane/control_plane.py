@@ -43,6 +43,7 @@ class ControlPlane:
     config: ServerConfig
     deployment: str
     database: Database
+    key: SigningKey
     redis: Redis
     changes: Changes
     publisher: Publisher
@@ -107,6 +108,7 @@ class ControlPlane:
             config=config,
             deployment=deployment,
             database=database,
+            key=key,
             redis=redis,
             changes=Changes(database, key, wake=wake, now_s=now_s),
             publisher=publisher,

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from licet_control_plane.cli import ask, bundles, fleet, grants, licenses, quotas, reservations, run, seats, usage
+from licet_control_plane.cli import (
+    ask,
+    bundles,
+    fleet,
+    grants,
+    licenses,
+    months,
+    quotas,
+    reservations,
+    run,
+    seats,
+    usage,
+)
 from licet_control_plane.cli.dev import command as dev
 from licet_control_plane.cli.failure import EXIT_CODES_HELP
 from licet_control_plane.cli.replay import command as replay
@@ -86,6 +98,10 @@ _usage.command("summary", epilog=EXIT_CODES_HELP)(usage.summary)
 
 _ledger = _group("ledger", "The system of record of every decision.")
 _ledger.command("verify", epilog=EXIT_CODES_HELP)(usage.verify)
+_ledger.command("months", epilog=EXIT_CODES_HELP)(months.months)
+_ledger.command("export", epilog=EXIT_CODES_HELP)(months.export)
+_ledger.command("drop", epilog=EXIT_CODES_HELP)(months.drop)
+_ledger.command("restored", epilog=EXIT_CODES_HELP)(months.restored)
 
 _sidecar = _group("sidecar", "The sidecars that are connected.")
 _sidecar.command("list", epilog=EXIT_CODES_HELP)(fleet.list_)

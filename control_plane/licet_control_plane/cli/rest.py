@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
@@ -70,6 +71,15 @@ class ControlPlane:
         """DELETE. Raises as ``get``."""
         return self._send("DELETE", path)
 
+    @contextmanager
+    def stream(self, path: str) -> Iterator[Iterator[bytes]]:
+        """GET a body of any length, in pieces. Raises as ``get``, also while it arrives."""
+        with self._failures(), self._http.stream("GET", path) as response:
+            if not response.is_success:
+                response.read()
+                raise _problem(response, self.target.server)
+            yield response.iter_raw()
+
     def wait_for_rollout(self, revision: int, *, timeout_s: float) -> dict[str, Any]:
         """Wait until every sidecar that was heard of lately confirms ``revision``; returns the last rollout state.
 
@@ -89,8 +99,16 @@ class ControlPlane:
             time.sleep(ROLLOUT_POLL_S)
 
     def _send(self, method: str, path: str, **arguments: Any) -> Any:
-        try:
+        with self._failures():
             response = self._http.request(method, path, **arguments)
+        if response.is_success:
+            return response.json()
+        raise _problem(response, self.target.server)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
         except httpx.UnsupportedProtocol as error:
             raise CliError(
                 f"{self.target.server!r} is not the address of a server.",
@@ -109,9 +127,6 @@ class ControlPlane:
                 fix="start it with `licet dev` or `licet server`, or name it with --server or LICET_SERVER",
                 exit_code=EXIT_UNREACHABLE,
             ) from error
-        if response.is_success:
-            return response.json()
-        raise _problem(response, self.target.server)
 
     def __enter__(self) -> Self:
         return self

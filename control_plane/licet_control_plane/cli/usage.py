@@ -74,6 +74,8 @@ def verify(as_json: JsonOption = False, server: ServerOption = None, api_key: Ap
         for word in ("duplicates", "conflicts"):
             if result[word]:
                 say(f"  {word}: {result[word]}")
+        for month, count in result.get("dropped", {}).items():
+            say(f"  dropped: {month}, {count:,} events, exported before; its sums are taken as they are")
         if not result["rollups_match"]:
             say("  the hourly rollups do not match the events")
     if not result["ok"]:

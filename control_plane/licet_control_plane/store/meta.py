@@ -78,6 +78,13 @@ def start_generation(connection: Connection, *, revision: int) -> Meta:
     return read(connection)
 
 
+def start_ledger_generation(connection: Connection) -> int:
+    """Begin a new generation of the ledger, which may have lost what it had acknowledged. Returns it."""
+    generation = lock(connection).ledger_generation + 1
+    connection.execute(update(meta).values(ledger_generation=generation))
+    return generation
+
+
 def set_redis_run(connection: Connection, run: str) -> None:
     """Remember the server whose contents and marks were checked."""
     connection.execute(update(meta).values(redis_run=run))

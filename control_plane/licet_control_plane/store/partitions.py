@@ -96,6 +96,16 @@ def existing(connection: Connection) -> set[str]:
     )
 
 
+def lock_against_writers(connection: Connection) -> None:
+    """Let nobody insert or change partitions until the transaction ends; readers go on.
+
+    Raises:
+        OperationalError: whoever is at it takes longer than may be waited; try again later.
+    """
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_LOCK_MS_MAX}")
+    connection.exec_driver_sql(f'LOCK TABLE ONLY "{events.name}" IN SHARE ROW EXCLUSIVE MODE')
+
+
 def ensure(connection: Connection, *, now_us: int) -> list[Month]:
     """Make the partitions that are missing; returns the months. May be repeated; does nothing on SQLite.
 
@@ -107,10 +117,9 @@ def ensure(connection: Connection, *, now_us: int) -> list[Month]:
     there = existing(connection)
     missing = [month for month in wanted(now_us) if month.partition not in there]
     if missing:
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_LOCK_MS_MAX}")
         # Whoever else makes partitions waits here, and then finds them. So does whoever inserts: it would have chosen the
-        # default partition already, and be refused by its new bounds. Readers go on.
-        connection.exec_driver_sql(f'LOCK TABLE ONLY "{events.name}" IN SHARE ROW EXCLUSIVE MODE')
+        # default partition already, and be refused by its new bounds.
+        lock_against_writers(connection)
         there = existing(connection)
         missing = [month for month in missing if month.partition not in there]
     for month in missing:

@@ -210,6 +210,30 @@ events: Final = Table(
     postgresql_partition_by="RANGE (at)",
 )
 
+exports: Final = Table(
+    # Months that were written to a file, and what was dropped since. A month is exported again when events came late.
+    "ledger_exports",
+    metadata,
+    Column("id", _AutoId, primary_key=True),
+    Column("month", String(7), nullable=False, index=True),  # such as 2026-05, UTC
+    Column("events", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),  # of what the file holds, hex
+    Column("ranges", LargeBinary, nullable=False),  # msgpack, [[log, first seq, last seq], …]: these events exactly
+    Column("at", BigInteger, nullable=False),
+    Column("by", String(128), nullable=False),
+    Column("dropped", BigInteger, nullable=False),  # events of it that are gone
+    Column("dropped_at", BigInteger),  # all of them are
+)
+
+dropped: Final = Table(
+    # How many events of each log are no longer here. Watermarks go on covering them: they are never taken again.
+    "ledger_dropped",
+    metadata,
+    Column("month", String(7), primary_key=True),
+    Column("log", BigInteger, primary_key=True, autoincrement=False),
+    Column("events", BigInteger, nullable=False),
+)
+
 conflicts: Final = Table(
     # Same log and sequence number, other content: kept aside, alerted, never ignored.
     "ledger_conflicts",

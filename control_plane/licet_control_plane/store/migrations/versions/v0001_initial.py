@@ -63,6 +63,27 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("log", "seq", "digest", name=op.f("pk_ledger_conflicts")),
     )
     op.create_table(
+        "ledger_dropped",
+        sa.Column("month", sa.String(length=7), nullable=False),
+        sa.Column("log", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("month", "log", name=op.f("pk_ledger_dropped")),
+    )
+    op.create_table(
+        "ledger_exports",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("month", sa.String(length=7), nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("ranges", sa.LargeBinary(), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("by", sa.String(length=128), nullable=False),
+        sa.Column("dropped", sa.BigInteger(), nullable=False),
+        sa.Column("dropped_at", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_ledger_exports")),
+    )
+    op.create_index(op.f("ix_ledger_exports_month"), "ledger_exports", ["month"], unique=False)
+    op.create_table(
         "ledger_events",
         sa.Column("log", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
