@@ -92,7 +92,7 @@ async def _drain(url: str, batches: list[UsageBatch], valkey_dir: Path) -> Drain
         started_s, started_cpu_s = time.perf_counter(), time.process_time()
         task = asyncio.create_task(worker.run())
         while counts.events < total and not task.done():
-            await asyncio.sleep(0.005)
+            await asyncio.wait([task], timeout=0.005)
         took_s, cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
         if task.done():
             task.result()  # raises what ended it

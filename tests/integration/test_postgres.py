@@ -1,4 +1,4 @@
-"""What only PostgreSQL does: months as partitions, several control planes at once, a server that fails and comes back."""
+"""What only PostgreSQL does: months as partitions, several control planes, a server that fails and comes back."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def record(database: Database, one: UsageBatch, shard: int = 0) -> ledger.Record
 
 def where(database: Database) -> dict[str, int]:
     """Events by the table that holds them."""
-    query = text("SELECT tableoid::regclass::text, count(*) FROM ledger_events GROUP BY 1")
-    return {name: count for name, count in database.read_now(lambda connection: connection.execute(query).all())}
+    query = text("SELECT tableoid::regclass::text AS name, count(*) AS events FROM ledger_events GROUP BY 1")
+    return {row.name: row.events for row in database.read_now(lambda connection: connection.execute(query).all())}
 
 
 # Months
@@ -240,7 +240,7 @@ async def test_one_of_two_publishes_and_the_other_takes_over(two: tuple[Deployme
 
 
 async def test_two_drain_one_stream_and_count_once(two: tuple[Deployment, Deployment]) -> None:
-    one, other = two
+    one, _ = two
     for _ in range(2):  # each batch twice
         for sidecar in SIDECARS:
             for first in range(1, 500, 50):

@@ -25,7 +25,7 @@ MONTHS_AHEAD: Final = 2
 """So that a control plane that is down for a month has not run out of partitions when it comes back."""
 DEFAULT: Final = f"{events.name}_default"
 _LOCK_MS_MAX: Final = 2_000
-"""How long making a partition may wait for who reads the default one, and hold up the drain; it is tried again later."""
+"""How long making a partition may wait for readers of the default one, and hold up the drain; it is tried again."""
 _PATTERN: Final = re.compile(r"(\d{4})-(0[1-9]|1[0-2])")
 _US: Final = 1_000_000
 
@@ -117,8 +117,8 @@ def ensure(connection: Connection, *, now_us: int) -> list[Month]:
     there = existing(connection)
     missing = [month for month in wanted(now_us) if month.partition not in there]
     if missing:
-        # Whoever else makes partitions waits here, and then finds them. So does whoever inserts: it would have chosen the
-        # default partition already, and be refused by its new bounds.
+        # Whoever else makes partitions waits here, and then finds them. So does whoever inserts: it would have chosen
+        # the default partition already, and be refused by its new bounds.
         lock_against_writers(connection)
         there = existing(connection)
         missing = [month for month in missing if month.partition not in there]

@@ -41,5 +41,4 @@ def give_back(connection: Connection, holder: str) -> None:
 def _now_us(connection: Connection, now_us: int) -> int:
     if connection.dialect.name != POSTGRESQL:
         return now_us  # one machine, one clock
-    seconds = connection.scalar(select(func.extract("epoch", func.clock_timestamp())))
-    return int(seconds * 1_000_000)
+    return int(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one() * 1_000_000)

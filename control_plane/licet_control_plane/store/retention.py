@@ -123,7 +123,7 @@ def page(connection: Connection, month: Month, *, after: tuple[int, int], limit:
 
 def log_ids(connection: Connection) -> dict[int, str]:
     """The id of every log by its number."""
-    return {number: log_id for number, log_id in connection.execute(select(logs.c.log, logs.c.log_id))}
+    return {row.log: row.log_id for row in connection.execute(select(logs.c.log, logs.c.log_id))}
 
 
 def record_export(
@@ -181,7 +181,7 @@ def drop_partition(connection: Connection, month: Month, *, now_us: int) -> None
     export = _droppable(connection, month, now_us)
     table = f'"{month.partition}"'
     counts = connection.exec_driver_sql(f"SELECT log, count(*) FROM {table} GROUP BY log").all()  # noqa: S608  # own name
-    _count_dropped(connection, month, export.id, {log: number for log, number in counts})
+    _count_dropped(connection, month, export.id, {row[0]: row[1] for row in counts})
     connection.exec_driver_sql(f"DROP TABLE {table}")
 
 
