@@ -165,7 +165,7 @@ def to_drop(connection: Connection, month: Month, *, now_us: int) -> list[Range]
     Raises:
         MonthRefused: it is not closed, not exported, or has events that the export has not.
     """
-    export = _droppable(connection, month, now_us)
+    export = _droppable(connection, month, now_us, locked=False)
     return list(_parts(msgpack.unpackb(export.ranges)))
 
 
@@ -252,11 +252,12 @@ class Ranges:
         self.found.append((log, seq, seq))
 
 
-def _droppable(connection: Connection, month: Month, now_us: int, *, exact: bool = True) -> Row[Any]:
+def _droppable(
+    connection: Connection, month: Month, now_us: int, *, exact: bool = True, locked: bool = True
+) -> Row[Any]:
     _must_be_closed(month, now_us)
-    export = connection.execute(
-        select(exports).where(exports.c.month == str(month)).order_by(exports.c.id.desc()).limit(1).with_for_update()
-    ).first()
+    newest = select(exports).where(exports.c.month == str(month)).order_by(exports.c.id.desc()).limit(1)
+    export = connection.execute(newest.with_for_update() if locked else newest).first()
     if export is None or export.dropped_at is not None:
         again = " since it was dropped" if export else ""
         raise MonthRefused(f"{month} was not exported{again}", f"licet ledger export --month {month} --out FILE")
