@@ -3,7 +3,7 @@
 Partitions are made ahead, by ``ensure``, never by the ledger transaction, which must not wait for whoever reads. An
 event whose month has no partition, because a sidecar's clock is odd or because nobody made it in time, goes to the
 default partition: nothing is refused. A partition that is made takes over what the default one holds of its month.
-Source: ``docs/adr/0018-months-of-the-ledger.md``.
+Source: ``docs/adr/0025-months-of-the-ledger.md``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 A holder that was paused may go on for a moment after another took over. What it does then changes nothing: documents
 are replaced only by newer ones, entries of the stream are numbered, and marks are changed only under their epoch.
+Source: ``docs/adr/0026-one-of-several-control-planes-publishes.md``.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 Watermarks, ranges, conflicts, sums and the registers' spend stay, so that nothing of a dropped month is taken again and
 every bill stands. An event of that month that was never recorded is taken when it comes late; the month is then
 exported and dropped once more. On PostgreSQL the month's partition goes; what is elsewhere is deleted in parts.
+Source: ``docs/adr/0025-months-of-the-ledger.md``.
 """
 
 from __future__ import annotations
