@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, make_url, select, text
 
 from licet.wire.documents import ACK
 from licet.wire.names import usage_shard
@@ -21,7 +21,7 @@ from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.store.partitions import DEFAULT, Month
 from licet_control_plane.store.schema import events
 from tests.support.control_plane import NAMES, Deployment, deployment, until
-from tests.support.postgres import PostgresProcess
+from tests.support.postgres import PostgresProcess, PostgresServer
 from tests.support.usage import AT_US, batch
 from tests.support.valkey import ValkeyProcess
 
@@ -287,6 +287,22 @@ async def test_a_request_while_it_is_away_says_so_and_the_next_one_is_answered(
     await asyncio.to_thread(postgres_process.restart)  # between two requests: nobody notices
     assert (await database.read(meta.read)).deployment == "d"
     database.close()
+
+
+def test_a_role_that_may_not_make_tables_is_told_so(postgres_server: PostgresServer) -> None:
+    with postgres_server.database() as url:
+        database = Database(url)
+        database.write_now(lambda connection: connection.exec_driver_sql("DROP SCHEMA public CASCADE"))
+        database.write_now(lambda connection: connection.exec_driver_sql("CREATE SCHEMA public"))
+        database.write_now(lambda connection: connection.exec_driver_sql("CREATE ROLE poor LOGIN"))
+        database.write_now(lambda connection: connection.exec_driver_sql("GRANT USAGE ON SCHEMA public TO poor"))
+        poor = Database(make_url(url).set(username="poor").render_as_string(hide_password=False))
+        with pytest.raises(DatabaseUnavailable, match="permission denied for schema public"):
+            poor.migrate()
+        poor.close()
+        database.write_now(lambda connection: connection.exec_driver_sql("DROP OWNED BY poor"))
+        database.write_now(lambda connection: connection.exec_driver_sql("DROP ROLE poor"))
+        database.close()
 
 
 async def test_a_standby_that_takes_no_writes_is_waited_for(postgres_url: str) -> None:
