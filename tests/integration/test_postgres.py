@@ -279,7 +279,7 @@ async def test_a_request_while_it_is_away_says_so_and_the_next_one_is_answered(
     database = Database(postgres_process.url())
     database.migrate()
     await database.write(meta.ensure, deployment="d", now_us=1)
-    await asyncio.to_thread(postgres_process.kill)
+    await asyncio.to_thread(postgres_process.stop)
     with pytest.raises(DatabaseUnavailable):
         await database.read(meta.read)
     await asyncio.to_thread(postgres_process.start)

@@ -262,7 +262,11 @@ def _postgresql_engine(url: str) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
-        connection.execute(f"SELECT {settings}")
-        connection.commit()
+        try:
+            connection.execute(f"SELECT {settings}")
+            connection.commit()
+        except BaseException:
+            connection.close()  # the pool does not know it yet
+            raise
 
     return engine
