@@ -180,6 +180,9 @@ class ControlPlane:
         metrics.counter("licet_ledger_batches", "Batches committed.", lambda: drain.batches)
         metrics.counter("licet_ledger_duplicates", "Events that came again.", lambda: drain.duplicates)
         metrics.counter("licet_ledger_conflicts", "Events that came again otherwise.", lambda: drain.conflicts)
+        metrics.gauge(
+            "licet_ledger_partitions_ready", "1 with partitions made ahead.", lambda: float(not self.months.trouble)
+        )
         metrics.counter("licet_ledger_poison", "Batches set aside.", lambda: drain.poison)
 
 
