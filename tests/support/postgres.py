@@ -47,6 +47,7 @@ exec 3<&0
 "$@" </dev/null >>"$directory/log" 2>&1 3<&- &
 server=$!
 (
+  trap '' INT TERM HUP
   read -r word <&3
   [ "$word" = keep ] && exit
   kill -QUIT $server 2>/dev/null
