@@ -16,12 +16,13 @@ WAITED_SHARE_MAX = 0.001
 ROUND_TRIPS_PER_S_MAX = 2.0
 DRAIN_US_MAX = 50.0
 YEAR_MS_MAX = 100.0
+DRAINED_PER_S_MIN = 20_000
 
 
 def main() -> None:
     """Measures, prints, and says which of the promised numbers were held; the exit status is always 0."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parts = ["service", "waits", "processes", "proof", "ledger"]
+    parts = ["service", "waits", "processes", "proof", "ledger", "drain"]
     parser.add_argument("part", nargs="?", choices=parts, help="only this part")
     parser.add_argument("--events", type=int, help="size of the ledger; 100,000 unless told otherwise")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -80,6 +81,19 @@ def main() -> None:
         answers = ledger.run(events)
         _print_ledger(answers, out)
         found["ledger"] = dataclasses.asdict(answers)
+    if arguments.part in (None, "drain"):
+        from bench import drain
+
+        print("\nDrain, one worker: Redis to committed and acknowledged (takes half a minute)", file=out)
+        runs = drain.run()
+        for name, drained in runs.items():
+            print(
+                f"  {name:12} {drained.events_per_s:9,.0f} events/s   {drained.cpu_us:5.1f} µs of CPU an event"
+                f"   ({drained.events:,} events)",
+                file=out,
+            )
+        found["drain"] = {name: dataclasses.asdict(drained) for name, drained in runs.items()}
+        print(f"  promised: at least {DRAINED_PER_S_MIN:,} events/s", file=out)
     if arguments.json:
         print(json.dumps(found))
 

@@ -19,6 +19,7 @@ from licet_control_plane.changes import Changes
 from licet_control_plane.checkpointer import Checkpointer
 from licet_control_plane.config import ServerConfig
 from licet_control_plane.core.subject_keys import LedgerKey
+from licet_control_plane.drain.months import MonthKeeper
 from licet_control_plane.drain.worker import DrainCounts, ShardWorker
 from licet_control_plane.publisher.asks import AsksReader
 from licet_control_plane.publisher.documents import RedisDocuments
@@ -49,6 +50,7 @@ class ControlPlane:
     deployment: str
     database: Database
     ledger_key: LedgerKey
+    key: SigningKey
     redis: Redis
     changes: Changes
     publisher: Publisher
@@ -65,6 +67,7 @@ class ControlPlane:
     sender: EventSender | None
     drain: DrainCounts
     workers: list[ShardWorker]
+    months: MonthKeeper
     metrics: Metrics
     now_s: Callable[[], float]
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -91,6 +94,9 @@ class ControlPlane:
         reclaimer = Reclaimer(database, marks, registers, fleet, after_s=config.reclaim_after_s)
         sweeper = Sweeper(database, registers)
         asks = AsksReader(redis, names, wake)
+        # The same name after a restart, so that what this server had read is its own again at once.
+        where = f"{socket.gethostname()}:{config.state_dir.resolve()}"
+        name = hashlib.sha256(where.encode()).hexdigest()[:16]
         publisher = Publisher(
             database,
             RedisDocuments(redis, names),
@@ -101,14 +107,12 @@ class ControlPlane:
             sweeper,
             key,
             location=location(config.redis_url),
+            holder=name,
             new_generation=config.new_generation,
             wake=wake,
             now_s=now_s,
         )
         counts = DrainCounts()
-        # The same name after a restart, so that what this server had read is its own again at once.
-        where = f"{socket.gethostname()}:{config.state_dir.resolve()}"
-        consumer = hashlib.sha256(where.encode()).hexdigest()[:16]
         # Shared: all of them write in the database's one writing thread.
         subject_keys = SubjectKeys(ledger_key)
         workers = [
@@ -121,7 +125,7 @@ class ControlPlane:
                 subject_keys,
                 counts,
                 archive=archive,
-                consumer=consumer,
+                consumer=name,
                 now_s=now_s,
             )
             for shard in range(USAGE_SHARDS)
@@ -131,6 +135,7 @@ class ControlPlane:
             deployment=deployment,
             database=database,
             ledger_key=ledger_key,
+            key=key,
             redis=redis,
             changes=Changes(database, key, wake=wake, now_s=now_s),
             publisher=publisher,
@@ -156,6 +161,7 @@ class ControlPlane:
             else None,
             drain=counts,
             workers=workers,
+            months=MonthKeeper(database, now_s=now_s),
             metrics=Metrics(),
             now_s=now_s,
         )
@@ -167,6 +173,7 @@ class ControlPlane:
         self._tasks = [
             asyncio.create_task(_supervised("publisher", self.publisher.run)),
             asyncio.create_task(_supervised("asks", self.asks.run)),
+            asyncio.create_task(_supervised("months", self.months.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
             asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
             *self._sending(),
@@ -182,12 +189,15 @@ class ControlPlane:
     async def stop(self) -> None:
         """End the tasks, then the connections. What was under way is done again by the next start."""
         pending = set(self._tasks)
+        was_started = bool(pending)
         while pending:
             # Again and again: a library that swallows a cancellation must not keep the server from ending.
             for task in pending:
                 task.cancel()
             _, pending = await asyncio.wait(pending, timeout=CANCEL_S)
         self._tasks = []
+        if was_started:
+            await self.publisher.give_back()
         await self.redis.aclose()
         if self.sender is not None:
             await self.sender.close()
@@ -225,6 +235,9 @@ class ControlPlane:
         metrics.counter("licet_ledger_conflicts", "Events that came again otherwise.", lambda: drain.conflicts)
         metrics.gauge("licet_ledger_checkpoint", "Number of the newest checkpoint.", lambda: self.checkpointer.number)
         metrics.counter("licet_ledger_lost", "Events declared lost.", lambda: drain.declared_lost)
+        metrics.gauge(
+            "licet_ledger_partitions_ready", "1 with partitions made ahead.", lambda: float(not self.months.trouble)
+        )
         metrics.counter("licet_ledger_poison", "Batches set aside.", lambda: drain.poison)
         metrics.gauge("licet_dead_letters", "Batches set aside and not settled.", lambda: drain.dead_letters.letters)
         metrics.gauge("licet_dead_letters_held", "Batches that found no room.", lambda: sum(drain.held.values()))

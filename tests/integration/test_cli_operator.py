@@ -306,7 +306,7 @@ def test_exit_code_tells_whether_the_ledger_is_consistent(
     finding = {"shard": 1, "block": 2, "log_id": "ab", "seq": 7, "kind": "removed", "what": "the event is missing"}
     result = {
         "ok": ok, "events": 5, "blocks": 2, "logs": ["a"], "gaps": [] if ok else [gap],
-        "lost": [{"log_id": "ab", "from_seq": 7, "to_seq": 9, "why": "damaged"}],
+        "lost": [{"log_id": "ab", "from_seq": 7, "to_seq": 9, "why": "damaged"}], "dropped": {"2026-05": 7},
         "conflicts": 0, "rollups_match": ok, "findings": [] if ok else [finding], "findings_total": int(not ok),
         "erased_events": 0, "erased_subjects": 0, "opened": True, "checkpoints": 1, "heads": [],
     }  # fmt: skip

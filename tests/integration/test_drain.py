@@ -30,8 +30,8 @@ STREAM = NAMES.usage(usage_shard(SIDECAR))
 
 
 @pytest.fixture
-async def running(tmp_path: Path, valkey_process: ValkeyProcess) -> AsyncIterator[Deployment]:
-    async with deployment(tmp_path / "state", valkey_process.url) as made:
+async def running(tmp_path: Path, valkey_process: ValkeyProcess, database_url: str) -> AsyncIterator[Deployment]:
+    async with deployment(tmp_path / "state", valkey_process.url, database_url=database_url) as made:
         yield made
 
 

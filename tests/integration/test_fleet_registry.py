@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +17,8 @@ CONTENTS = Pair(1, "run1")
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    made = Database(f"sqlite:///{tmp_path / 'licet.db'}")
+def database(database_url: str) -> Iterator[Database]:
+    made = Database(database_url)
     made.migrate()
     yield made
     made.close()

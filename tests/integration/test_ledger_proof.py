@@ -527,7 +527,7 @@ def test_an_erased_subject_that_acts_again_has_another_key(personal: Book) -> No
 def test_a_key_made_in_a_transaction_that_failed_is_not_used(book: Book) -> None:
     good = DecodedBatch.of(batch(1, 1, subject_id="eve").pack())
     bad = DecodedBatch.of(batch(2, 2, subject_id="eve", action=None).pack())
-    with pytest.raises(Exception, match="action"):
+    with pytest.raises(TypeError, match="where an action"):
         book.database.write_now(ledger.record, 0, [good, bad], keys=book.keys, now_us=1)
     book.record(batch(1, 2, subject_id="eve"))
     assert book.verified().ok

@@ -32,8 +32,10 @@ from tests.support.valkey import ValkeyProcess
 
 
 @pytest.fixture
-async def running(tmp_path: Path, valkey_process: ValkeyProcess) -> AsyncIterator[Deployment]:
-    async with deployment(tmp_path / "state", valkey_process.url) as made:
+async def running(
+    tmp_path: Path, valkey_process: ValkeyProcess, long_suite_database_url: str
+) -> AsyncIterator[Deployment]:
+    async with deployment(tmp_path / "state", valkey_process.url, database_url=long_suite_database_url) as made:
         yield made
 
 

@@ -80,8 +80,10 @@ class Running(Deployment):
 
 
 @pytest.fixture
-async def running(tmp_path: Path, valkey_process: ValkeyProcess) -> AsyncIterator[Running]:
-    async with deployment(tmp_path / "state", valkey_process.url) as made:
+async def running(
+    tmp_path: Path, valkey_process: ValkeyProcess, long_suite_database_url: str
+) -> AsyncIterator[Running]:
+    async with deployment(tmp_path / "state", valkey_process.url, database_url=long_suite_database_url) as made:
         made.__class__ = Running
         assert isinstance(made, Running)
         made.start_s, made.end_s = window_at(Period.MONTH, int(time.time()))

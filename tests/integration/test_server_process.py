@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.state_dir import read_ledger_key
-from licet_control_plane.store import ledger
+from licet_control_plane.store import access, ledger, meta
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.subjects import SubjectKeys
 from tests.support.usage import batch
@@ -176,3 +178,46 @@ def test_a_wrong_password_is_logged_without_the_password(start: Callable[..., Se
         assert server.end() == 0
     finally:
         valkey.kill()
+
+
+def test_of_two_servers_on_one_postgresql_the_second_takes_over_when_the_first_is_frozen_or_killed(
+    start: Callable[..., Server], valkey_process: ValkeyProcess, postgres_url: str, tmp_path: Path
+) -> None:
+    def publisher(server: Server) -> str:
+        state: str = httpx.get(f"{server.url}/readyz").json()["checks"]["publisher"]["state"]
+        return state
+
+    def end_lease() -> None:  # as fifteen seconds would
+        with psycopg.connect(postgres_url.replace("+psycopg", "")) as connection:
+            connection.execute("UPDATE publisher_lease SET ends_at = 0")
+
+    first = start(valkey_process.url, "--database-url", postgres_url, state_dir="one")
+    first.wait(lambda: first.answers("/readyz") == 200)
+    (tmp_path / "two").mkdir()
+    shutil.copy(tmp_path / "one" / "signing-key.pem", tmp_path / "two")
+    second = start(valkey_process.url, "--database-url", postgres_url, state_dir="two")
+    second.wait(lambda: second.answers("/readyz") == 200 and publisher(second) == "standby")
+    assert publisher(first) == "publishing"
+
+    first.process.send_signal(signal.SIGSTOP)
+    end_lease()
+    second.wait(lambda: publisher(second) == "publishing")
+    first.process.send_signal(signal.SIGCONT)
+    first.wait(lambda: publisher(first) == "standby")
+
+    second.end(signal.SIGKILL)
+    end_lease()
+    first.wait(lambda: publisher(first) == "publishing")
+    assert first.end() == 0
+
+
+def test_a_further_server_without_the_signing_key_does_not_start(
+    start: Callable[..., Server], valkey_process: ValkeyProcess, postgres_url: str
+) -> None:
+    first = Database(postgres_url)
+    first.write_now(meta.ensure, deployment="d" * 32, now_us=1)
+    first.write_now(access.add_key, name="admin", role="admin", key="licet_x", now_us=1)
+    first.close()
+    server = start(valkey_process.url, "--database-url", postgres_url)
+    assert server.process.wait(DEADLINE_S) != 0
+    assert "signing-key.pem is missing" in server.log.read_text()

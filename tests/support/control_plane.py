@@ -1,4 +1,4 @@
-"""A control plane in the test's own event loop, on a real Valkey and SQLite, and what a sidecar would see of it."""
+"""A control plane in the test's own event loop, on a real Valkey and database, and what a sidecar would see of it."""
 
 from __future__ import annotations
 
@@ -88,9 +88,10 @@ async def until(condition: Callable[[], Awaitable[Any]], *, within_s: float = WA
 class Deployment:
     """A state directory's worth of control plane, which can be started and stopped, and a view of its Redis."""
 
-    def __init__(self, state_dir: Path, redis_url: str) -> None:
+    def __init__(self, state_dir: Path, redis_url: str, database_url: str = "") -> None:
         self.state_dir = state_dir
         self.redis_url = redis_url
+        self.database_url = database_url
         self.key = SigningKey.generate()
         self.ledger_key = LedgerKey(secrets.token_bytes(32))
         self.keys = SubjectKeys(self.ledger_key)
@@ -105,7 +106,11 @@ class Deployment:
     async def start(self, *, new_generation: bool = False) -> ControlPlane:
         """Start the control plane on whatever the state directory holds."""
         config = ServerConfig(
-            state_dir=self.state_dir, redis_url=self.redis_url, new_generation=new_generation, **self.settings
+            state_dir=self.state_dir,
+            redis_url=self.redis_url,
+            database_url=self.database_url,
+            new_generation=new_generation,
+            **self.settings,
         )
         database = Database(config.database)
         database.migrate()
@@ -187,10 +192,12 @@ class Deployment:
 
 
 @asynccontextmanager
-async def deployment(state_dir: Path, redis_url: str, *, start: bool = True) -> AsyncIterator[Deployment]:
-    """A deployment, started unless told otherwise, and ended at the end."""
+async def deployment(
+    state_dir: Path, redis_url: str, *, start: bool = True, database_url: str = ""
+) -> AsyncIterator[Deployment]:
+    """A deployment, started unless told otherwise, and ended at the end; on SQLite unless told otherwise."""
     state_dir.mkdir(exist_ok=True)
-    made = Deployment(state_dir, redis_url)
+    made = Deployment(state_dir, redis_url, database_url)
     try:
         if start:
             await made.start()

@@ -11,6 +11,7 @@ from licet_control_plane.api import (
     kept_aside,
     ledger,
     licenses,
+    months,
     problems,
     proof,
     quotas,
@@ -31,7 +32,20 @@ def make_app(plane: ControlPlane) -> FastAPI:
     app.add_middleware(BodyLimit)
     problems.install(app)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
-    for part in (bundles, licenses, grants, ledger, kept_aside, proof, subjects, usage, invoices, quotas, status):
+    for part in (
+        bundles,
+        licenses,
+        grants,
+        ledger,
+        kept_aside,
+        months,
+        proof,
+        subjects,
+        usage,
+        invoices,
+        quotas,
+        status,
+    ):
         v1.include_router(part.router)
     app.include_router(v1)
     app.include_router(second_route.router)

@@ -42,7 +42,10 @@ async def readyz(request: Request) -> JSONResponse:
         checks["redis"] |= {"reason": status.reason, "fix": status.fix}
     elif status.keeping.warning:
         checks["redis"] |= {"warning": status.keeping.warning}
-    publishing = status.state == "publishing" and plane.now_s() - status.heads_at_s < HEAD_AGE_S_MAX
+    # One that stands by does all it is there for.
+    publishing = status.state == "standby" or (
+        status.state == "publishing" and plane.now_s() - status.heads_at_s < HEAD_AGE_S_MAX
+    )
     checks["publisher"] = {"ok": publishing, "state": status.state, "revision": status.revision}
     if not publishing:
         reason = status.reason or "the last head is more than ten seconds old"

@@ -14,6 +14,7 @@ from licet_control_plane.cli import (
     kept_aside,
     ledger,
     licenses,
+    months,
     quotas,
     reservations,
     run,
@@ -123,6 +124,10 @@ _ledger.command("verify", epilog=EXIT_CODES_HELP)(ledger.verify)
 _ledger.command("checkpoint", epilog=EXIT_CODES_HELP)(ledger.checkpoint)
 _ledger.command("rebuild", epilog=EXIT_CODES_HELP)(ledger.rebuild)
 _ledger.command("reconcile", epilog=EXIT_CODES_HELP)(ledger.reconcile)
+_ledger.command("months", epilog=EXIT_CODES_HELP)(months.months)
+_ledger.command("export", epilog=EXIT_CODES_HELP)(months.export)
+_ledger.command("drop", epilog=EXIT_CODES_HELP)(months.drop)
+_ledger.command("restored", epilog=EXIT_CODES_HELP)(months.restored)
 
 _sidecar = _group("sidecar", "The sidecars that are connected.")
 _sidecar.command("list", epilog=EXIT_CODES_HELP)(fleet.list_)

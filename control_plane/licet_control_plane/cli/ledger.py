@@ -365,6 +365,8 @@ def _show(result: dict[str, Any]) -> None:
         say(f"  and {result['findings_total'] - FINDINGS_SHOWN:,} more; --json lists up to 1,000")
     for gap in result["gaps"]:
         say(f"  gap: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
+    for month, count in result["dropped"].items():
+        say(f"  dropped: {month}, {count:,} events, exported before; its sums are taken as they are")
     for gap in result["lost"]:
         say(f"  declared lost: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
     if result["conflicts"]:

@@ -81,6 +81,15 @@ class ControlPlane:
         """DELETE. Raises as ``get``."""
         return self._send("DELETE", path)
 
+    @contextmanager
+    def stream(self, path: str) -> Iterator[Iterator[bytes]]:
+        """GET a body of any length, in pieces. Raises as ``get``, also while it arrives."""
+        with self._reaching(), self._http.stream("GET", path) as response:
+            if not response.is_success:
+                response.read()
+                raise _problem(response, self.target.server)
+            yield response.iter_raw()
+
     def wait_for_rollout(self, revision: int, *, timeout_s: float) -> dict[str, Any]:
         """Wait until every sidecar that was heard of lately confirms ``revision``; returns the last rollout state.
 

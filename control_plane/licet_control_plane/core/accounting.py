@@ -111,7 +111,7 @@ class Account:
                 continue
             hour = event.at_us // _HOUR_US * 3_600
             tenant, units = event.tenant, event.units
-            of = (event.action, event.effect, event.reason, event.currency)
+            of = (storable(event.action), event.effect, event.reason, event.currency)
             parts = _parts(event, event.units_held if kind == EventKind.RESERVE else units)
             for feature, *counts in parts:
                 _add(hours, (hour, tenant, feature, *of), *counts)
@@ -191,8 +191,13 @@ def _add(
 
 @lru_cache(maxsize=1_024)
 def month_of(at_s: int) -> int:
-    """The first second of the calendar month (UTC) of an instant."""
-    return window_at(Period.MONTH, at_s).start
+    """The first second of the calendar month (UTC) of an instant; 0 for one that no calendar has: a sidecar's clock may
+    be anything, and what it recorded is taken all the same.
+    """
+    try:
+        return window_at(Period.MONTH, at_s).start
+    except ValueError:
+        return 0
 
 
 _STEPS: Final = frozenset(
@@ -212,6 +217,17 @@ def is_outcome(event: UsageEvent) -> bool:
 def spends_count(event: UsageEvent) -> bool:
     """Whether the event's spends were really taken from its sidecar's registers."""
     return event.effect == Effect.APPROVED or bool(event.flags & FLAG_OBSERVED)
+
+
+def storable(text: str) -> str:
+    """The text as a column can hold it: PostgreSQL takes no NUL. The event's own bytes keep it as it is.
+
+    Raises:
+        TypeError: it is no text.
+    """
+    if type(text) is not str:
+        raise TypeError(f"{text!r} stands where an action or a type should")
+    return text.replace("\0", "\ufffd") if "\0" in text else text
 
 
 def window_start_of(quota: str) -> int:

@@ -18,7 +18,10 @@ READ_MAX: Final = 1_000
 
 
 class AsksReader:
-    """``waiting``: tenant to its newest reason, in the order first asked. ``dropped`` counts those without room."""
+    """``waiting``: tenant to its newest reason, in the order first asked. ``dropped`` counts those without room.
+
+    It collects only while ``wanted`` is set: what it reads, nobody else answers.
+    """
 
     def __init__(self, redis: Redis, names: RedisNames, wake: asyncio.Event) -> None:
         self._redis = redis
@@ -26,6 +29,7 @@ class AsksReader:
         self._wake = wake
         self.waiting: dict[str, str] = {}
         self.dropped = 0
+        self.wanted = asyncio.Event()
 
     def take(self, count: int) -> dict[str, str]:
         """Remove and return up to ``count`` asks, oldest first."""
@@ -36,6 +40,7 @@ class AsksReader:
         last = "0"
         failures = 0
         while True:
+            await self.wanted.wait()
             try:
                 last = await self._read(last)
                 failures = 0

@@ -18,6 +18,7 @@ written again, so that the stream never ends before a document it should have an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,13 +40,15 @@ from licet_control_plane.publisher.quotas import SLICE, InForce, Quotas
 from licet_control_plane.publisher.reclaim import Reclaimer
 from licet_control_plane.publisher.sweep import Sweeper
 from licet_control_plane.redis_link import RedisRefused, RedisUnavailable, backoff_s
-from licet_control_plane.store import meta, revisions
+from licet_control_plane.store import meta, publisher_lease, revisions
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 
 log = structlog.get_logger(__name__)
 
 HEAD_S: Final = 1.0
 """Between heads; a sidecar is stale after ``staleness_max`` without one."""
+STANDBY_S: Final = 2.0
+"""Between looks of a control plane that waits for another one to end."""
 OPENING_S_MAX: Final = 0.25
 """Of each second, spent on opening marks, so that a push is not kept waiting: some 2,000 tenants."""
 TIDYING_S_MAX: Final = 0.1
@@ -62,7 +65,10 @@ class PublishingStopped(Exception):
 
 @dataclass(slots=True)
 class PublisherStatus:
-    """What ``/readyz``, ``/metrics`` and ``/v1/status`` show. ``state``: starting, publishing, waiting or stopped."""
+    """What ``/readyz``, ``/metrics`` and ``/v1/status`` show.
+
+    ``state``: starting, publishing, standby (another control plane publishes), waiting or stopped.
+    """
 
     state: str = "starting"
     reason: str = "Redis was not reached yet."
@@ -92,6 +98,7 @@ class Publisher:
         key: SigningKey,
         *,
         location: str,
+        holder: str,
         new_generation: bool,
         wake: asyncio.Event,
         now_s: Callable[[], float],
@@ -105,6 +112,8 @@ class Publisher:
         self._sweeper = sweeper
         self._key = key
         self._location = location
+        self._holder = holder
+        self._renewed_s = -math.inf
         self._new_generation = new_generation
         self._wake = wake
         self._now_s = now_s
@@ -129,6 +138,10 @@ class Publisher:
         loaded = False
         while True:
             try:
+                if not await self._leads():
+                    loaded = False
+                    await self._stand_by()
+                    continue
                 if not loaded:
                     await self._load()
                     loaded = True
@@ -144,6 +157,34 @@ class Publisher:
                 return
             self._looked_s = -math.inf  # look before anything else: the server may be another
             await asyncio.sleep(backoff_s(failures))
+
+    async def give_back(self) -> None:
+        """Let another control plane publish at once; call it when ``run`` has ended."""
+        with contextlib.suppress(DatabaseUnavailable):
+            await self._database.write(publisher_lease.give_back, self._holder)
+
+    async def _leads(self) -> bool:
+        """Whether this is the one that publishes; renews the lease long before it ends."""
+        asked_s = _clock_s()
+        if asked_s - self._renewed_s < publisher_lease.LEASE_S / 3:
+            return True
+        now_us = int(self._now_s() * 1_000_000)
+        if await self._database.write(publisher_lease.take, self._holder, now_us=now_us) != self._holder:
+            return False
+        self._renewed_s = asked_s
+        self._asks.wanted.set()
+        return True
+
+    async def _stand_by(self) -> None:
+        """Know what the other one knows, for whoever asks this one."""
+        self._asks.wanted.clear()
+        self._renewed_s = self._looked_s = -math.inf
+        await self._load()
+        if self.status.state != "standby":
+            log.info("another control plane publishes; this one stands by")
+        self.status.state, self.status.reason, self.status.fix = "standby", "Another control plane publishes.", ""
+        self.status.revision, self.status.connected = self._copier.revision, True
+        await asyncio.sleep(STANDBY_S)
 
     async def _load(self) -> None:
         await self._fleet.load()

@@ -1,14 +1,17 @@
 """Opens the database, and runs each piece of work in a transaction on the right thread.
 
-What differs between the databases is here and in ``upsert``; everything else is SQLAlchemy Core that SQLite and
-PostgreSQL both run.
+What differs between the databases is here, in ``upsert`` and in ``partitions``; everything else is SQLAlchemy Core that
+SQLite and PostgreSQL both run.
+
+SQLite has one writer at a time. On PostgreSQL several control planes may write: whoever must not meet another takes a
+row lock (``meta.lock``, the shard's row in ``ledger.record``), and locks several rows in the order of their keys.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,8 +21,11 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import InternalError, OperationalError
+from sqlalchemy.exc import DBAPIError, InternalError, OperationalError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
+
+POSTGRESQL: Final = "postgresql"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,6 +37,17 @@ BUSY_TIMEOUT_MS: Final = 10_000
 CACHE_KIB: Final = 32 * 1024
 WAL_PAGES_MAX: Final = 8_000
 """Pages (32 MB) after which the log is copied to the file: at a ledger's pace every second or two, not every commit."""
+CONNECT_S_MAX: Final = 10
+"""How long PostgreSQL may take to take a connection."""
+SILENCE_S_MAX: Final = 30
+"""After which a PostgreSQL that does not answer at all is given up: a failed node must not hold a worker for hours."""
+LOCK_S_MAX: Final = 30
+"""How long PostgreSQL waits for another's row lock. Ledger transactions take a second or two; whoever holds one for
+longer is stuck, and its session ends after ``IDLE_IN_TRANSACTION_S_MAX``."""
+IDLE_IN_TRANSACTION_S_MAX: Final = 60
+"""After which PostgreSQL ends a session whose process was paused in the middle of a transaction."""
+MIGRATION_LOCK: Final = 0x6C69636574
+"""Advisory lock ("licet") of the one control plane that migrates."""
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 
 
@@ -45,8 +62,16 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        """Opens nothing yet. ``url`` as SQLAlchemy takes it, ``sqlite:///path`` or ``postgresql+psycopg://…``."""
+        """Opens nothing yet. ``url`` as SQLAlchemy takes it, ``sqlite:///path`` or ``postgresql+psycopg://…``.
+
+        Raises:
+            ArgumentError, NoSuchModuleError, ModuleNotFoundError: no database can be meant by it.
+        """
         self.engine = _engine(url)
+        # One committed state for all queries of a read, as SQLite has it by itself.
+        self._read_options: dict[str, Any] = {"licet_write": False}
+        if self.engine.dialect.name == POSTGRESQL:
+            self._read_options |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="db-write")
         self._readers = ThreadPoolExecutor(READERS_MAX, thread_name_prefix="db-read")
 
@@ -60,10 +85,12 @@ class Database:
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         try:
             with self.engine.connect().execution_options(licet_write=True) as connection, connection.begin():
+                if connection.dialect.name == POSTGRESQL:
+                    connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
-        except (OperationalError, InternalError) as error:
-            raise DatabaseUnavailable(f"the database does not open: {error.orig}") from error
+        except (OperationalError, InternalError, ProgrammingError) as error:  # the last one: no right to make tables
+            raise DatabaseUnavailable(f"the database does not open: {_first_line(error)}") from error
 
     async def write(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of ``work`` in a transaction that is committed when this returns, and rolled back if it raises.
@@ -95,8 +122,9 @@ class Database:
         return self._transact(False, lambda connection: work(connection, *args, **kwargs))
 
     def _transact(self, writes: bool, work: Callable[[Connection], T]) -> T:
+        options = {"licet_write": True} if writes else self._read_options
         try:
-            with self.engine.connect().execution_options(licet_write=writes) as connection:
+            with self.engine.connect().execution_options(**options) as connection:
                 try:
                     with connection.begin():
                         return work(connection)
@@ -105,8 +133,13 @@ class Database:
                     # for whoever gets it next.
                     connection.invalidate()
                     raise
-        except (OperationalError, InternalError) as error:
-            raise DatabaseUnavailable(f"the database failed: {error.orig}") from error
+        except DBAPIError as error:
+            # A connection that was lost shows in several ways; the rest of what is not one of these two is the data's.
+            if not (error.connection_invalidated or isinstance(error, OperationalError | InternalError)):
+                raise
+            raise DatabaseUnavailable(f"the database failed: {_first_line(error)}") from error
+        except PoolTimeoutError as error:
+            raise DatabaseUnavailable("the database failed: every connection is in use") from error
 
     async def shred(self) -> None:
         """Let what was overwritten disappear from the database's own log too, as far as readers let it.
@@ -130,17 +163,41 @@ class Database:
 
 def upsert(connection: Connection, table: Table) -> sqlite.Insert:
     """An INSERT with ``on_conflict_do_update`` and ``on_conflict_do_nothing``, for the connection's database."""
-    if connection.dialect.name == "postgresql":
+    if connection.dialect.name == POSTGRESQL:
         return postgresql.insert(table)  # type: ignore[return-value]  # the two have the same methods
     return sqlite.insert(table)
+
+
+def insert_rows(connection: Connection, table: Table, columns: tuple[str, ...], rows: Iterable[Sequence[Any]]) -> None:
+    """Insert many rows, each a tuple of values for ``columns``: straight to the driver, and on PostgreSQL by COPY.
+
+    Naming each value would cost as much as inserting the row.
+    """
+    if connection.dialect.name != POSTGRESQL:
+        connection.exec_driver_sql(insert_sql(connection.dialect.name, table, columns), list(rows))
+        return
+    import psycopg  # here, so that whoever has SQLite need not load it
+
+    statement, types = _copy_sql(table, columns)
+    raw: Any = connection.connection.driver_connection
+    try:
+        with raw.cursor() as cursor, cursor.copy(statement) as copy:
+            copy.set_types(types)
+            for row in rows:
+                copy.write_row(row)
+    except psycopg.Error as error:
+        raise DBAPIError.instance(
+            statement, None, error, psycopg.Error, connection_invalidated=raw.closed, dialect=connection.dialect
+        ) from error
 
 
 @lru_cache
 def insert_sql(dialect: str, table: Table, columns: tuple[str, ...]) -> str:
     """An INSERT of ``columns`` that takes tuples in the table's order, for ``exec_driver_sql`` on ``dialect``."""
-    dialects: Any = postgresql if dialect == "postgresql" else sqlite
-    positional = dialects.dialect(paramstyle="format" if dialect == "postgresql" else "qmark")
-    return str(table.insert().compile(dialect=positional, column_keys=list(columns)))
+    dialects: Any = postgresql if dialect == POSTGRESQL else sqlite
+    positional = dialects.dialect(paramstyle="format" if dialect == POSTGRESQL else "qmark")
+    # Inline: nobody asks for the number that a row got, and what is put behind it would come after a RETURNING.
+    return str(table.insert().inline().compile(dialect=positional, column_keys=list(columns)))
 
 
 def read_only_engine(url: str) -> Engine:
@@ -151,7 +208,7 @@ def read_only_engine(url: str) -> Engine:
     """
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(url, execution_options={"postgresql_readonly": True})
+        return create_engine(url, isolation_level="REPEATABLE READ", execution_options={"postgresql_readonly": True})
     path = Path(parsed.database or "").absolute()
 
     def connect() -> sqlite3.Connection:
@@ -179,8 +236,8 @@ def upsert_sql(
 
     Like there, ``columns`` are in the order of the table.
     """
-    dialects: Any = postgresql if dialect == "postgresql" else sqlite
-    positional = dialects.dialect(paramstyle="format" if dialect == "postgresql" else "qmark")
+    dialects: Any = postgresql if dialect == POSTGRESQL else sqlite
+    positional = dialects.dialect(paramstyle="format" if dialect == POSTGRESQL else "qmark")
     statement = dialects.insert(table)
     statement = statement.on_conflict_do_update(
         index_elements=[table.c[name] for name in key],
@@ -189,9 +246,32 @@ def upsert_sql(
     return str(statement.compile(dialect=positional, column_keys=list(columns)))
 
 
+@lru_cache
+def _copy_sql(table: Table, columns: tuple[str, ...]) -> tuple[str, list[str]]:
+    """A binary COPY, and the types that each value must be sent as: nothing is converted on the other side."""
+    names = ", ".join(f'"{column}"' for column in columns)
+    types = [_COPY_TYPES[table.c[column].type.as_generic().__class__.__name__] for column in columns]
+    return f'COPY "{table.name}" ({names}) FROM STDIN (FORMAT BINARY)', types
+
+
+_COPY_TYPES: Final = {
+    "BigInteger": "int8",
+    "Boolean": "bool",
+    "Integer": "int4",
+    "LargeBinary": "bytea",
+    "String": "varchar",
+    "Text": "text",
+}
+
+
+def _first_line(error: DBAPIError) -> str:
+    """What the driver says, without the statement: a server's answer may go on over several lines."""
+    return (str(error.orig).splitlines() or [""])[0]
+
+
 def _engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True)
+        return _postgresql_engine(url)
     engine = create_engine(
         url, poolclass=QueuePool, pool_size=READERS_MAX + 1, connect_args={"check_same_thread": False}
     )
@@ -214,5 +294,41 @@ def _engine(url: str) -> Engine:
         # IMMEDIATE takes the write lock at once: a transaction that reads first never fails when it comes to write.
         write = connection.get_execution_options().get("licet_write")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def _postgresql_engine(url: str) -> Engine:
+    limits = {
+        "connect_timeout": CONNECT_S_MAX,
+        "keepalives_idle": SILENCE_S_MAX // 3,
+        "keepalives_interval": SILENCE_S_MAX // 6,
+        "keepalives_count": 4,
+        "tcp_user_timeout": SILENCE_S_MAX * 1_000,
+    }
+    given = make_url(url).query
+    engine = create_engine(
+        url,
+        pool_size=READERS_MAX + 1,
+        pool_pre_ping=True,  # after a restart of the server, connections are made anew and nobody notices
+        isolation_level="READ COMMITTED",  # whatever the server's default: writers wait for row locks, and go on
+        connect_args={name: value for name, value in limits.items() if name not in given},
+    )
+    settings = (
+        f"set_config('lock_timeout', '{LOCK_S_MAX}s', false),"
+        f" set_config('idle_in_transaction_session_timeout', '{IDLE_IN_TRANSACTION_S_MAX}s', false),"
+        # What is acknowledged must be durable; stronger settings, such as remote_apply, are left.
+        " CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')"
+        " THEN set_config('synchronous_commit', 'on', false) END"
+    )
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        try:
+            connection.execute(f"SELECT {settings}")
+            connection.commit()
+        except BaseException:
+            connection.close()  # the pool does not know it yet
+            raise
 
     return engine

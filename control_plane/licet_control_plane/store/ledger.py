@@ -28,12 +28,12 @@ from licet.wire.names import USAGE_SHARDS
 from licet.wire.usage import UsageBatch, UsageEvent
 from licet_control_plane.archive.records import ArchivedBlock, ArchivedLog
 from licet_control_plane.core import chain
-from licet_control_plane.core.accounting import Account, DecodedBatch, window_start_of
+from licet_control_plane.core.accounting import Account, DecodedBatch, storable, window_start_of
 from licet_control_plane.core.recorded import Gap, LogNumbers, RecordedSeqs
 from licet_control_plane.core.sealed_events import RANDOM_BYTES, UNITS, Sealed, fields_of, is_same, leaf_hash, seal
 from licet_control_plane.core.subject_keys import LedgerKey, Subject
 from licet_control_plane.store import ledger_sums, meta, subjects
-from licet_control_plane.store.database import insert_sql, upsert
+from licet_control_plane.store.database import insert_rows, upsert
 from licet_control_plane.store.schema import (
     blocks,
     conflicts,
@@ -203,7 +203,7 @@ def restore(
                 (log.number, seq, at, tenant, subject, *columns, units, event.public, event.commitment, personal)
             )
             readable.append(_Readable(log.number, subject, event.public, event.commitment, personal))
-        connection.exec_driver_sql(insert_sql(connection.dialect.name, events, _EVENT_COLUMNS), rows)
+        insert_rows(connection, events, _EVENT_COLUMNS, rows)
         read = reader.read(readable)
         account.add(about[log_id].sidecar, read)
         log.numbers.add(first, last)
@@ -416,7 +416,8 @@ def _append(connection: Connection, head: _Head, now_us: int, **contents: Any) -
 
 
 def _open_log(connection: Connection, shard: int, batch: UsageBatch | ArchivedLog, now_us: int) -> _Log:
-    row = connection.execute(select(logs).where(logs.c.log_id == batch.log_id)).first()
+    # Locked too: a batch that somebody puts in the stream of another shard must not be recorded twice at a time.
+    row = connection.execute(select(logs).where(logs.c.log_id == batch.log_id).with_for_update()).first()
     if row is None:
         made = connection.execute(
             insert(logs).values(
@@ -504,8 +505,8 @@ def _insert(
                 event.at_us,
                 event.tenant,
                 key.number,
-                event.subject_type,
-                event.action,
+                storable(event.subject_type),
+                storable(event.action),
                 event.effect,
                 event.reason,
                 event.rule,
@@ -516,8 +517,7 @@ def _insert(
                 personal,
             )
         )
-    # As tuples straight to the driver: naming each value costs as much as inserting the row.
-    connection.exec_driver_sql(insert_sql(connection.dialect.name, events, _EVENT_COLUMNS), rows)
+    insert_rows(connection, events, _EVENT_COLUMNS, rows)
     return leaves
 
 
@@ -565,7 +565,7 @@ def _add_spend(connection: Connection, account: Account) -> None:
             "window_start": window_start_of(quota),
             "units": units,
         }
-        for (tenant, quota, sidecar), units in account.spend.items()
+        for (tenant, quota, sidecar), units in sorted(account.spend.items())
     ]
     if not rows:
         return

@@ -55,6 +55,11 @@ def contents(connection: Connection) -> Contents:
     return [_stored(connection, kept) for kept in (_HOURS, _DAYS, _EXPOSED, _BILLED)]
 
 
+def time_of(key: tuple[Any, ...]) -> int:
+    """The hour, day or month that a key of any of the tables is about, in seconds since the Unix epoch."""
+    return int(key[0] if isinstance(key[0], int) else key[1])
+
+
 def contents_of(account: Account) -> Contents:
     """What the tables hold when ``account`` is of all events."""
     found = []

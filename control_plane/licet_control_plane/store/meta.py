@@ -83,10 +83,10 @@ def start_generation(connection: Connection, *, revision: int) -> Meta:
 
 
 def start_ledger_generation(connection: Connection) -> int:
-    """Begin a new generation of the ledger alone: sidecars then send again what they still hold. Returns it."""
-    row = lock(connection)
-    connection.execute(update(meta).values(ledger_generation=row.ledger_generation + 1))
-    return row.ledger_generation + 1
+    """Begin a new generation of the ledger, which may have lost what it had acknowledged. Returns it."""
+    generation = lock(connection).ledger_generation + 1
+    connection.execute(update(meta).values(ledger_generation=generation))
+    return generation
 
 
 def set_redis_run(connection: Connection, run: str) -> None:

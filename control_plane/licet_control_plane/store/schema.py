@@ -47,6 +47,15 @@ meta: Final = Table(
     Column("redaction_salt", LargeBinary, nullable=False),  # keys the hashes of attributes; published with bundles
 )
 
+publisher_lease: Final = Table(
+    # Which control plane publishes; the others serve the API, drain, and wait for the lease to end.
+    "publisher_lease",
+    metadata,
+    Column("id", Integer, primary_key=True),  # always META_ID
+    Column("holder", String(64), nullable=False),
+    Column("ends_at", BigInteger, nullable=False),  # the database's clock
+)
+
 api_keys: Final = Table(
     "api_keys",
     metadata,
@@ -212,7 +221,8 @@ subjects: Final = Table(
 events: Final = Table(
     # One row for each event. Columns up to ``units_total`` repeat what ``public`` says, to be asked about; see
     # ``core/sealed_events.py`` for the last three. Watermarks and ranges see to it that (log, seq) is there once:
-    # ``at`` is in the key only because a partitioned table must have it there.
+    # ``at`` is in the key only because a partitioned table must have it there (on PostgreSQL, by month:
+    # ``partitions.py``).
     "ledger_events",
     metadata,
     Column("log", BigInteger, primary_key=True, autoincrement=False),
@@ -233,6 +243,7 @@ events: Final = Table(
     Column("personal", LargeBinary),  # null once the subject is erased
     Index(None, "tenant", "at"),
     sqlite_with_rowid=False,  # kept in the order of the key, in which verifying reads
+    postgresql_partition_by="RANGE (at)",
 )
 
 blocks: Final = Table(
@@ -260,6 +271,30 @@ checkpoints: Final = Table(
     Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("at", BigInteger, nullable=False),
     Column("document", LargeBinary, nullable=False),
+)
+
+exports: Final = Table(
+    # Months that were written to a file, and what was dropped since. A month is exported again when events came late.
+    "ledger_exports",
+    metadata,
+    Column("id", _AutoId, primary_key=True),
+    Column("month", String(7), nullable=False, index=True),  # such as 2026-05, UTC
+    Column("events", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),  # of what the file holds, hex
+    Column("ranges", LargeBinary, nullable=False),  # msgpack, [[log, first seq, last seq], …]: these events exactly
+    Column("at", BigInteger, nullable=False),
+    Column("by", String(128), nullable=False),
+    Column("dropped", BigInteger, nullable=False),  # events of it that are gone
+    Column("dropped_at", BigInteger),  # all of them are
+)
+
+dropped: Final = Table(
+    # How many events of each log are no longer here. Watermarks go on covering them: they are never taken again.
+    "ledger_dropped",
+    metadata,
+    Column("month", String(7), primary_key=True),
+    Column("log", BigInteger, primary_key=True, autoincrement=False),
+    Column("events", BigInteger, nullable=False),
 )
 
 conflicts: Final = Table(

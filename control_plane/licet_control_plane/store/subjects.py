@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import ColumnElement, Connection, or_, select, update
 
 from licet.wire.usage import UsageEvent
+from licet_control_plane.core.accounting import storable
 from licet_control_plane.core.sealed_events import (
     ALTERED,
     KEY_BYTES,
@@ -99,7 +100,7 @@ class SubjectKeys:
         rows = [
             (
                 subject.tenant,
-                subject.type,
+                storable(subject.type),
                 tag,
                 tag[PERSON_BYTES:] if subject.on_behalf_of else None,
                 self.ledger_key.wrap(fresh[:KEY_BYTES], tag, fresh[KEY_BYTES:]),

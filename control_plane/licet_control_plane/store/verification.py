@@ -11,7 +11,7 @@ import gc
 import math
 import multiprocessing
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, NamedTuple
@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Engine, func, select
 
 from licet.wire.signing import VerificationError, Verifier
 from licet_control_plane.core import chain
-from licet_control_plane.core.accounting import Account, Sums
+from licet_control_plane.core.accounting import Account, Sums, storable
 from licet_control_plane.core.chain import Block
 from licet_control_plane.core.recorded import RecordedSeqs, overlaps
 from licet_control_plane.core.sealed_events import (
@@ -36,9 +36,10 @@ from licet_control_plane.core.sealed_events import (
     leaf_hash,
 )
 from licet_control_plane.core.subject_keys import LedgerKey
-from licet_control_plane.store import checkpoints, ledger_sums, meta
+from licet_control_plane.store import checkpoints, ledger_sums, meta, retention
 from licet_control_plane.store.checkpoints import Checkpoint
 from licet_control_plane.store.database import read_only_engine
+from licet_control_plane.store.partitions import Month
 from licet_control_plane.store.schema import blocks, conflicts, events, logs, ranges, shards, subjects
 from licet_control_plane.store.schema import gaps as declared
 from licet_control_plane.store.subjects import EventReader
@@ -98,6 +99,10 @@ class Verification:
 
     ``lost`` are events that their sidecar numbered and declared lost: the ledger has what it can have, so that these do
     not make it less whole. Each is a loss that somebody should look into.
+
+    ``dropped``: events by month that were exported and dropped. What is left of their blocks is checked; the root over
+    a block with such events cannot be, and is covered by the chain alone. The sums of those months are taken as they
+    are.
     """
 
     events: int
@@ -105,6 +110,7 @@ class Verification:
     logs: list[LogFacts]
     gaps: list[Gap]
     lost: list[Gap]
+    dropped: dict[str, int]
     conflicts: int
     rollups_match: bool
     findings: list[Finding]
@@ -216,6 +222,8 @@ class _Plan:
     logs: list[Any]
     above: dict[int, list[tuple[int, int]]]
     lost: dict[int, list[tuple[int, int, str]]]
+    gone: dict[int, int]
+    dropped: dict[Month, int]
     counts: dict[int, int]
     sums: ledger_sums.Contents
     conflicts: int
@@ -237,7 +245,8 @@ class _Plan:
         counts: dict[int, int] = {
             row[0]: row[1] for row in connection.execute(select(events.c.log, func.count()).group_by(events.c.log))
         }
-        stray += _strays(connection, known, above, lost, counts)
+        gone = retention.dropped_by_log(connection)
+        stray += _strays(connection, known, above, lost, gone, counts)
         erased, altered = _subjects(connection, ledger_key)
         stray += altered
         return cls(
@@ -250,6 +259,8 @@ class _Plan:
             logs=known,
             above=above,
             lost=lost,
+            gone=gone,
+            dropped=retention.dropped_by_month(connection),
             counts=counts,
             sums=ledger_sums.contents(connection),
             conflicts=connection.scalar(select(func.count()).select_from(conflicts)) or 0,
@@ -294,6 +305,7 @@ def _strays(
     known: Sequence[Any],
     above: dict[int, list[tuple[int, int]]],
     lost: dict[int, list[tuple[int, int, str]]],
+    gone: dict[int, int],
     counts: dict[int, int],
 ) -> list[Finding]:
     """Events of no log, or with numbers that their log does not say it has."""
@@ -304,6 +316,7 @@ def _strays(
         recorded = RecordedSeqs(row.watermark, above.get(row.log, ()))
         absent = [(first, last) for first, last, _ in lost.get(row.log, ())]
         promised = row.watermark + sum(last - first + 1 for first, last in recorded.ranges)
+        promised -= gone.get(row.log, 0)
         if counts.get(row.log, 0) <= promised - sum(last - first + 1 for first, last in absent):
             continue
         seqs = connection.scalars(
@@ -332,6 +345,17 @@ def _subjects(connection: Connection, ledger_key: LedgerKey | None) -> tuple[dic
                 what = f"the key or the tag of subject {number} was altered"
                 altered.append(Finding(None, 0, "", 0, "subject", what))
     return erased, altered
+
+
+def _kept(sums: ledger_sums.Contents, dropped: Collection[Month]) -> ledger_sums.Contents:
+    """Without what is about months whose events are gone."""
+    if not dropped:
+        return sums
+    seconds = [range(month.start_us // 1_000_000, month.end_us // 1_000_000) for month in dropped]
+    return [
+        {key: value for key, value in one.items() if not any(ledger_sums.time_of(key) in month for month in seconds)}
+        for one in sums
+    ]
 
 
 # --- one piece --------------------------------------------------------------------------------------------------------
@@ -376,15 +400,17 @@ def _check(engine: Engine, piece: _Piece, deployment: str, ledger_key: LedgerKey
     with engine.connect() as connection, connection.begin():
         reader = EventReader(connection, ledger_key)
         numbers: dict[str, int] = {row.log_id: row.log for row in connection.execute(select(logs.c.log_id, logs.c.log))}
+        gone = retention.dropped_numbers(connection)
+        dropped = {log_id: gone[log] for log_id, log in numbers.items() if log in gone}
         group: list[tuple[Block, list[chain.Range]]] = []
         size = 0
         for block, covered in _checked_blocks(connection, piece, deployment, found):
             group.append((block, covered))
             size += block.events
             if size >= ROWS_MAX:
-                _check_group(connection, reader, numbers, group, found, account)
+                _check_group(connection, reader, numbers, dropped, group, found, account)
                 group, size = [], 0
-        _check_group(connection, reader, numbers, group, found, account)
+        _check_group(connection, reader, numbers, dropped, group, found, account)
     found.sums = (account.hours, account.exposed, account.billed)
     return found
 
@@ -442,6 +468,7 @@ def _check_group(
     connection: Connection,
     reader: EventReader,
     numbers: dict[str, int],
+    dropped: Mapping[str, RecordedSeqs],
     group: Sequence[tuple[Block, list[chain.Range]]],
     found: _Found,
     account: Account,
@@ -469,15 +496,20 @@ def _check_group(
     for block, covered in group:
         before = found.findings_total
         leaves: list[bytes] = []
+        is_whole = True
         for log_id, first, last in covered:
             if log_id not in numbers:
                 found.add(Finding(block.shard, block.number, log_id, first, "log", "the log was removed or renamed"))
                 continue
             mine = rows[log_id]
+            gone = dropped.get(log_id)
             for seq in range(first, last + 1):
                 if found.findings_total - before > FINDINGS_MAX:
                     break  # a range without end, of a block that was altered
                 if (kept := mine.get(seq)) is None:
+                    if gone is not None and not gone.missing(seq, seq):
+                        is_whole = False
+                        continue
                     found.add(Finding(block.shard, block.number, log_id, seq, "removed", "the event is missing"))
                     continue
                 if twice and (log_id, seq) in twice:
@@ -492,7 +524,7 @@ def _check_group(
                 except Damaged as error:
                     kind = "reordered" if isinstance(error, _Misplaced) else "altered"
                     found.add(Finding(block.shard, block.number, log_id, seq, kind, str(error)))
-        if found.findings_total == before:
+        if is_whole and found.findings_total == before:
             _check_root(block, covered, leaves, found)
     try:
         account.add("", map(event_of, readable))
@@ -529,8 +561,9 @@ def _check_row(
         Damaged: the row is not what was recorded.
     """
     repeated = list(row[: len(COLUMNS)])
-    if repeated != fields[1:UNITS]:
-        name = next(name for name, a, b in zip(COLUMNS, repeated, fields[1:UNITS], strict=True) if a != b)
+    said = fields[1:UNITS]
+    if repeated != said and repeated != (said := [storable(one) if type(one) is str else one for one in said]):
+        name = next(name for name, a, b in zip(COLUMNS, repeated, said, strict=True) if a != b)
         if name == "seq":
             raise _Misplaced(f"the event numbered {fields[2]} stands in its place")
         raise Damaged(f"column {name} is not what the public part says")
@@ -592,8 +625,9 @@ class _Books:
             logs=facts,
             gaps=gaps,
             lost=lost,
+            dropped={str(month): count for month, count in plan.dropped.items()},
             conflicts=plan.conflicts,
-            rollups_match=plan.sums == ledger_sums.contents_of(self._account),
+            rollups_match=_kept(plan.sums, plan.dropped) == _kept(ledger_sums.contents_of(self._account), plan.dropped),
             findings=findings,
             findings_total=found.findings_total,
             heads=[(shard, number, head.hex()) for shard, number, head in sorted(plan.heads) if number],

@@ -119,6 +119,27 @@ def upgrade() -> None:
         sa.UniqueConstraint("digest", name=op.f("uq_ledger_dead_letters_digest")),
     )
     op.create_table(
+        "ledger_dropped",
+        sa.Column("month", sa.String(length=7), nullable=False),
+        sa.Column("log", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("month", "log", name=op.f("pk_ledger_dropped")),
+    )
+    op.create_table(
+        "ledger_exports",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("month", sa.String(length=7), nullable=False),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("ranges", sa.LargeBinary(), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.Column("by", sa.String(length=128), nullable=False),
+        sa.Column("dropped", sa.BigInteger(), nullable=False),
+        sa.Column("dropped_at", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_ledger_exports")),
+    )
+    op.create_index(op.f("ix_ledger_exports_month"), "ledger_exports", ["month"], unique=False)
+    op.create_table(
         "ledger_events",
         sa.Column("log", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -137,7 +158,10 @@ def upgrade() -> None:
         sa.Column("personal", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("log", "seq", "at", name=op.f("pk_ledger_events")),
         sqlite_with_rowid=False,
+        postgresql_partition_by="RANGE (at)",
     )
+    if op.get_bind().dialect.name == "postgresql":
+        op.execute("CREATE TABLE ledger_events_default PARTITION OF ledger_events DEFAULT")
     op.create_index(op.f("ix_ledger_events_tenant_at"), "ledger_events", ["tenant", "at"], unique=False)
     op.create_table(
         "ledger_gaps",
@@ -248,6 +272,13 @@ def upgrade() -> None:
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("redaction_salt", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_meta")),
+    )
+    op.create_table(
+        "publisher_lease",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("holder", sa.String(length=64), nullable=False),
+        sa.Column("ends_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_publisher_lease")),
     )
     op.create_table(
         "register_spend",
