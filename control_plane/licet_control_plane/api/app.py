@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from licet_control_plane.api import bundles, grants, ledger, licenses, problems, quotas, status
+from licet_control_plane.api import bundle_history, bundles, grants, ledger, licenses, problems, quotas, status
 from licet_control_plane.api.auth import authenticate
 from licet_control_plane.api.limits import BodyLimit
 from licet_control_plane.control_plane import ControlPlane
@@ -17,7 +17,15 @@ def make_app(plane: ControlPlane) -> FastAPI:
     app.add_middleware(BodyLimit)
     problems.install(app)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
-    for part in (bundles.router, licenses.router, grants.router, ledger.router, quotas.router, status.router):
+    for part in (
+        bundles.router,
+        bundle_history.router,
+        licenses.router,
+        grants.router,
+        ledger.router,
+        quotas.router,
+        status.router,
+    ):
         v1.include_router(part)
     app.include_router(v1)
     app.include_router(status.open_router)

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from licet_control_plane.cli import ask, bundles, fleet, grants, licenses, quotas, reservations, run, seats, usage
+from licet_control_plane.cli import (
+    ask,
+    bundles,
+    fleet,
+    grants,
+    licenses,
+    policies,
+    quotas,
+    reservations,
+    run,
+    seats,
+    usage,
+)
 from licet_control_plane.cli.dev import command as dev
 from licet_control_plane.cli.failure import EXIT_CODES_HELP
 from licet_control_plane.cli.replay import command as replay
@@ -65,6 +77,11 @@ _seat.command("release", epilog=EXIT_CODES_HELP)(seats.release)
 _policy = _group("policy", "Plans, policies and the rest of the catalog, kept as files in a directory.")
 _policy.command("validate", epilog=EXIT_CODES_HELP)(bundles.validate)
 _policy.command("push", epilog=EXIT_CODES_HELP)(bundles.push)
+_policy.command("diff", epilog=EXIT_CODES_HELP)(policies.diff)
+_policy.command("history", epilog=EXIT_CODES_HELP)(policies.history)
+_policy.command("show", epilog=EXIT_CODES_HELP)(policies.show)
+_policy.command("rollback", epilog=EXIT_CODES_HELP)(policies.rollback)
+_policy.command("export", epilog=EXIT_CODES_HELP)(policies.export)
 
 _license = _group("license", "What each tenant holds.")
 _license.command("create", epilog=EXIT_CODES_HELP)(licenses.create)

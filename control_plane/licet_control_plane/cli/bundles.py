@@ -44,7 +44,7 @@ def validate(directory: DirectoryArgument, as_json: JsonOption = False) -> None:
     else:
         for warning in warnings:
             note(f"warning: {warning}")
-        _print_errors(errors, directory)
+        print_errors(errors, directory)
         if not errors:
             say(f"{directory}: {len(sources)} file{_s(len(sources))}, valid.")
     if errors:
@@ -89,7 +89,7 @@ def push(
                 raise  # not about documents
             if as_json:
                 emit_json({"published": False, "errors": problem.errors})
-            _print_errors(problem.errors, directory)
+            print_errors(problem.errors, directory)
             raise typer.Exit(EXIT_NO) from problem
         for warning in result["warnings"]:
             note(f"warning: {warning}")
@@ -184,8 +184,9 @@ def _print_push(result: dict[str, Any], *, dry_run: bool, observe: bool) -> None
     say("valid; nothing was published." if dry_run else f"published as revision {result['revision']}{mode}.")
 
 
-def _print_errors(errors: list[dict[str, Any]], directory: Path) -> None:
-    base = directory.parent if directory.is_file() else directory
+def print_errors(errors: list[dict[str, Any]], directory: Path | None) -> None:
+    """Where each is and what to do; files are those of ``directory``, or of a bundle that is not on this machine."""
+    base = Path() if directory is None else directory.parent if directory.is_file() else directory
     for error in errors:
         where = f" ({error['path']})" if error.get("path") else ""
         note(f"{base / error['file']}:{error['line']}:{error['column']}: {error['message']}{where}")
