@@ -34,6 +34,7 @@ from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown, LinkRefused
 from licet_sidecar.services import reservation_records
 from licet_sidecar.services.approval import ApprovalService
+from licet_sidecar.services.explaining import ExplainingService
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
@@ -177,6 +178,8 @@ class Sidecar:
             self.engine, self.seats, self.log, self.clock, self.link, self.sync, self.recent, self.tally
         )
         self.service.register(seats.methods())
+        explaining = ExplainingService(self.service, self.engine, self.clock, self.link, self.leasing, self.sync)
+        self.service.register(explaining.methods())
         self._address = ""
         self._draining = False
         self._turned_ms = boot_ms
