@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from licet import AsyncClient, InvalidRequest, Reason
 from tests.support.command_line import CommandLine, Ended, licet_command
 from tests.support.fleet import Fleet
 
@@ -237,3 +238,43 @@ def test_a_rollback_that_licenses_forbid_is_refused(licet: Licet, catalog: Path)
     assert "plan 'trial' is not in this bundle and is held by 1 license" in ended.err
     assert licet("policy", "history", "--limit", "1", "--json").json["items"][0]["revision"] == second
     assert licet("license", "update", "on-trial", "--plan", "pro").code == 0
+
+
+def test_explain_and_entitlements_say_why_and_what_remains(licet: Licet, catalog: Path, fleet: Fleet) -> None:
+    pushed(licet, catalog, "--wait")
+    assert licet("license", "create", "explained", "--plan", "pro", "--wait").code == 0
+    assert licet("check", "explained", "report.export", "--quantity", "30").code == 0
+
+    ended = licet("explain", "explained", "report.export", "--context", "region=xx", "--subject", "user:ada")
+    assert ended.code == 1
+    assert "DENIED  POLICY_DENIED" in ended.out
+    assert ">>  policies" in ended.out
+    assert 'guard-exports/embargo: deny when context.region == "xx": matches' in ended.out
+    assert "reports:month: 70 of 100 left, asks 1" in ended.out
+    assert "ok  license     Plan pro, active, open-ended" in ended.out
+
+    found = licet("policy", "explain", "explained", "report.export", "--quantity", "5", "--json")
+    assert (found.code, found.json["decision"]["effect"]) == (0, "APPROVED")
+    assert [step["outcome"] for step in found.json["steps"]] == ["PASSED"] * 8
+    assert found.json["steps"][7]["limits"][0]["remaining"] == 70
+    assert licet("explain", "nobody", "report.export").code == 1
+
+    shown = licet("entitlements", "explained", "--subject", "ada")
+    assert shown.code == 0
+    assert "plan pro: active" in shown.out
+    assert "reports:month: 70 of 100 left" in shown.out
+    assert "APPROVED  report.export" in shown.out
+    found = licet("entitlements", "explained", "--context", "region=xx", "--json").json
+    assert found["actions"][0]["reason"] == "POLICY_DENIED"
+    nobody = licet("entitlements", "nobody", "--json")
+    assert (nobody.code, nobody.json["license"]) == (1, None)
+
+
+async def test_the_asynchronous_client_explains_too(licet: Licet, catalog: Path, fleet: Fleet) -> None:
+    pushed(licet, catalog, "--wait")
+    async with AsyncClient(fleet.addresses[0]) as client:
+        explanation = await client.explain("nobody-else", "report.export", quantity=2)
+        assert (explanation.decision.reason, explanation.steps[0].outcome) == (Reason.NO_LICENSE, "DECIDED")
+        assert (await client.list_entitlements("nobody-else", subject="ada", context={"region": "eu"})).plan == ""
+        with pytest.raises(InvalidRequest, match="context"):
+            await client.list_entitlements("nobody-else", context={"region": object()})  # type: ignore[dict-item]

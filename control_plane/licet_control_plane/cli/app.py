@@ -9,6 +9,7 @@ import typer
 from licet_control_plane.cli import (
     ask,
     bundles,
+    explaining,
     fleet,
     grants,
     licenses,
@@ -61,6 +62,8 @@ def _group(name: str, help_: str) -> typer.Typer:
 app.command("dev", epilog=EXIT_CODES_HELP)(dev.dev)
 app.command("server", epilog=EXIT_CODES_HELP)(run.server)
 app.command("check", epilog=EXIT_CODES_HELP)(ask.check)
+app.command("explain", epilog=EXIT_CODES_HELP)(explaining.explain)
+app.command("entitlements", epilog=EXIT_CODES_HELP)(explaining.entitlements)
 app.command("replay", epilog=EXIT_CODES_HELP)(replay.replay)
 app.command("status", epilog=EXIT_CODES_HELP)(fleet.status)
 
@@ -77,6 +80,7 @@ _seat.command("release", epilog=EXIT_CODES_HELP)(seats.release)
 _policy = _group("policy", "Plans, policies and the rest of the catalog, kept as files in a directory.")
 _policy.command("validate", epilog=EXIT_CODES_HELP)(bundles.validate)
 _policy.command("push", epilog=EXIT_CODES_HELP)(bundles.push)
+_policy.command("explain", epilog=EXIT_CODES_HELP)(explaining.explain)
 _policy.command("diff", epilog=EXIT_CODES_HELP)(policies.diff)
 _policy.command("history", epilog=EXIT_CODES_HELP)(policies.history)
 _policy.command("show", epilog=EXIT_CODES_HELP)(policies.show)
