@@ -299,6 +299,11 @@ def _us(at: datetime) -> int:
 def _check_names(suite: Suite, catalog: Catalog, findings: Findings) -> None:
     document, source = suite.document, suite.source
     _check_given(document, ("given",), source.given, catalog, findings)
+    if source.given.license is not None and source.given.license.plan in catalog.plans:
+        shared = _limit_keys(license_of(TENANT_DEFAULT, source.given.license), catalog)
+        for used in source.given.used:
+            if used.limit not in shared:
+                findings.unknown(document, ("given", "used"), "limit", used.limit, shared)
     seen: dict[str, int] = {}
     for place, test in enumerate(source.tests):
         path: Path = ("tests", place)
@@ -311,10 +316,9 @@ def _check_names(suite: Suite, catalog: Catalog, findings: Findings) -> None:
         _check_given(document, (*path, "given"), test.given, catalog, findings)
         given = given_of(source, test)
         known = _limit_keys(given.license_, catalog)
-        for used in given.used:
-            if given.license_ is not None and used.limit not in known:
-                where: Path = (*path, "given", "used") if "used" in test.given.model_fields_set else ("given", "used")
-                findings.unknown(document, where, "limit", used.limit, known)
+        for used in test.given.used:
+            if used.limit not in known:
+                findings.unknown(document, (*path, "given", "used"), "limit", used.limit, known)
         for steps_path, expect in _expectations(test, path):
             for key in expect.remaining:
                 if given.license_ is not None and key not in known:
