@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from licet_control_plane.api import bundle_history, bundles, grants, ledger, licenses, problems, quotas, status
+from licet_control_plane.api import (
+    bundle_history,
+    bundles,
+    decisions,
+    grants,
+    ledger,
+    licenses,
+    problems,
+    quotas,
+    status,
+)
 from licet_control_plane.api.auth import authenticate
 from licet_control_plane.api.limits import BodyLimit
 from licet_control_plane.control_plane import ControlPlane
@@ -23,6 +33,7 @@ def make_app(plane: ControlPlane) -> FastAPI:
         licenses.router,
         grants.router,
         ledger.router,
+        decisions.router,
         quotas.router,
         status.router,
     ):

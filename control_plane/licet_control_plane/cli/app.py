@@ -19,6 +19,7 @@ from licet_control_plane.cli import (
     reservations,
     run,
     seats,
+    simulate,
     usage,
 )
 from licet_control_plane.cli.dev import command as dev
@@ -84,6 +85,7 @@ _policy.command("test", epilog=EXIT_CODES_HELP)(policy_tests.run_tests)
 _policy.command("push", epilog=EXIT_CODES_HELP)(bundles.push)
 _policy.command("explain", epilog=EXIT_CODES_HELP)(explaining.explain)
 _policy.command("diff", epilog=EXIT_CODES_HELP)(policies.diff)
+_policy.command("simulate", epilog=EXIT_CODES_HELP)(simulate.simulate)
 _policy.command("history", epilog=EXIT_CODES_HELP)(policies.history)
 _policy.command("show", epilog=EXIT_CODES_HELP)(policies.show)
 _policy.command("rollback", epilog=EXIT_CODES_HELP)(policies.rollback)
