@@ -7,11 +7,12 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
-from licet import AsyncClient, InvalidRequest, Reason
+from licet import AsyncClient, Client, InvalidRequest, Reason, Subject
 from tests.support.command_line import CommandLine, Ended, licet_command
-from tests.support.fleet import Fleet
+from tests.support.fleet import Fleet, wait_until
 
 __all__ = ["licet_command"]
 
@@ -278,3 +279,120 @@ async def test_the_asynchronous_client_explains_too(licet: Licet, catalog: Path,
         assert (await client.list_entitlements("nobody-else", subject="ada", context={"region": "eu"})).plan == ""
         with pytest.raises(InvalidRequest, match="context"):
             await client.list_entitlements("nobody-else", context={"region": object()})  # type: ignore[dict-item]
+
+
+def recorded(fleet: Fleet, tenant: str) -> int:
+    """How many decisions on a tenant the ledger has."""
+    headers = {"Authorization": f"Bearer {(fleet.directory / 'server' / 'admin-key').read_text().strip()}"}
+    page = httpx.get(f"{fleet.server_url}/v1/decisions", params={"tenant": tenant}, headers=headers).json()
+    return int(page["total"])
+
+
+PRICED = PLAN.replace("    limits:", '    price: {amount: "2.00", currency: USD}\n    limits:')
+ROLE = """\
+kind: Role
+name: analyst
+actions: [report.*]
+"""
+
+
+def test_simulate_lists_answers_and_costs_that_would_be_others(licet: Licet, catalog: Path, fleet: Fleet) -> None:
+    (catalog / "sold" / "plans.yaml").write_text(PRICED)
+    (catalog / "roles.yaml").write_text(ROLE)
+    pushed(licet, catalog, "--wait")
+    for tenant in ("sim-a", "sim-b"):
+        assert licet("license", "create", tenant, "--plan", "pro", "--wait").code == 0
+    analyst = ("--role", "analyst")
+    with Client(fleet.addresses[0]) as client:
+        for number in range(12):
+            for tenant in ("sim-a", "sim-b"):
+                subject = Subject(f"user-{number}", roles=["analyst"] if number else [])
+                decision = client.check(
+                    tenant, "report.export", subject=subject, quantity=4, context={"region": "yy" if number > 9 else ""}
+                )
+                assert decision.approved == (number > 0)
+    assert licet("reservation", "make", "sim-a", "report.export", *analyst, "--quantity", "3").code == 0
+    wait_until("the ledger has them", lambda: [recorded(fleet, name) for name in ("sim-a", "sim-b")] == [13, 12])
+
+    edit(catalog / "sold" / "plans.yaml", "amount: 100", "amount: 30")
+    edit(catalog / "sold" / "plans.yaml", '"2.00"', '"3.00"')
+    edit(catalog / "policies.yaml", '"xx"', '"yy"')
+    ended = licet("policy", "simulate", catalog, "--since", "1h", "--json")
+    assert ended.code == 0, ended.err
+    found = ended.json
+    mine = [one for one in found["changes"] if one["tenant"] in ("sim-a", "sim-b")]
+    # Eleven exports of four units were approved: the first seven still fit, two are embargoed, the rest exceed 30.
+    assert {(one["tenant"], one["before"], one["after"], one["decisions"], one["units"]) for one in mine} == {
+        (tenant, "APPROVED OK", after, decisions, 4 * decisions)
+        for tenant in ("sim-a", "sim-b")
+        for after, decisions in (
+            ("DENIED POLICY_DENIED guard-exports/embargo", 2),
+            ("DENIED QUOTA_EXHAUSTED reports:month", 2),
+        )
+    }
+    assert all(len(one["examples"][0]) == 32 for one in mine)
+    costs = {one["tenant"]: (one["before"], one["after"], one["difference"]) for one in found["costs"]}
+    assert costs["sim-a"] == ("88.00 USD", "84.00 USD", "-4.00 USD")
+    assert found["inexact_because"]["roles"] >= 24
+    assert found["not_replayed"]["kind"] >= 1
+
+    text = licet("policy", "simulate", catalog, "--since", "1h", "--tenant", "sim-a", "--fail-on-change")
+    assert text.code == 1
+    assert "12 decisions replayed; 4 would be answered otherwise." in text.out
+    assert "roles are not recorded" in text.out
+    assert "1 not replayed: reservations and seats" in text.out
+    assert fleet.server_url in text.err
+
+    same = licet("policy", "simulate", "--since", "1h", "--tenant", "sim-b", "--fail-on-change", "--json")
+    assert (same.code, same.json["replayed"], same.json["changes"]) == (0, 12, [])
+    current = licet("policy", "history", "--limit", "1", "--json").json["items"][0]["revision"]
+    itself = licet("policy", "simulate", current, "--since", "1h", "--fail-on-change")
+    assert itself.code == 0, itself.out
+    (catalog / "policies.yaml").write_text("kind: Policy\n")
+    assert licet("policy", "simulate", catalog).code == 2
+
+
+def test_decisions_are_read_page_by_page(licet: Licet, catalog: Path, fleet: Fleet) -> None:
+    pushed(licet, catalog, "--wait")
+    headers = {"Authorization": f"Bearer {(fleet.directory / 'server' / 'admin-key').read_text().strip()}"}
+    for tenant in ("page-a", "page-b"):
+        assert licet("license", "create", tenant, "--plan", "pro", "--wait").code == 0
+    with Client(fleet.addresses[0]) as client:
+        ids = {
+            client.check(tenant, "report.export", subject="ada", context={"region": "eu"}).decision_id
+            for tenant in ("page-b", "page-a")
+            for _ in range(5)
+        }
+
+    def pages(limit: int, **query: str) -> list[dict[str, object]]:
+        found: list[dict[str, object]] = []
+        after = ""
+        while True:
+            page = httpx.get(
+                f"{fleet.server_url}/v1/decisions", params={"limit": limit, "after": after, **query}, headers=headers
+            ).json()
+            assert len(page["items"]) <= limit
+            assert ("total" in page) == (not after)
+            found += page["items"]
+            if page["next"] is None:
+                return found
+            after = page["next"]
+
+    wait_until("the ledger has them", lambda: ids <= {str(one["decision_id"]) for one in pages(1_000)})
+    everything = pages(1_000)
+    for limit in (1, 3, 7):
+        assert pages(limit) == everything
+    order = [(one["tenant"], one["at_us"]) for one in everything]
+    assert order == sorted(order)
+    assert len({one["decision_id"] for one in everything}) == len(everything)
+    only = pages(2, tenant="page-b")
+    assert [one["decision_id"] for one in only] == [
+        one["decision_id"] for one in everything if one["tenant"] == "page-b"
+    ]
+    assert only[0]["context"] == {"region": "eu"}
+    later = pages(3, **{"from": str(only[2]["at"])}, tenant="page-b")
+    assert [one["decision_id"] for one in later] == [one["decision_id"] for one in only[2:]]
+    assert pages(3, to="2020-01-01T00:00:00Z") == []
+    for after in ("x", "1:2", "1:x:a", "9" * 30 + ":" + "9" * 30 + ":a"):
+        refused = httpx.get(f"{fleet.server_url}/v1/decisions", params={"after": after}, headers=headers)
+        assert refused.status_code == 422

@@ -81,9 +81,11 @@ def simulate(
         first = _page(control_plane, since_s, now_s, tenant, "")
         with ProgressBar("decisions", first["total"]) as bar:
             run = _Run(control_plane, engine, catalogs, unrecorded, summary, since_s)
+            done = 0
             for events in _by_tenant(_pages(control_plane, first, since_s, now_s, tenant)):
                 run.replay(events)
-                bar.advance(len(events))
+                done += len(events)
+                bar.show(done)
     names = [f"revision {current['revision']}", called] if candidate is not None else ["recorded", "live"]
     if as_json:
         emit_json(_as_json(summary, since_s, names, current["revision"]))

@@ -75,4 +75,5 @@ def count(connection: Connection, *, from_us: int, to_us: int, tenant: str) -> i
 def _next_tenant(connection: Connection, after: str, only: str) -> str | None:
     if only:
         return only if after < only else None
-    return connection.scalar(select(func.min(events.c.tenant)).where(events.c.tenant > after))
+    found: str | None = connection.scalar(select(func.min(events.c.tenant)).where(events.c.tenant > after))
+    return found
