@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from textwrap import dedent
 from xml.etree import ElementTree
@@ -68,6 +69,16 @@ def test_the_example_passes_and_hits_every_rule(licet_command: CommandLine) -> N
     assert len(ended.json["tests"]) >= 10
     valid = licet_command("policy", "validate", EXAMPLES, "--json")
     assert valid.json["valid"] is True
+
+
+def test_the_example_of_the_documentation_passes(licet_command: CommandLine, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "documents.md").read_text()
+    for number, body in enumerate(re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)):
+        suffix = "_test.yaml" if "kind: PolicyTest" in body else ".yaml"
+        (tmp_path / f"example-{number}{suffix}").write_text(body)
+    ended = licet_command("policy", "test", tmp_path)
+    assert ended.code == 0, ended.out
+    assert "2 passed, 0 failed." in ended.out
 
 
 def test_failures_say_where_what_and_what_was_expected(licet_command: CommandLine, catalog: Path) -> None:
