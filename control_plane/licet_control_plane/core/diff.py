@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum, StrEnum
@@ -137,7 +138,8 @@ def _compared(path: tuple[str, ...], one: _Branch | _Leaf, other: _Branch | _Lea
             yield below, Change.REMOVED, _shown(earlier), ""
         elif earlier is not None and later is not None:
             yield from _compared(below, earlier, later)
-    kept, kept_now = ([part for part in a.ordered if part in b.ordered] for a, b in ((one, other), (other, one)))
+    both = frozenset(one.ordered) & frozenset(other.ordered)
+    kept, kept_now = ([part for part in branch.ordered if part in both] for branch in (one, other))
     if kept != kept_now:
         yield (*path, _ORDER), Change.CHANGED, ", ".join(kept), ", ".join(kept_now)
 
@@ -181,11 +183,12 @@ def _node(name: str, item: Any) -> _Branch | _Leaf:
 def _keys(records: tuple[Any, ...]) -> list[str]:
     """What tells records of a list apart: their key or name, or their place when they have none of their own."""
     identity = _IDENTITY.get(type(records[0]), "name")
+    seen: Counter[str] = Counter()
     keys: list[str] = []
     for place, one in enumerate(records, 1):
         key = _limit_name(one) if isinstance(one, Limit) else str(getattr(one, identity, ""))
-        times = sum(known.partition(" ")[0] == key for known in keys)
-        keys.append(f"{key} ({times + 1})" if times else key or str(place))
+        seen[key] += 1
+        keys.append(f"{key} ({seen[key]})" if key and seen[key] > 1 else key or str(place))
     return keys
 
 
