@@ -53,9 +53,11 @@ def _cursor(text: str) -> Cursor | None:
         return None
     at, _, rest = text.partition(":")
     id_, _, tenant = rest.partition(":")
-    if not (at.isascii() and at.isdecimal() and id_.isascii() and id_.isdecimal() and tenant) or len(at + id_) > 36:
-        raise Problem(422, f"after: {text!r} is no cursor.", "Send the 'next' of the page before.")
-    return Cursor(tenant, int(at), int(id_))
+    if all(digits.isascii() and digits.isdecimal() for digits in (at, id_)) and tenant:
+        cursor = Cursor(tenant, int(at), int(id_))
+        if max(cursor.at_us, cursor.id) < 2**63:
+            return cursor
+    raise Problem(422, f"after: {text!r} is no cursor.", "Send the 'next' of the page before.")
 
 
 def _described(recorded: Recorded) -> dict[str, Any]:

@@ -221,7 +221,9 @@ def diff(
             found = control_plane.post("/v1/bundles/diff", body)
         except Problem as problem:
             if any(error.get("file") for error in problem.errors):
-                print_errors(problem.errors, Path(what))
+                if as_json:
+                    emit_json({"errors": problem.errors})
+                print_errors(problem.errors, Path(what), so="nothing was compared")
                 raise typer.Exit(EXIT_USAGE) from problem
             problem.exit_code = EXIT_USAGE
             raise
