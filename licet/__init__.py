@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         SidecarUnavailable,
         Timeout,
     )
+    from licet.client.explanations import Entitlements, Explanation
     from licet.client.holding import SeatHolding
     from licet.client.model import (
         Check,
@@ -51,6 +52,8 @@ _HOMES: Final = {
     "Cost": "licet.client.model",
     "Decision": "licet.client.model",
     "Effect": "licet.domain.outcomes",
+    "Entitlements": "licet.client.explanations",
+    "Explanation": "licet.client.explanations",
     "InvalidRequest": "licet.client.errors",
     "LicetError": "licet.client.errors",
     "MessageTooLarge": "licet.client.errors",
@@ -79,6 +82,8 @@ __all__ = [
     "Cost",
     "Decision",
     "Effect",
+    "Entitlements",
+    "Explanation",
     "InvalidRequest",
     "LicetError",
     "MessageTooLarge",

@@ -21,6 +21,7 @@ from licet.domain.ids import TENANT_PATTERN, UNITS_MAX
 from licet.wire import envelope
 from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest, chunk_catalog, digest_of
 from licet.wire.signing import SigningKey, Statement
+from licet_control_plane.core.bundle_changes import document_changes
 from licet_control_plane.core.grants import GrantAsked, amount_of, grant_of, is_same, kept
 from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.core.suggestion import did_you_mean
@@ -93,15 +94,26 @@ class Changes:
         observe: bool = False,
         message: str = "",
         dry_run: bool = False,
+        restores: int | None = None,
     ) -> Pushed:
         """Make a validated catalog the current one. The same content again changes nothing.
+
+        ``restores`` is the revision whose content this is, for the audit trail.
 
         Raises:
             ChangeInvalid: licenses hold a plan that the catalog does not have.
         """
         chunks = chunk_catalog(catalog)
         pushed = await self._database.write(
-            self._push, catalog, chunks, files, by=by, observe=observe, message=message, dry_run=dry_run
+            self._push,
+            catalog,
+            chunks,
+            files,
+            by=by,
+            observe=observe,
+            message=message,
+            dry_run=dry_run,
+            restores=restores,
         )
         self._wake.set()
         return pushed
@@ -169,21 +181,21 @@ class Changes:
         observe: bool,
         message: str,
         dry_run: bool,
+        restores: int | None,
     ) -> Pushed:
         row = meta.lock(connection)
         old = bundles.current(connection)
         documents = _digests(catalog)
         bodies = {digest_of(body): body for body in chunks}
         digest = hashlib.sha256("\n".join([str(observe), *bodies]).encode()).hexdigest()
-        before = {f"{kind}/{name}": value for kind, name, value in old.documents} if old else {}
-        after = {f"{kind}/{name}": value for kind, name, value in documents}
+        changed = document_changes(old.documents if old else (), documents)
         pushed = Pushed(
             revision=old.revision if old else 0,
             generation=row.generation,
             digest=digest,
-            added=sorted(after.keys() - before.keys()),
-            modified=sorted(name for name in after.keys() & before.keys() if after[name] != before[name]),
-            removed=sorted(before.keys() - after.keys()),
+            added=changed.added,
+            modified=changed.modified,
+            removed=changed.removed,
             unchanged=old is not None and old.digest == digest,
         )
         if pushed.unchanged:
@@ -221,7 +233,7 @@ class Changes:
         access.record(
             connection,
             by=by,
-            action="bundle.push",
+            action="bundle.push" if restores is None else "bundle.rollback",
             target=f"revision {revision}",
             before={"revision": pushed.revision, "digest": old.digest if old else None},
             after={
@@ -230,6 +242,7 @@ class Changes:
                 "added": pushed.added,
                 "modified": pushed.modified,
                 "removed": pushed.removed,
+                **({} if restores is None else {"restores": restores}),
             },
             now_us=now_us,
         )

@@ -15,6 +15,14 @@ from google.protobuf.message import Message
 
 from licet.client.channel import CHANNEL_OPTIONS, TIMEOUT_DEFAULT_S, resolve_target
 from licet.client.errors import LicetError, from_status
+from licet.client.explanations import (
+    Entitlements,
+    Explanation,
+    entitlements_of,
+    entitlements_request,
+    explain_request,
+    explanation_of,
+)
 from licet.client.failure import Fallback, check_fallback, fall_back, pause_before_retry_s
 from licet.client.holding import OnLost, SeatHolding
 from licet.client.messages import (
@@ -104,6 +112,34 @@ class AsyncClient:
             if decision is None:
                 raise
             return decision
+
+    async def explain(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str | None = None,
+        quantity: int | None = None,
+        quantities: Mapping[str, int] | None = None,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        timeout: float | None = None,
+    ) -> Explanation:
+        """As ``licet.Client.explain``."""
+        check = Check(tenant, action, subject, quantity, quantities, resource, context, peek=True)
+        return explanation_of(await self._call(self._stub().Explain, explain_request(check), timeout))
+
+    async def list_entitlements(
+        self,
+        tenant: str,
+        *,
+        subject: Subject | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        timeout: float | None = None,
+    ) -> Entitlements:
+        """As ``licet.Client.list_entitlements``."""
+        request = entitlements_request(tenant, subject, context)
+        return entitlements_of(await self._call(self._stub().ListEntitlements, request, timeout))
 
     def reserve(
         self,

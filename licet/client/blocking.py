@@ -15,6 +15,14 @@ from google.protobuf.message import Message
 
 from licet.client.channel import CHANNEL_OPTIONS, TIMEOUT_DEFAULT_S, resolve_target
 from licet.client.errors import LicetError, from_status
+from licet.client.explanations import (
+    Entitlements,
+    Explanation,
+    entitlements_of,
+    entitlements_request,
+    explain_request,
+    explanation_of,
+)
 from licet.client.failure import Fallback, check_fallback, fall_back, pause_before_retry_s
 from licet.client.holding import OnLost, SeatHolding
 from licet.client.messages import (
@@ -125,6 +133,50 @@ class Client:
             if decision is None:
                 raise
             return decision
+
+    def explain(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str | None = None,
+        quantity: int | None = None,
+        quantities: Mapping[str, int] | None = None,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        timeout: float | None = None,
+    ) -> Explanation:
+        """The decision that ``check`` would get, and every step of it with what was found. Takes and records nothing.
+
+        Arguments are as for ``check``. No fallback answers: it is for people who want to know.
+
+        Raises:
+            InvalidRequest, MessageTooLarge, SidecarUnavailable, Timeout, SidecarError: as for ``check``.
+        """
+        check = Check(tenant, action, subject, quantity, quantities, resource, context, peek=True)
+        return explanation_of(self._call(self._stub.Explain, explain_request(check), timeout))
+
+    def list_entitlements(
+        self,
+        tenant: str,
+        *,
+        subject: Subject | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        timeout: float | None = None,
+    ) -> Entitlements:
+        """What a tenant's subject may do now and what remains, for pages that customers see. Takes and records nothing.
+
+        Args:
+            tenant: the customer account.
+            subject: whose rollouts, roles and own limits count.
+            context: attributes that conditions and scopes read, as far as they are known before a check.
+            timeout: seconds, instead of the client's.
+
+        Raises:
+            InvalidRequest, MessageTooLarge, SidecarUnavailable, Timeout, SidecarError: as for ``check``.
+        """
+        request = entitlements_request(tenant, subject, context)
+        return entitlements_of(self._call(self._stub.ListEntitlements, request, timeout))
 
     def reserve(
         self,

@@ -100,28 +100,42 @@ def decision_of(response: pb.CheckResponse) -> Decision:
     Raises:
         SidecarError: the effect is one that this SDK does not know; taking it for a yes or a no would be a guess.
     """
-    effect = _EFFECTS.get(response.effect)
-    if effect is None:
-        raise SidecarError(
-            f"the sidecar answered with effect {response.effect}, which this SDK does not know: upgrade licet",
-            code="UNKNOWN_EFFECT",
-        )
     return Decision(
-        effect=effect,
-        reason=_REASONS.get(response.reason) or _reason_from_a_newer_sidecar(response.reason),
+        effect=effect_of(response.effect),
+        reason=reason_of(response.reason),
         message=response.message,
         rule=response.rule,
         revision=response.revision,
         as_of=_datetime(response.as_of) if response.HasField("as_of") else None,
         stale=response.stale,
         degraded=response.degraded,
-        quotas=tuple([_quota(quota) for quota in response.quotas]) if response.quotas else (),
+        quotas=tuple([quota_of(quota) for quota in response.quotas]) if response.quotas else (),
         cost=Cost(response.cost.amount_nanos, response.cost.currency) if response.HasField("cost") else None,
         retry_after=_timedelta(response.retry_after) if response.HasField("retry_after") else None,
         decision_id=response.decision_id,
         access_request_id=response.access_request_id,
         metadata=dict(response.metadata) if response.metadata else {},
     )
+
+
+def effect_of(number: int) -> Effect:
+    """The effect a response carries.
+
+    Raises:
+        SidecarError: it is one that this SDK does not know.
+    """
+    effect = _EFFECTS.get(number)
+    if effect is None:
+        raise SidecarError(
+            f"the sidecar answered with effect {number}, which this SDK does not know: upgrade licet",
+            code="UNKNOWN_EFFECT",
+        )
+    return effect
+
+
+def reason_of(number: int) -> Reason:
+    """The reason a response carries; one that is not known here keeps its number."""
+    return _REASONS.get(number) or _reason_from_a_newer_sidecar(number)
 
 
 def decisions_of(response: pb.CheckBatchResponse) -> list[Decision]:
@@ -248,7 +262,8 @@ def _set_value(message: pb.Value, value: ContextValue) -> None:
             raise TypeError(f"its type is {type(value).__name__}")
 
 
-def _quota(quota: pb.QuotaState) -> Quota:
+def quota_of(quota: pb.QuotaState) -> Quota:
+    """The quota a response carries."""
     return Quota(
         feature=quota.feature,
         window=quota.window,

@@ -201,6 +201,52 @@ SEAT_STATE_UNKNOWN: SeatState.ValueType  # 4
 """no such seat"""
 Global___SeatState: _TypeAlias = SeatState  # noqa: Y015
 
+class _StepOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StepOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StepOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STEP_OUTCOME_UNSPECIFIED: _StepOutcome.ValueType  # 0
+    STEP_OUTCOME_PASSED: _StepOutcome.ValueType  # 1
+    """nothing here stands in the way"""
+    STEP_OUTCOME_DECIDED: _StepOutcome.ValueType  # 2
+    """the decision is what it is because of this step"""
+    STEP_OUTCOME_NOT_REACHED: _StepOutcome.ValueType  # 3
+    """an earlier step decided; what is found here would come next"""
+
+class StepOutcome(_StepOutcome, metaclass=_StepOutcomeEnumTypeWrapper): ...
+
+STEP_OUTCOME_UNSPECIFIED: StepOutcome.ValueType  # 0
+STEP_OUTCOME_PASSED: StepOutcome.ValueType  # 1
+"""nothing here stands in the way"""
+STEP_OUTCOME_DECIDED: StepOutcome.ValueType  # 2
+"""the decision is what it is because of this step"""
+STEP_OUTCOME_NOT_REACHED: StepOutcome.ValueType  # 3
+"""an earlier step decided; what is found here would come next"""
+Global___StepOutcome: _TypeAlias = StepOutcome  # noqa: Y015
+
+class _RuleMatch:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RuleMatchEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RuleMatch.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RULE_MATCH_UNSPECIFIED: _RuleMatch.ValueType  # 0
+    RULE_MATCH_MATCHED: _RuleMatch.ValueType  # 1
+    RULE_MATCH_NOT_MATCHED: _RuleMatch.ValueType  # 2
+    RULE_MATCH_FAILED: _RuleMatch.ValueType  # 3
+    """its condition cannot be evaluated; an enforced rule then denies"""
+
+class RuleMatch(_RuleMatch, metaclass=_RuleMatchEnumTypeWrapper): ...
+
+RULE_MATCH_UNSPECIFIED: RuleMatch.ValueType  # 0
+RULE_MATCH_MATCHED: RuleMatch.ValueType  # 1
+RULE_MATCH_NOT_MATCHED: RuleMatch.ValueType  # 2
+RULE_MATCH_FAILED: RuleMatch.ValueType  # 3
+"""its condition cannot be evaluated; an enforced rule then denies"""
+Global___RuleMatch: _TypeAlias = RuleMatch  # noqa: Y015
+
 @_typing.final
 class Value(_message.Message):
     """A typed attribute value. Kept small on purpose: what a condition can compare."""
@@ -1112,3 +1158,411 @@ class ReleaseSeatResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseSeatResponse: _TypeAlias = ReleaseSeatResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def check(self) -> Global___CheckRequest:
+        """What would be asked; its mode and idempotency_key mean nothing here."""
+
+    def __init__(
+        self,
+        *,
+        check: Global___CheckRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainStep(_message.Message):
+    """One step of a decision, in the order in which they are taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    step: _builtins.str
+    """"license", "action", "freshness", "entitlement", "flags", "roles", "policies", "quotas"."""
+    outcome: Global___StepOutcome.ValueType
+    @_builtins.property
+    def found(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sentences for people."""
+
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___RuleTrace]:
+        """Of the step "policies": every rule that applies to the action, in the order in which they are asked."""
+
+    @_builtins.property
+    def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitTrace]:
+        """Of the step "quotas": every limit that applies to the action, and every grant of it."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.str = ...,
+        outcome: Global___StepOutcome.ValueType = ...,
+        found: _abc.Iterable[_builtins.str] | None = ...,
+        rules: _abc.Iterable[Global___RuleTrace] | None = ...,
+        limits: _abc.Iterable[Global___LimitTrace] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "limits", b"limits", "outcome", b"outcome", "rules", b"rules", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainStep: _TypeAlias = ExplainStep  # noqa: Y015
+
+@_typing.final
+class RuleTrace(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RULE_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
+    MATCH_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    rule: _builtins.str
+    """"policy/rule"."""
+    effect: _builtins.str
+    """"allow", "deny" or "require_approval"."""
+    condition: _builtins.str
+    """CEL; empty when the rule always matches."""
+    match: Global___RuleMatch.ValueType
+    problem: _builtins.str
+    """Why it failed."""
+    shadow: _builtins.bool
+    """Its policy only records what it would do."""
+    def __init__(
+        self,
+        *,
+        rule: _builtins.str = ...,
+        effect: _builtins.str = ...,
+        condition: _builtins.str = ...,
+        match: Global___RuleMatch.ValueType = ...,
+        problem: _builtins.str = ...,
+        shadow: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "effect", b"effect", "match", b"match", "problem", b"problem", "rule", b"rule", "shadow", b"shadow"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RuleTrace: _TypeAlias = RuleTrace  # noqa: Y015
+
+@_typing.final
+class LimitTrace(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    ASKED_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    ON_EXCEEDED_FIELD_NUMBER: _builtins.int
+    limit: _builtins.str
+    """The key of the limit or the grant: "feature:name", "feature:name+grant"."""
+    asked: _builtins.int
+    """What the check would take: units, or for a budget billionths of its currency."""
+    known: _builtins.bool
+    """Whether what remains was heard of lately."""
+    on_exceeded: _builtins.str
+    """"deny", "overage" or "require_approval"."""
+    @_builtins.property
+    def quota(self) -> Global___QuotaState:
+        """`remaining` says something only when `known`."""
+
+    def __init__(
+        self,
+        *,
+        limit: _builtins.str = ...,
+        asked: _builtins.int = ...,
+        quota: Global___QuotaState | None = ...,
+        known: _builtins.bool = ...,
+        on_exceeded: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quota", b"quota"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "known", b"known", "limit", b"limit", "on_exceeded", b"on_exceeded", "quota", b"quota"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LimitTrace: _TypeAlias = LimitTrace  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def decision(self) -> Global___CheckResponse:
+        """As a check would be answered, without a decision_id."""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainStep]: ...
+    def __init__(
+        self,
+        *,
+        decision: Global___CheckResponse | None = ...,
+        steps: _abc.Iterable[Global___ExplainStep] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class ListEntitlementsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ContextEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Value: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Value | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Required."""
+    @_builtins.property
+    def subject(self) -> Global___Subject:
+        """Whose rollouts, roles and own quotas count; without it, those of a subject without a name and roles."""
+
+    @_builtins.property
+    def context(self) -> _containers.MessageMap[_builtins.str, Global___Value]:
+        """Attributes that conditions and scopes read, as far as they are known before a check."""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        subject: Global___Subject | None = ...,
+        context: _abc.Mapping[_builtins.str, Global___Value] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "subject", b"subject", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEntitlementsRequest: _TypeAlias = ListEntitlementsRequest  # noqa: Y015
+
+@_typing.final
+class LicenseState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AddonsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    STARTS_AT_FIELD_NUMBER: _builtins.int
+    ENDS_AT_FIELD_NUMBER: _builtins.int
+    IN_FORCE_FIELD_NUMBER: _builtins.int
+    ADDONS_FIELD_NUMBER: _builtins.int
+    plan: _builtins.str
+    status: _builtins.str
+    """"active", "suspended" or "canceled"."""
+    in_force: _builtins.bool
+    """Active, and within its term."""
+    @_builtins.property
+    def starts_at(self) -> _timestamp_pb2.Timestamp:
+        """Absent: since ever."""
+
+    @_builtins.property
+    def ends_at(self) -> _timestamp_pb2.Timestamp:
+        """The first instant after it. Absent: open-ended."""
+
+    @_builtins.property
+    def addons(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Add-on plans, and how many of each."""
+
+    def __init__(
+        self,
+        *,
+        plan: _builtins.str = ...,
+        status: _builtins.str = ...,
+        starts_at: _timestamp_pb2.Timestamp | None = ...,
+        ends_at: _timestamp_pb2.Timestamp | None = ...,
+        in_force: _builtins.bool = ...,
+        addons: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ends_at", b"ends_at", "starts_at", b"starts_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addons", b"addons", "ends_at", b"ends_at", "in_force", b"in_force", "plan", b"plan", "starts_at", b"starts_at", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LicenseState: _TypeAlias = LicenseState  # noqa: Y015
+
+@_typing.final
+class EntitlementState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    ROLLED_OUT_FIELD_NUMBER: _builtins.int
+    SEATS_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    feature: _builtins.str
+    title: _builtins.str
+    unit: _builtins.str
+    """The word for one of it."""
+    rolled_out: _builtins.bool
+    """False when a rollout does not include the tenant or the subject (yet)."""
+    seats: _builtins.int
+    """How many subjects can hold it at the same time; 0: it is not sold by the seat."""
+    @_builtins.property
+    def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitTrace]:
+        """Limits that are the whole tenant's, the subject's, or of the given context; `remaining` is as last known."""
+
+    def __init__(
+        self,
+        *,
+        feature: _builtins.str = ...,
+        title: _builtins.str = ...,
+        unit: _builtins.str = ...,
+        rolled_out: _builtins.bool = ...,
+        seats: _builtins.int = ...,
+        limits: _abc.Iterable[Global___LimitTrace] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "limits", b"limits", "rolled_out", b"rolled_out", "seats", b"seats", "title", b"title", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EntitlementState: _TypeAlias = EntitlementState  # noqa: Y015
+
+@_typing.final
+class ActionState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTION_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    action: _builtins.str
+    effect: Global___Effect.ValueType
+    """As a check of it would be answered, before its quotas are looked at."""
+    reason: Global___Reason.ValueType
+    message: _builtins.str
+    rule: _builtins.str
+    def __init__(
+        self,
+        *,
+        action: _builtins.str = ...,
+        effect: Global___Effect.ValueType = ...,
+        reason: Global___Reason.ValueType = ...,
+        message: _builtins.str = ...,
+        rule: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "effect", b"effect", "message", b"message", "reason", b"reason", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActionState: _TypeAlias = ActionState  # noqa: Y015
+
+@_typing.final
+class ListEntitlementsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LICENSE_FIELD_NUMBER: _builtins.int
+    ENTITLEMENTS_FIELD_NUMBER: _builtins.int
+    ACTIONS_FIELD_NUMBER: _builtins.int
+    ACTIONS_TRUNCATED_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    actions_truncated: _builtins.bool
+    revision: _builtins.int
+    stale: _builtins.bool
+    degraded: _builtins.bool
+    @_builtins.property
+    def license(self) -> Global___LicenseState:
+        """Absent when the tenant has none."""
+
+    @_builtins.property
+    def entitlements(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntitlementState]:
+        """By feature."""
+
+    @_builtins.property
+    def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActionState]:
+        """By name, those whose features the license grants; at most 1,000."""
+
+    @_builtins.property
+    def as_of(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        license: Global___LicenseState | None = ...,
+        entitlements: _abc.Iterable[Global___EntitlementState] | None = ...,
+        actions: _abc.Iterable[Global___ActionState] | None = ...,
+        actions_truncated: _builtins.bool = ...,
+        revision: _builtins.int = ...,
+        as_of: _timestamp_pb2.Timestamp | None = ...,
+        stale: _builtins.bool = ...,
+        degraded: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "license", b"license"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "actions_truncated", b"actions_truncated", "as_of", b"as_of", "degraded", b"degraded", "entitlements", b"entitlements", "license", b"license", "revision", b"revision", "stale", b"stale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEntitlementsResponse: _TypeAlias = ListEntitlementsResponse  # noqa: Y015

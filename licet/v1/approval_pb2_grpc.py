@@ -84,6 +84,16 @@ class ApprovalServiceStub:
                 request_serializer=licet_dot_v1_dot_approval__pb2.ReleaseSeatRequest.SerializeToString,
                 response_deserializer=licet_dot_v1_dot_approval__pb2.ReleaseSeatResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/licet.v1.ApprovalService/Explain',
+                request_serializer=licet_dot_v1_dot_approval__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.ListEntitlements = channel.unary_unary(
+                '/licet.v1.ApprovalService/ListEntitlements',
+                request_serializer=licet_dot_v1_dot_approval__pb2.ListEntitlementsRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.ListEntitlementsResponse.FromString,
+                _registered_method=True)
 
 
 class ApprovalServiceServicer:
@@ -162,6 +172,21 @@ class ApprovalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """The decision that a check would get, and every step of it with what was found. Takes nothing, records nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEntitlements(self, request, context):
+        """What a subject of a tenant may do now, and what remains, for pages that customers see. Takes nothing, records
+        nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ApprovalServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -214,6 +239,16 @@ def add_ApprovalServiceServicer_to_server(servicer, server):
                     servicer.ReleaseSeat,
                     request_deserializer=licet_dot_v1_dot_approval__pb2.ReleaseSeatRequest.FromString,
                     response_serializer=licet_dot_v1_dot_approval__pb2.ReleaseSeatResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.ExplainRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.ExplainResponse.SerializeToString,
+            ),
+            'ListEntitlements': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEntitlements,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.ListEntitlementsRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.ListEntitlementsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -486,6 +521,60 @@ class ApprovalService:
             '/licet.v1.ApprovalService/ReleaseSeat',
             licet_dot_v1_dot_approval__pb2.ReleaseSeatRequest.SerializeToString,
             licet_dot_v1_dot_approval__pb2.ReleaseSeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/licet.v1.ApprovalService/Explain',
+            licet_dot_v1_dot_approval__pb2.ExplainRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEntitlements(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/licet.v1.ApprovalService/ListEntitlements',
+            licet_dot_v1_dot_approval__pb2.ListEntitlementsRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.ListEntitlementsResponse.FromString,
             options,
             channel_credentials,
             insecure,

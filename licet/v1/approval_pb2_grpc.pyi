@@ -65,6 +65,12 @@ class ApprovalServiceStub:
     """Says that the holder is still there. A holder that is silent for two heartbeats loses its seat."""
     ReleaseSeat: _grpc.UnaryUnaryMultiCallable[_approval_pb2.ReleaseSeatRequest, _approval_pb2.ReleaseSeatResponse]
     """Gives a seat back."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_approval_pb2.ExplainRequest, _approval_pb2.ExplainResponse]
+    """The decision that a check would get, and every step of it with what was found. Takes nothing, records nothing."""
+    ListEntitlements: _grpc.UnaryUnaryMultiCallable[_approval_pb2.ListEntitlementsRequest, _approval_pb2.ListEntitlementsResponse]
+    """What a subject of a tenant may do now, and what remains, for pages that customers see. Takes nothing, records
+    nothing.
+    """
 
 @_typing.type_check_only
 class ApprovalServiceAsyncStub(ApprovalServiceStub):
@@ -95,6 +101,12 @@ class ApprovalServiceAsyncStub(ApprovalServiceStub):
     """Says that the holder is still there. A holder that is silent for two heartbeats loses its seat."""
     ReleaseSeat: _aio.UnaryUnaryMultiCallable[_approval_pb2.ReleaseSeatRequest, _approval_pb2.ReleaseSeatResponse]  # type: ignore[assignment]
     """Gives a seat back."""
+    Explain: _aio.UnaryUnaryMultiCallable[_approval_pb2.ExplainRequest, _approval_pb2.ExplainResponse]  # type: ignore[assignment]
+    """The decision that a check would get, and every step of it with what was found. Takes nothing, records nothing."""
+    ListEntitlements: _aio.UnaryUnaryMultiCallable[_approval_pb2.ListEntitlementsRequest, _approval_pb2.ListEntitlementsResponse]  # type: ignore[assignment]
+    """What a subject of a tenant may do now, and what remains, for pages that customers see. Takes nothing, records
+    nothing.
+    """
 
 class ApprovalServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -182,5 +194,23 @@ class ApprovalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_approval_pb2.ReleaseSeatResponse, _abc.Awaitable[_approval_pb2.ReleaseSeatResponse]]:
         """Gives a seat back."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _approval_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_approval_pb2.ExplainResponse, _abc.Awaitable[_approval_pb2.ExplainResponse]]:
+        """The decision that a check would get, and every step of it with what was found. Takes nothing, records nothing."""
+
+    @_abc_1.abstractmethod
+    def ListEntitlements(
+        self,
+        request: _approval_pb2.ListEntitlementsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_approval_pb2.ListEntitlementsResponse, _abc.Awaitable[_approval_pb2.ListEntitlementsResponse]]:
+        """What a subject of a tenant may do now, and what remains, for pages that customers see. Takes nothing, records
+        nothing.
+        """
 
 def add_ApprovalServiceServicer_to_server(servicer: ApprovalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,6 +37,7 @@ from licet_sidecar.ports import LinkDown, LinkRefused, PulseReport
 from licet_sidecar.services import reservation_records
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.durability import DurabilityGate
+from licet_sidecar.services.explaining import ExplainingService
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
@@ -198,6 +199,8 @@ class Sidecar:
             self.engine, self.seats, self.log, self.clock, self.link, self.sync, self.recent, self.tally, gate
         )
         self.service.register(seats.methods())
+        explaining = ExplainingService(self.service, self.engine, self.clock, self.link, self.leasing, self.sync)
+        self.service.register(explaining.methods())
         self._address = ""
         self._draining = False
         self._turned_ms = boot_ms

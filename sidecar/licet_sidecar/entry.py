@@ -10,7 +10,15 @@ GC_THRESHOLDS: Final = (20_000, 20, 100)
 
 
 def main() -> None:
-    """Runs a sidecar. Exit status: 0 stopped as asked, 1 gave up, 2 cannot start as configured."""
+    """Runs a sidecar. Exit status: 0 stopped as asked, 1 gave up, 2 cannot start as configured.
+
+    ``licet-sidecar evaluate`` runs only the decision engine, as a filter; see ``licet_sidecar.evaluate``.
+    """
+    if sys.argv[1:] == ["evaluate"]:
+        from licet_sidecar import evaluate
+
+        evaluate.run(sys.stdin, sys.stdout)
+        return
     try:
         import uvloop
 

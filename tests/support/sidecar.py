@@ -26,6 +26,7 @@ from licet_sidecar.ports import LinkDown, PulseReport
 from licet_sidecar.services import reservation_records, syncing
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.durability import DurabilityGate
+from licet_sidecar.services.explaining import ExplainingService
 from licet_sidecar.services.idempotency import RecentAnswers
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
@@ -192,6 +193,8 @@ class FakeSidecar:
             self.engine, self.seats, self.log, clock, self.link, self.sync, self.recent, self.tally, gate
         )
         self.service.register(seats.methods())
+        explaining = ExplainingService(self.service, self.engine, clock, self.link, self.leasing, self.sync)
+        self.service.register(explaining.methods())
         self._syncing: asyncio.Task[None] | None = None
         self._ended = False
 

@@ -16,6 +16,7 @@ import yaml
 from licet.domain.outcomes import Reason
 from licet_control_plane.cli.app import app
 from licet_control_plane.core.documents import SourceFile, validate
+from licet_control_plane.core.documents.suites import read_suites
 from licet_sidecar import config
 
 TOP: Final = Path(__file__).resolve().parents[2]
@@ -234,8 +235,13 @@ def _assert_rows_show(section: str, defaults: dict[str, str]) -> None:
 
 def test_examples_of_documents_are_valid_together() -> None:
     blocks = [body for language, body in _FENCED.findall((DOCS / "documents.md").read_text()) if language == "yaml"]
-    found = validate([SourceFile(f"example-{number}.yaml", body) for number, body in enumerate(blocks, 1)])
+    files = [SourceFile(f"example-{number}.yaml", body) for number, body in enumerate(blocks, 1)]
+    suites = [file for file in files if "kind: PolicyTest" in file.text]
+    found = validate([file for file in files if file not in suites])
     assert [str(one) for one in (*found.errors, *found.warnings)] == []
+    assert found.catalog is not None
+    assert suites
+    assert [str(one) for one in read_suites(suites, found.catalog)[1]] == []
 
 
 def test_examples_in_python_compile() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, FastAPI
 
 from licet_control_plane.api import (
+    bundle_history,
     bundles,
+    decisions,
     grants,
     invoices,
     kept_aside,
@@ -34,9 +36,11 @@ def make_app(plane: ControlPlane) -> FastAPI:
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
     for part in (
         bundles,
+        bundle_history,
         licenses,
         grants,
         ledger,
+        decisions,
         kept_aside,
         months,
         proof,

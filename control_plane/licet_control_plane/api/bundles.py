@@ -8,10 +8,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from licet.domain.catalog import Catalog
 from licet_control_plane.api.auth import Caller, authenticate, plane_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
-from licet_control_plane.core.documents import SourceFile, Validated, validate
+from licet_control_plane.changes import Pushed
+from licet_control_plane.core.documents import SourceFile, validate
 from licet_control_plane.core.fleet import Sidecar, rollout
 from licet_control_plane.store import bundles, revisions
 
@@ -44,23 +46,9 @@ async def push_bundle(
 ) -> dict[str, Any]:
     """Validate a bundle as a whole and publish it; 201 for a new revision, 200 when it is the current one already."""
     files = [(file.path, file.content) for file in push.documents]
-    validated = await asyncio.to_thread(_validated, files)
-    if validated.errors or validated.catalog is None:
-        errors = [
-            {
-                "file": error.file,
-                "line": error.line,
-                "column": error.column,
-                "path": error.path,
-                "message": error.message,
-                "fix": error.fix,
-            }
-            for error in validated.errors
-        ]
-        count = f"{len(errors)} error{'s' if len(errors) != 1 else ''}"
-        raise Problem(422, f"The bundle has {count}; nothing was published.", "Mend each of errors.", errors=errors)
+    catalog, warnings = await validated(files)
     pushed = await plane_of(request).changes.push(
-        validated.catalog,
+        catalog,
         files,
         by=caller.name,
         observe=push.observe,
@@ -68,14 +56,7 @@ async def push_bundle(
         dry_run=push.dry_run,
     )
     response.status_code = 200 if pushed.unchanged or push.dry_run else 201
-    return {
-        "revision": pushed.revision,
-        "generation": pushed.generation,
-        "digest": pushed.digest,
-        "changed": {"added": pushed.added, "modified": pushed.modified, "removed": pushed.removed},
-        "unchanged": pushed.unchanged,
-        "warnings": [str(warning) for warning in validated.warnings],
-    }
+    return described(pushed, warnings)
 
 
 @router.get("/bundles/current")
@@ -113,7 +94,7 @@ async def revision_rollout(request: Request, revision: int) -> dict[str, Any]:
         now_s=now_s,
     )
 
-    def described(sidecar: Sidecar) -> dict[str, Any]:
+    def seen(sidecar: Sidecar) -> dict[str, Any]:
         return {
             "sidecar": sidecar.heartbeat.sidecar,
             "revision": sidecar.heartbeat.revision,
@@ -124,11 +105,43 @@ async def revision_rollout(request: Request, revision: int) -> dict[str, Any]:
         "revision": revision,
         "published": found.published_at_us is not None,
         "confirmed": [sidecar.heartbeat.sidecar for sidecar in stand.confirmed],
-        "waiting": [described(sidecar) for sidecar in stand.waiting],
-        "silent": [described(sidecar) for sidecar in stand.silent],
+        "waiting": [seen(sidecar) for sidecar in stand.waiting],
+        "silent": [seen(sidecar) for sidecar in stand.silent],
         "done": stand.done,
     }
 
 
-def _validated(files: list[tuple[str, str]]) -> Validated:
-    return validate([SourceFile(path, content) for path, content in files])
+async def validated(files: list[tuple[str, str]], *, what: str = "The bundle") -> tuple[Catalog, list[str]]:
+    """The catalog that files say, and warnings about it.
+
+    Raises:
+        Problem: 422, with every error of every file.
+    """
+    found = await asyncio.to_thread(validate, [SourceFile(path, content) for path, content in files])
+    if found.errors or found.catalog is None:
+        errors = [
+            {
+                "file": error.file,
+                "line": error.line,
+                "column": error.column,
+                "path": error.path,
+                "message": error.message,
+                "fix": error.fix,
+            }
+            for error in found.errors
+        ]
+        count = f"{len(errors)} error{'s' if len(errors) != 1 else ''}"
+        raise Problem(422, f"{what} has {count}; nothing was published.", "Mend each of errors.", errors=errors)
+    return found.catalog, [str(warning) for warning in found.warnings]
+
+
+def described(pushed: Pushed, warnings: list[str]) -> dict[str, Any]:
+    """What a push did, as the API says it."""
+    return {
+        "revision": pushed.revision,
+        "generation": pushed.generation,
+        "digest": pushed.digest,
+        "changed": {"added": pushed.added, "modified": pushed.modified, "removed": pushed.removed},
+        "unchanged": pushed.unchanged,
+        "warnings": warnings,
+    }

@@ -9,16 +9,20 @@ import typer
 from licet_control_plane.cli import (
     ask,
     bundles,
+    explaining,
     fleet,
     grants,
     kept_aside,
     ledger,
     licenses,
     months,
+    policies,
+    policy_tests,
     quotas,
     reservations,
     run,
     seats,
+    simulate,
     subjects,
     usage,
 )
@@ -64,6 +68,8 @@ def _group(name: str, help_: str, *, within: typer.Typer = app) -> typer.Typer:
 app.command("dev", epilog=EXIT_CODES_HELP)(dev.dev)
 app.command("server", epilog=EXIT_CODES_HELP)(run.server)
 app.command("check", epilog=EXIT_CODES_HELP)(ask.check)
+app.command("explain", epilog=EXIT_CODES_HELP)(explaining.explain)
+app.command("entitlements", epilog=EXIT_CODES_HELP)(explaining.entitlements)
 app.command("replay", epilog=EXIT_CODES_HELP)(replay.replay)
 app.command("status", epilog=EXIT_CODES_HELP)(fleet.status)
 
@@ -79,7 +85,15 @@ _seat.command("release", epilog=EXIT_CODES_HELP)(seats.release)
 
 _policy = _group("policy", "Plans, policies and the rest of the catalog, kept as files in a directory.")
 _policy.command("validate", epilog=EXIT_CODES_HELP)(bundles.validate)
+_policy.command("test", epilog=EXIT_CODES_HELP)(policy_tests.run_tests)
 _policy.command("push", epilog=EXIT_CODES_HELP)(bundles.push)
+_policy.command("explain", epilog=EXIT_CODES_HELP)(explaining.explain)
+_policy.command("diff", epilog=EXIT_CODES_HELP)(policies.diff)
+_policy.command("simulate", epilog=EXIT_CODES_HELP)(simulate.simulate)
+_policy.command("history", epilog=EXIT_CODES_HELP)(policies.history)
+_policy.command("show", epilog=EXIT_CODES_HELP)(policies.show)
+_policy.command("rollback", epilog=EXIT_CODES_HELP)(policies.rollback)
+_policy.command("export", epilog=EXIT_CODES_HELP)(policies.export)
 
 _license = _group("license", "What each tenant holds.")
 _license.command("create", epilog=EXIT_CODES_HELP)(licenses.create)

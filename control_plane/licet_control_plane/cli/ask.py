@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,15 +52,13 @@ def check(
     target = sidecar_targets(sidecar)[0]
     quantities = counts(meter, "--meter") or None
     attributes = context_values(context)
-    type_, colon, id_ = subject.rpartition(":")
     resource_type, _, resource_id = resource.rpartition(":")
-    if colon and not id_:
-        raise bad(f"--subject {subject!r} has no id.", "--subject user:ada")
+    asks = subject_of(subject, role)
     with client_of(target, timeout) as client:
         decision = client.check(
             tenant,
             action,
-            subject=licet.Subject(id_, type=type_, roles=role or ()) if subject or role else None,
+            subject=asks,
             quantity=quantity,
             quantities=quantities,
             context=attributes,
@@ -74,6 +72,20 @@ def check(
         print_decision(decision)
     if not decision.approved:
         raise typer.Exit(EXIT_NO)
+
+
+def subject_of(text: str, roles: Sequence[str] | None) -> licet.Subject | None:
+    """The subject of ``--subject`` and ``--role``; ``None`` when neither was given.
+
+    Raises:
+        CliError: it has a type and no id.
+    """
+    import licet
+
+    type_, colon, id_ = text.rpartition(":")
+    if colon and not id_:
+        raise bad(f"--subject {text!r} has no id.", "--subject user:ada")
+    return licet.Subject(id_, type=type_, roles=roles or ()) if text or roles else None
 
 
 @contextmanager

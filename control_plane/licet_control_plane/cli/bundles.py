@@ -23,6 +23,8 @@ from licet_control_plane.cli.output import emit_json, note, say
 DirectoryArgument = Annotated[Path, typer.Argument(help="Directory of YAML documents (or one file).", metavar="DIR")]
 
 _SUFFIXES: Final = (".yaml", ".yml")
+_SUITE_SUFFIXES: Final = ("_test.yaml", "_test.yml")
+"""Of files with tests: as in ``core.documents.suites``, which loads too much for every command."""
 
 
 def validate(directory: DirectoryArgument, as_json: JsonOption = False) -> None:
@@ -44,7 +46,7 @@ def validate(directory: DirectoryArgument, as_json: JsonOption = False) -> None:
     else:
         for warning in warnings:
             note(f"warning: {warning}")
-        _print_errors(errors, directory)
+        print_errors(errors, directory)
         if not errors:
             say(f"{directory}: {len(sources)} file{_s(len(sources))}, valid.")
     if errors:
@@ -89,7 +91,7 @@ def push(
                 raise  # not about documents
             if as_json:
                 emit_json({"published": False, "errors": problem.errors})
-            _print_errors(problem.errors, directory)
+            print_errors(problem.errors, directory)
             raise typer.Exit(EXIT_NO) from problem
         for warning in result["warnings"]:
             note(f"warning: {warning}")
@@ -106,25 +108,35 @@ def push(
         report_rollout(rollout, timeout_s=timeout_s, quiet=as_json)
 
 
-def read_sources(directory: Path) -> list[tuple[str, str]]:
+def read_sources(directory: Path, *, suites: bool = False) -> list[tuple[str, str]]:
     """Path (relative to ``directory``, with forward slashes) and text of each YAML file in it, ordered by path.
 
+    Either the documents, or with ``suites`` the tests that are kept beside them.
+
     Raises:
-        CliError: it is not there, holds no YAML, or a file cannot be read.
+        CliError: it is not there, holds no such file, or one cannot be read.
     """
     if directory.is_file():
-        paths, base = [directory], directory.parent
+        # Whoever names one file of documents has the tests for it beside it.
+        named = f"{directory.stem}{_SUITE_SUFFIXES[0]}"
+        paths, base = [directory.with_name(named) if suites else directory], directory.parent
+        paths = [path for path in paths if path.is_file()]
     elif directory.is_dir():
         base = directory
         paths = sorted(
             path
             for path in directory.rglob("*")
             if path.suffix in _SUFFIXES
+            and path.name.endswith(_SUITE_SUFFIXES) == suites
             and path.is_file()
             and not any(part.startswith(".") for part in path.relative_to(directory).parts)
         )
     else:
         raise bad(f"{directory}: no such file or directory.", "name the directory that holds your YAML documents")
+    if not paths and suites:
+        raise bad(
+            f"{directory}: no test in it.", "write some in files whose names end in _test.yaml; see docs/documents.md"
+        )
     if not paths:
         raise bad(f"{directory}: no .yaml or .yml file in it.", "name the directory that holds your YAML documents")
     sources = []
@@ -184,15 +196,18 @@ def _print_push(result: dict[str, Any], *, dry_run: bool, observe: bool) -> None
     say("valid; nothing was published." if dry_run else f"published as revision {result['revision']}{mode}.")
 
 
-def _print_errors(errors: list[dict[str, Any]], directory: Path) -> None:
-    base = directory.parent if directory.is_file() else directory
+def print_errors(
+    errors: list[dict[str, Any]], directory: Path | None, *, so: str = "nothing is published while one stands"
+) -> None:
+    """Where each is and what to do; files are those of ``directory``, or of a bundle that is not on this machine."""
+    base = Path() if directory is None else directory.parent if directory.is_file() else directory
     for error in errors:
         where = f" ({error['path']})" if error.get("path") else ""
         note(f"{base / error['file']}:{error['line']}:{error['column']}: {error['message']}{where}")
         if error.get("fix"):
             note(f"  fix: {error['fix']}")
     if errors:
-        note(f"{len(errors)} error{_s(len(errors))}; nothing is published while one stands.")
+        note(f"{len(errors)} error{_s(len(errors))}; {so}.")
 
 
 def _s(count: int) -> str:

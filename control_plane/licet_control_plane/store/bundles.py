@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgpack
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, Row, insert, select
 
 from licet.domain.catalog import Catalog
 from licet.wire.documents import catalog_of_chunks
@@ -25,6 +26,16 @@ class Bundle:
     message: str
     documents: tuple[tuple[str, str, str], ...]
     chunks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """When a bundle was pushed (microseconds), by whom, and when it was published (``None``: not yet)."""
+
+    generation: int
+    at_us: int
+    by: str
+    published_at_us: int | None
 
 
 def insert_bundle(
@@ -51,22 +62,28 @@ def newest(connection: Connection, *, up_to: int | None = None, limit: int = 1) 
     query = select(bundles).order_by(bundles.c.revision.desc()).limit(limit)
     if up_to is not None:
         query = query.where(bundles.c.revision <= up_to)
-    return [
-        Bundle(
-            row.revision,
-            row.digest,
-            row.observe,
-            row.message,
-            tuple((kind, name, digest) for kind, name, digest in msgpack.unpackb(row.documents)),
-            tuple(msgpack.unpackb(row.chunks)),
-        )
-        for row in connection.execute(query)
-    ]
+    return [_bundle(row) for row in connection.execute(query)]
+
+
+def at(connection: Connection, revision: int) -> Bundle | None:
+    """The bundle that was pushed as ``revision``; ``None`` when that is no revision of a bundle."""
+    row = connection.execute(select(bundles).where(bundles.c.revision == revision)).first()
+    return _bundle(row) if row else None
 
 
 def current(connection: Connection) -> Bundle | None:
     """The newest bundle, published or about to be."""
     return next(iter(newest(connection)), None)
+
+
+def origins(connection: Connection, among: Sequence[int]) -> dict[int, Origin]:
+    """Where each of these revisions comes from."""
+    rows = connection.execute(
+        select(
+            revisions.c.revision, revisions.c.generation, revisions.c.at, revisions.c.by, revisions.c.published_at
+        ).where(revisions.c.revision.in_(among))
+    )
+    return {row.revision: Origin(row.generation, row.at, row.by, row.published_at) for row in rows}
 
 
 def facts(connection: Connection, revision: int) -> tuple[int, int | None]:
@@ -98,3 +115,14 @@ def catalog_of(connection: Connection, digests: tuple[str, ...]) -> Catalog:
     """The catalog of a manifest's chunks."""
     found = bodies(connection, digests)
     return catalog_of_chunks([found[digest] for digest in digests], digests)
+
+
+def _bundle(row: Row[Any]) -> Bundle:
+    return Bundle(
+        row.revision,
+        row.digest,
+        row.observe,
+        row.message,
+        tuple((kind, name, digest) for kind, name, digest in msgpack.unpackb(row.documents)),
+        tuple(msgpack.unpackb(row.chunks)),
+    )

@@ -417,8 +417,8 @@ class Engine:
         if plan is None:
             bound = rulebook.action(inquiry.action)
             if bound is None:
-                return _license_problem(tenant.license, now_us) or _unknown_action(inquiry)
-            plan = _bind_action(tenant, bound)
+                return license_problem(tenant.license, now_us) or _unknown_action(inquiry)
+            plan = bind_action(tenant, bound)
             if len(tenant.actions) < BOUND_ACTIONS_MAX:
                 tenant.actions[inquiry.action] = plan
         bound = plan.action
@@ -426,8 +426,8 @@ class Engine:
             prepare(bound, inquiry)
         units, context = inquiry.units, inquiry.declared
 
-        decision = None if tenant.in_term(now_us) else _license_problem(tenant.license, now_us)
-        if decision is None and stale and not self._may_decide_stale(bound, now_us):
+        decision = None if tenant.in_term(now_us) else license_problem(tenant.license, now_us)
+        if decision is None and stale and not self.may_decide_stale(bound, now_us):
             decision = Decision(
                 Effect.DENIED,
                 Reason.STALE_POLICY,
@@ -509,7 +509,7 @@ class Engine:
             window = limit.window
             if not window[0] <= now_s < window[1]:
                 window = limit.window_at(now_s)
-            scope = _scope_of(limit.scope, inquiry, context) if limit.scope else ""
+            scope = scope_of(limit.scope, inquiry, context) if limit.scope else ""
             lease = leases.get((limit.key, scope))
             if lease is None or lease.start != window[0] or lease.terms is not limit.terms:
                 lease = self.leases.lease(held, limit.key, scope, window[0], window[1], limit.terms)
@@ -625,7 +625,8 @@ class Engine:
         decision.degraded = True
         return decision
 
-    def _may_decide_stale(self, bound: BoundAction, now_us: int) -> bool:
+    def may_decide_stale(self, bound: BoundAction, now_us: int) -> bool:
+        """Whether the action is decided from a state that nothing confirmed for too long."""
         on_unavailable = bound.action.on_unavailable
         if on_unavailable.mode is UnavailableMode.LAST_KNOWN:
             return now_us - self.as_of_us <= on_unavailable.for_s_max * 1_000_000
@@ -715,7 +716,8 @@ def add_cost(decision: Decision) -> None:
             decision.feature_costs = costs
 
 
-def _bind_action(tenant: Tenant, bound: BoundAction) -> TenantAction:
+def bind_action(tenant: Tenant, bound: BoundAction) -> TenantAction:
+    """What a tenant's license, bound to the present bundle, says about an action."""
     license_ = tenant.license
     features = tuple(dict.fromkeys(bound.action.meters.values()))
     denial: tuple[Reason, str, str] | None = None
@@ -749,7 +751,8 @@ def _bind_action(tenant: Tenant, bound: BoundAction) -> TenantAction:
     return plan
 
 
-def _license_problem(license_: License, now_us: int) -> Decision | None:
+def license_problem(license_: License, now_us: int) -> Decision | None:
+    """The denial by a license that is not in force; ``None`` when it is."""
     now_s = now_us // 1_000_000
     if license_.status is LicenseStatus.SUSPENDED:
         return Decision(Effect.DENIED, Reason.TENANT_SUSPENDED, f"The license of {license_.tenant} is suspended.")
@@ -802,7 +805,8 @@ def _feature_units(bound: BoundAction, inquiry: Inquiry) -> dict[str, int]:
     return units
 
 
-def _scope_of(scope: Sequence[str], inquiry: Inquiry, context: Mapping[str, AttributeValue]) -> str:
+def scope_of(scope: Sequence[str], inquiry: Inquiry, context: Mapping[str, AttributeValue]) -> str:
+    """Digest of the values a scope's paths have in an inquiry."""
     values = []
     for path in scope:
         if path == "subject":

@@ -22,6 +22,14 @@ RULINGS_MAX: Final = 1_024
 than it would without."""
 
 
+class Traced(NamedTuple):
+    """What one rule says. ``problem`` is why its condition cannot be evaluated; then ``matched`` means nothing."""
+
+    rule: BoundRule
+    matched: bool
+    problem: str
+
+
 class Ruling(NamedTuple):
     """``effect`` is ``None`` when no enforced rule objects. ``shadow``: what shadow policies would have done."""
 
@@ -46,6 +54,23 @@ def rule_on(bound: BoundAction, license_: License, inquiry: Inquiry, now_us: int
     return ruling
 
 
+def trace_rules(bound: BoundAction, license_: License, inquiry: Inquiry, now_us: int) -> list[Traced]:
+    """What each rule says about an inquiry that was prepared for ``bound``, also after one that decides."""
+    bindings = _bindings(bound, license_, inquiry, now_us)
+    return [Traced(rule, *_asked(rule, bindings)) for rule in bound.rules]
+
+
+def _asked(rule: BoundRule, bindings: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether the rule matches, and why its condition cannot be evaluated, if so."""
+    if rule.condition is None:
+        return True, rule.broken
+    try:
+        return rule.condition.evaluate(bindings), ""
+    except ConditionFailed as error:
+        unsent = [variable for variable in rule.condition.variables if variable not in bindings]
+        return True, f"{', '.join(unsent)} was not sent and has no default" if unsent else str(error)
+
+
 def _evaluate(bound: BoundAction, bindings: Mapping[str, Any]) -> Ruling:
     denial: tuple[Reason, str, str] | None = None
     exempt: set[str] = set()
@@ -54,14 +79,7 @@ def _evaluate(bound: BoundAction, bindings: Mapping[str, Any]) -> Ruling:
     for rule in bound.rules:
         if denial is not None and not rule.shadow:
             continue  # decided; what shadow policies say is recorded all the same
-        problem = rule.broken
-        matched = True
-        if rule.condition is not None:
-            try:
-                matched = rule.condition.evaluate(bindings)
-            except ConditionFailed as error:
-                unsent = [variable for variable in rule.condition.variables if variable not in bindings]
-                problem = f"{', '.join(unsent)} was not sent and has no default" if unsent else str(error)
+        matched, problem = _asked(rule, bindings)
         if rule.shadow:
             if problem or matched:
                 shadow.append(f"{rule.name}={'error' if problem else rule.effect.value}")

@@ -74,7 +74,7 @@ class Answers:
         if known is None or known[0] is not lease.terms:
             if len(self._quotas) >= _QUOTA_FRAGMENTS_MAX:
                 self._quotas.clear()
-            known = self._quotas[lease.quota] = (lease.terms, _quota_state(lease).SerializeToString())
+            known = self._quotas[lease.quota] = (lease.terms, self._encode_quota(lease))
         fragment = known[1]
         if lease.kind is Kind.RATE:
             remaining = varint(lease.tokens // TOKENS_EACH) if isinstance(lease, RateShare) else b"\0"
@@ -89,6 +89,10 @@ class Answers:
         parts.append(_REMAINING_TAG)
         parts.append(remaining)
 
+    @staticmethod
+    def _encode_quota(lease: Lease) -> bytes:
+        return quota_state(lease.terms, lease.limit_key.partition(":")[0], lease.end).SerializeToString()
+
     def _cost(self, amount_nanos: int, currency: str) -> bytes:
         text = self._currencies.get(currency)
         if text is None:
@@ -97,18 +101,24 @@ class Answers:
         return b"".join((_COST_TAG, varint(1 + len(amount) + len(text)), _AMOUNT_TAG, amount, text))
 
 
-def _quota_state(lease: Lease) -> pb.QuotaState:
-    """What does not change from answer to answer."""
-    terms = lease.terms
+def remaining_of(lease: Lease) -> int:
+    """Units left in the window as last known here; of a rate, those in the bucket."""
+    if isinstance(lease, RateShare):
+        return lease.tokens // TOKENS_EACH
+    return lease.remaining + lease.idle_elsewhere + max(0, lease.free)
+
+
+def quota_state(terms: Terms, feature: str, end: int) -> pb.QuotaState:
+    """What does not change from answer to answer. ``end`` of the window: seconds since the Unix epoch."""
     state = pb.QuotaState(
-        feature=lease.limit_key.partition(":")[0],
+        feature=feature,
         window=terms.window,
         limit=terms.amount // RATE_SCALE if terms.kind is Kind.RATE else terms.amount,
         currency=terms.currency,
         grant=terms.grant,
     )
-    if lease.end < FOREVER_S:
-        state.resets_at.seconds = lease.end
+    if end < FOREVER_S:
+        state.resets_at.seconds = end
     return state
 
 

@@ -54,6 +54,8 @@ class GrpcEdge:
             "AcquireSeat": grpc.unary_unary_rpc_method_handler(self._unary("AcquireSeat")),
             "RenewSeat": grpc.unary_unary_rpc_method_handler(self._unary("RenewSeat")),
             "ReleaseSeat": grpc.unary_unary_rpc_method_handler(self._unary("ReleaseSeat")),
+            "Explain": grpc.unary_unary_rpc_method_handler(self._unary("Explain")),
+            "ListEntitlements": grpc.unary_unary_rpc_method_handler(self._unary("ListEntitlements")),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

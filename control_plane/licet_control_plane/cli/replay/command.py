@@ -117,7 +117,7 @@ def replay(
             )
             return result
 
-        with _Progress("ledger", answers.answered) as bar:
+        with ProgressBar("ledger", answers.answered) as bar:
             ledger = wait_for_ledger(tally, expected=answers.answered, stall_s_max=stall_s_max, progress=bar.show)
     disagreements = differences(answers, ledger)
     report = {
@@ -200,7 +200,7 @@ def _send(load: Load, rows: int) -> None:
     import licet
 
     async def sending() -> None:
-        with _Progress("checks", rows) as bar:
+        with ProgressBar("checks", rows) as bar:
 
             async def watch() -> None:
                 while True:
@@ -226,7 +226,7 @@ def _send(load: Load, rows: int) -> None:
         raise bad(str(error), "--sidecar 127.0.0.1:7420") from error
 
 
-class _Progress:
+class ProgressBar:
     """A bar on standard error, when that is a terminal."""
 
     def __init__(self, title: str, total: int) -> None:
@@ -247,7 +247,7 @@ class _Progress:
 
         self.show = show
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> ProgressBar:
         if self._progress is not None:
             self._progress.start()
         return self

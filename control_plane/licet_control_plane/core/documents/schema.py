@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import typing
+from collections.abc import Collection
 from types import UnionType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -16,6 +17,8 @@ from licet_control_plane.core.documents.findings import Findings, Path
 from licet_control_plane.core.documents.nodes import SourceDocument
 from licet_control_plane.core.documents.sources import SOURCE_OF_KIND
 from licet_control_plane.core.suggestion import did_you_mean
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 API_VERSION: Final = "licet/v1"
 
@@ -50,8 +53,19 @@ def check_schema(document: SourceDocument, findings: Findings) -> Document | Non
     if model is None:
         _report_kind(document, findings)
         return None
-    sound = _check_api_version(document, findings)
     explained = refuse_unavailable(document, findings)
+    written = check_model(document, model, findings, explained)
+    return written.to_domain() if written is not None and not explained else None
+
+
+def check_model(
+    document: SourceDocument, model: type[_Model], findings: Findings, explained: Collection[Path] = ()
+) -> _Model | None:
+    """The document as its model reads it; ``None`` when it has errors, all of which are then among ``findings``.
+
+    What stands at a path in ``explained`` was reported already.
+    """
+    sound = _check_api_version(document, findings)
     body = {key: node.plain() for key, node in document.root.entries().items() if key not in _HEADER_FIELDS}
     try:
         written = model.model_validate(body)
@@ -60,11 +74,18 @@ def check_schema(document: SourceDocument, findings: Findings) -> Document | Non
             if not _is_explained(detail["loc"], explained):
                 _report(document, model, detail, findings)
         return None
-    return written.to_domain() if sound and not explained else None
+    return written if sound else None
 
 
 def _report_kind(document: SourceDocument, findings: Findings) -> None:
-    if document.kind:
+    if document.kind == "PolicyTest":
+        findings.error(
+            document,
+            ("kind",),
+            "tests are no documents of a bundle",
+            "Move it to a file whose name ends in _test.yaml: 'licet policy test' reads those.",
+        )
+    elif document.kind:
         findings.unknown(document, ("kind",), "kind", document.kind, SOURCE_OF_KIND)
     elif "kind" in document.root.entries():
         findings.error(document, ("kind",), "the kind must be a word", did_you_mean("", SOURCE_OF_KIND))
@@ -87,7 +108,7 @@ def _check_api_version(document: SourceDocument, findings: Findings) -> bool:
     return False
 
 
-def _is_explained(path: Path, explained: set[Path]) -> bool:
+def _is_explained(path: Path, explained: Collection[Path]) -> bool:
     return any(path[:length] in explained for length in range(1, len(path) + 1))
 
 

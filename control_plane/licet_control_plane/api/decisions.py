@@ -1,0 +1,92 @@
+"""``/v1/decisions``: what was recorded, one by one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Query, Request
+
+from licet.domain.outcomes import Effect, Reason
+from licet.wire.usage import FLAG_DEGRADED, FLAG_OBSERVED, FLAG_STALE, EventKind
+from licet_control_plane.api.auth import plane_of
+from licet_control_plane.api.problems import Problem
+from licet_control_plane.api.times import format_us, parse_us
+from licet_control_plane.store import decisions
+from licet_control_plane.store.decisions import Cursor, Recorded
+
+router = APIRouter()
+
+PAGE_MAX: Final = 5_000
+_LAST_US: Final = 253_402_300_799_000_000
+
+
+@router.get("/decisions")
+async def list_decisions(
+    request: Request,
+    from_: Annotated[str, Query(alias="from")] = "0",
+    to: str = "",
+    tenant: str = "",
+    after: Annotated[str, Query(max_length=256)] = "",
+    limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = 1_000,
+) -> dict[str, Any]:
+    """Recorded decisions, by tenant and then by time. A page may be empty: go on while there is a ``next``.
+
+    The first page says how many there are in all. Roles and attributes of subjects are not recorded.
+    """
+    from_us, to_us = parse_us(from_, "from"), parse_us(to, "to") if to else _LAST_US
+    cursor = _cursor(after)
+    plane = plane_of(request)
+    database = plane.database
+    found, next_ = await database.read(
+        decisions.page, plane.ledger_key, from_us=from_us, to_us=to_us, tenant=tenant, after=cursor, limit=limit
+    )
+    body: dict[str, Any] = {
+        "items": [_described(one) for one in found],
+        "next": f"{next_.at_us}:{next_.log}:{next_.seq}:{next_.tenant}" if next_ else None,
+    }
+    if cursor is None:
+        body["total"] = await database.read(decisions.count, from_us=from_us, to_us=to_us, tenant=tenant)
+    return body
+
+
+def _cursor(text: str) -> Cursor | None:
+    if not text:
+        return None
+    *digits, tenant = text.split(":", 3)
+    if len(digits) == 3 and tenant and all(one.isascii() and one.isdecimal() for one in digits):
+        at_us, log, seq = map(int, digits)
+        if max(at_us, log, seq) < 2**63:
+            return Cursor(tenant, at_us, log, seq)
+    raise Problem(422, f"after: {text!r} is no cursor.", "Send the 'next' of the page before.")
+
+
+def _described(recorded: Recorded) -> dict[str, Any]:
+    event = recorded.event
+    return {
+        "decision_id": recorded.decision_id,
+        "kind": _name(EventKind, event.kind),
+        "at": format_us(event.at_us),
+        "at_us": event.at_us,
+        "tenant": event.tenant,
+        "subject": {"type": event.subject_type, "id": event.subject_id, "on_behalf_of": event.on_behalf_of},
+        "action": event.action,
+        "resource": {"type": event.resource_type, "id": event.resource_id},
+        "context": event.context,
+        "units": event.units,
+        "effect": _name(Effect, event.effect),
+        "reason": _name(Reason, event.reason),
+        "rule": event.rule,
+        "revision": event.revision,
+        "cost": {"amount_nanos": event.cost_nanos, "currency": event.currency} if event.currency else None,
+        "stale": bool(event.flags & FLAG_STALE),
+        "degraded": bool(event.flags & FLAG_DEGRADED),
+        "observed": bool(event.flags & FLAG_OBSERVED),
+        "shadow": list(event.shadow),
+    }
+
+
+def _name(kind: type[EventKind] | type[Effect] | type[Reason], number: int) -> str:
+    try:
+        return kind(number).name
+    except ValueError:  # a newer sidecar's
+        return str(number)
