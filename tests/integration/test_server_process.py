@@ -194,7 +194,8 @@ def test_of_two_servers_on_one_postgresql_the_second_takes_over_when_the_first_i
     first = start(valkey_process.url, "--database-url", postgres_url, state_dir="one")
     first.wait(lambda: first.answers("/readyz") == 200)
     (tmp_path / "two").mkdir()
-    shutil.copy(tmp_path / "one" / "signing-key.pem", tmp_path / "two")
+    for key in ("signing-key.pem", "ledger-key"):
+        shutil.copy(tmp_path / "one" / key, tmp_path / "two")
     second = start(valkey_process.url, "--database-url", postgres_url, state_dir="two")
     second.wait(lambda: second.answers("/readyz") == 200 and publisher(second) == "standby")
     assert publisher(first) == "publishing"
