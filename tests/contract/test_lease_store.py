@@ -864,7 +864,7 @@ async def test_a_soft_limit_is_leased_past_its_amount(backend: Backend) -> None:
 
 async def share(backend: Backend) -> RateShare:
     terms = Terms(10_000, Kind.RATE, burst=10)
-    return RateShare(LimitKey("calls:second"), "", 0, FOREVER_S, terms)
+    return RateShare(LimitKey("calls:second.rate"), "", 0, FOREVER_S, terms)
 
 
 def of_rate(lease: RateShare, *, cap: int = 0, want: int = 0, least: int = 0, known: bool = False) -> Ask:

@@ -188,7 +188,11 @@ def test_too_fast_is_told_when_to_come_again() -> None:
     share_of(engine, 10_000)
     assert taken(engine, BOOT_MS + 5_000, 4)
     decision = decided(engine, inquiry(quantity=3), boot_ms=BOOT_MS + 5_000)
-    assert (decision.effect, decision.reason, decision.rule) == (Effect.DENIED, Reason.RATE_LIMITED, "reports:second")
+    assert (decision.effect, decision.reason, decision.rule) == (
+        Effect.DENIED,
+        Reason.RATE_LIMITED,
+        "reports:second.rate",
+    )
     assert decision.retry_after_s == 0.3
 
 

@@ -128,7 +128,7 @@ def test_a_grant_of_a_limit_that_is_not_there_waits_until_it_is() -> None:
 
 
 def test_a_rate_is_published_in_thousandths_with_addons_and_overrides_in_units() -> None:
-    rate = Limit(LimitKey("calls:second"), 3, Period.SECOND, burst=10)
+    rate = Limit(LimitKey("calls:second.rate"), 3, Period.SECOND, burst=10)
     catalog = Catalog.of([Plan("fast", {"calls": Entitlement(limits=(rate,))})])
     assert limits_of(entitlements_of(License("acme", "fast"), catalog)) == {rate.key: 3 * RATE_SCALE}
     more = License("acme", "fast", addons={"fast": 2})

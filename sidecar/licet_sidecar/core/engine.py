@@ -511,7 +511,7 @@ class Engine:
             scope = _scope_of(limit.scope, inquiry, context) if limit.scope else ""
             lease = leases.get((limit.key, scope))
             if lease is None or lease.start != window[0] or lease.terms is not limit.terms:
-                lease = self.leases.lease(held, limit.key, scope, window[0], window[1], limit.terms)
+                lease = self.leases.lease(held, limit.key, scope, window[0], window[1], limit.terms, boot_ms)
             if limit.is_rate:
                 obstacle = self._rate(limit, lease, asked, boot_ms, decision)
                 if obstacle is Obstacle.NO_SHARE:
@@ -583,7 +583,7 @@ class Engine:
             if pool is limit:
                 lease = own
             elif pool.is_in_force(now_s):
-                lease = self.leases.lease(held, pool.key, "", *pool.window_at(now_s), pool.terms)
+                lease = self.leases.lease(held, pool.key, "", *pool.window_at(now_s), pool.terms, boot_ms)
             else:
                 continue
             free = max(0, lease.free) if boot_ms < lease.hold_until_ms else 0

@@ -147,7 +147,7 @@ class Lease:
         self.scope = scope
         self.start = start
         self.end = end
-        self.adopt(terms)
+        self._adopt(terms)
         self.quota = quota_name(limit_key, scope, start)
         # Spread over half of the time, so that what was leased together is not kept alive in one burst.
         self.keepalive_ms = KEEPALIVE_MS - zlib.crc32(self.quota.encode()) % (KEEPALIVE_MS // 2)
@@ -171,8 +171,11 @@ class Lease:
         self.over = 0
         self.degraded = 0
 
-    def adopt(self, terms: Terms) -> None:
+    def adopt(self, terms: Terms, boot_ms: int) -> None:
         """Takes over what the limit says now."""
+        self._adopt(terms)
+
+    def _adopt(self, terms: Terms) -> None:
         self.terms = terms
         self.amount = terms.amount
         self.kind = terms.kind
@@ -204,7 +207,8 @@ class RateShare(Lease):
     """A share of a rate: ``cap`` thousandths of a unit a second, that fill a bucket of as much of the burst.
 
     Over any time t all sidecars together approve at most rate * t + burst: shares never sum to more than the rate, a
-    bucket holds at most its share of the burst, and a new one is empty.
+    bucket holds at most its share of the burst, and a new one is empty. When the rate is lowered, each share becomes
+    the same part of what is left (``adopt``), and none grows until all of them fit into it.
     """
 
     __slots__ = ("burst", "filled_ms", "since_ms", "tokens")
@@ -219,9 +223,17 @@ class RateShare(Lease):
         self.since_ms = 0
         """When there last was no share, boot time: the bucket of a young one is still filling."""
 
-    def adopt(self, terms: Terms) -> None:
-        """See ``Lease``."""
-        super().adopt(terms)
+    def adopt(self, terms: Terms, boot_ms: int) -> None:
+        """See ``Lease``. What filled the bucket so far did so under the terms there were."""
+        self.level(boot_ms)
+        before = self.amount
+        self._adopt(terms)
+        if terms.amount < before:
+            self.cap = min(self.cap, before) * terms.amount // before
+        self.tokens = min(self.tokens, self._capacity())
+
+    def _adopt(self, terms: Terms) -> None:
+        super()._adopt(terms)
         self.burst = terms.burst
 
     def level(self, boot_ms: int) -> int:
@@ -273,7 +285,7 @@ class RateShare(Lease):
         self.tokens = min(self.tokens, self._capacity())
 
     def _capacity(self) -> int:
-        return self.burst * TOKENS_EACH * self.cap // self.amount if self.amount else 0
+        return self.burst * TOKENS_EACH * min(self.cap, self.amount) // self.amount if self.amount else 0
 
 
 class Ask(NamedTuple):
@@ -412,20 +424,32 @@ class LeaseBook:
             held = self.tenants[tenant] = TenantLeases(tenant)
         return held
 
-    def lease(self, held: TenantLeases, limit_key: LimitKey, scope: str, start: int, end: int, terms: Terms) -> Lease:
+    def lease(
+        self,
+        held: TenantLeases,
+        limit_key: LimitKey,
+        scope: str,
+        start: int,
+        end: int,
+        terms: Terms,
+        boot_ms: int,
+    ) -> Lease:
         """The lease for the window ``[start, end)``; an empty one when none is held."""
         key = (limit_key, scope)
         lease = held.leases.get(key)
-        if lease is None or lease.start != start:
+        if lease is None or lease.start != start or isinstance(lease, RateShare) != (terms.kind is Kind.RATE):
             lease = self._lease_of_window(held, lease, limit_key, scope, start, end, terms)
         lease.end = end
         if lease.terms is not terms:
-            # Of a lowered limit nothing is held back: what is not spent goes back, and is leased again if there is any.
-            lease.wanted |= terms.amount < lease.amount
+            raised = terms.amount - lease.amount
+            # Of a lowered limit nothing is held back, nor of a soft one that became hard and may be leased past its
+            # amount: what is not spent goes back, and is leased again if there is any.
+            lease.wanted |= raised < 0 or (lease.kind is Kind.SOFT and terms.kind is Kind.HARD)
             # Of a raised one there is more than Redis last said, and what was all gone may not be any more.
-            lease.remaining += max(0, terms.amount - lease.amount)
+            lease.remaining = max(0, lease.remaining + raised)
+            lease.over = max(0, lease.over - max(0, raised)) if terms.kind is Kind.SOFT else 0
             lease.short_until_ms = lease.heard_ms = 0
-            lease.adopt(terms)
+            lease.adopt(terms, boot_ms)
         return lease
 
     @staticmethod
@@ -744,13 +768,19 @@ class LeaseBook:
     @staticmethod
     def _take_grant(lease: Lease, ask: Ask, granted: Granted, hold_until_ms: int, boot_ms: int) -> None:
         if isinstance(lease, RateShare):
-            lease.granted(granted.g, hold_until_ms, boot_ms)
+            share = granted.g
+            if granted.sum > lease.amount and share > lease.cap:
+                # The rate was lowered and the shares do not fit into it yet: the next call lowers this one's register.
+                share, lease.wanted = lease.cap, True
+            lease.granted(share, hold_until_ms, boot_ms)
             return
         lease.cap = granted.g
         lease.used += max(0, granted.u - ask.used)
         lease.hold_until_ms = hold_until_ms
         if ask.kind is Kind.SOFT and granted.d:
-            lease.over += min(granted.d, max(0, granted.sum - granted.amount))
+            beyond = min(granted.d, max(0, granted.sum - granted.amount))
+            lease.over += beyond
+            lease.wanted |= beyond > 0 and lease.kind is Kind.HARD  # it became hard while the call was under way
         # The next refill is due when half is gone: near the limit, where refills bring little, the number of calls then
         # stays logarithmic.
         lease.low_water = lease.free // 2
