@@ -54,7 +54,7 @@ class Node:
     incarnation: int = 1
     cut_until_ms: int = 0
     ticked_ms: int = 0
-    terms: Terms = Terms(0, Kind.RATE)
+    terms: Terms = field(init=False)
     revision: int = 0
 
     @property

@@ -1,4 +1,4 @@
-"""Limits that are changed in mid-flight, through the whole service: nothing leased before is taken for something else."""
+"""Limits changed in mid-flight, through the whole service: nothing leased before is taken for something else."""
 
 from __future__ import annotations
 

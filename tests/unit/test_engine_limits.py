@@ -24,6 +24,7 @@ from licet.domain.ids import LimitKey
 from licet.domain.money import Price
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import Anchor, Period
+from licet.wire.registers import Pair
 from licet_sidecar.core.engine import BucketWait, Engine, LeaseWait
 from licet_sidecar.core.leases import Lease, LeaseBook, RateShare
 from licet_sidecar.core.rulebook import Rulebook
@@ -335,7 +336,7 @@ def test_capped_allows_so_many_units_of_each_quota() -> None:
 
 def test_last_known_goes_by_what_was_left_for_so_long() -> None:
     engine, lease = alone(OnUnavailable(UnavailableMode.LAST_KNOWN, for_s_max=60))
-    lease.remaining = 5
+    lease.remaining, lease.pair = 5, Pair(1, "run")
     assert without_lease(engine, 6) is Reason.DEGRADED_DENY
     assert without_lease(engine, 4) is Reason.DEGRADED_ALLOW
     assert without_lease(engine, 2) is Reason.DEGRADED_DENY

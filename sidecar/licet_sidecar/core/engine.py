@@ -523,20 +523,25 @@ class Engine:
                 continue
             if limit.terms.currency:
                 asked = limit.quota_units(asked, context)
+            if asked > UNITS_MAX:  # what it costs, say
+                return _uncountable(limit, lease, asked, window, now_s)
             if limit.pools:
                 needs = needs or []
                 if not self._from_pools(limit, lease, asked, held, now_s, boot_ms, spends, needs):
                     return _exceeded(limit, lease, asked, window, now_s)
+                if any(units > pool.countable for pool, units in needs):
+                    return _uncountable(limit, lease, asked, window, now_s)
                 continue
             spends.append((lease, asked))
             if lease.used + lease.reserved + asked > lease.cap or boot_ms >= lease.hold_until_ms:
                 if asked == 0:
                     continue
-                if asked > UNITS_MAX or (
-                    lease.kind is not Kind.SOFT
-                    and (self.leases.known_short(lease, asked, boot_ms) or asked > lease.amount)
+                if lease.kind is not Kind.SOFT and (
+                    self.leases.known_short(lease, asked, boot_ms) or asked > lease.amount
                 ):
                     return _exceeded(limit, lease, asked, window, now_s)
+                if asked > lease.countable:
+                    return _uncountable(limit, lease, asked, window, now_s)
                 needs = needs or []
                 needs.append((lease, asked))
             elif lease.over and (beyond := lease.overage(asked)):
@@ -546,7 +551,7 @@ class Engine:
             return decision
         if patient:
             return LeaseWait(inquiry.tenant, tuple(needs))
-        return self._without_lease(plan.action, decision, needs, now_us)
+        return self._without_lease(plan.action, decision, needs, now_us, boot_ms)
 
     def _rate(
         self, limit: BoundLimit, lease: Lease, asked: int, boot_ms: int, decision: Decision
@@ -599,30 +604,72 @@ class Engine:
         return not rest
 
     def _without_lease(
-        self, bound: BoundAction, decision: Decision, needs: Sequence[tuple[Lease, int]], now_us: int
+        self,
+        bound: BoundAction,
+        decision: Decision,
+        needs: Sequence[tuple[Lease, int]],
+        now_us: int,
+        boot_ms: int,
     ) -> Decision:
         """Nothing can be leased: the action's ``on_unavailable`` decides. An approval takes what no lease covers."""
         on_unavailable = bound.action.on_unavailable
         why = "No lease could be had for a limit of this action."
+        denial = ""
         match on_unavailable.mode:
             case UnavailableMode.ALLOW:
-                allowed, how = True, "The action allows that."
+                how = "The action allows that."
+                if not all(self._can_be_told(lease, units) for lease, units in needs):
+                    denial = "The action allows that, but all sidecars together could take more than can be counted."
             case UnavailableMode.CAPPED:
-                allowed = all(lease.degraded + units <= on_unavailable.units_max for lease, units in needs)
+                denial = self._beyond_cap(needs, on_unavailable.units_max, boot_ms)
                 how = f"The action allows {on_unavailable.units_max:,} units of each quota then."
             case UnavailableMode.LAST_KNOWN:
-                allowed = now_us - self.as_of_us <= on_unavailable.for_s_max * 1_000_000 and all(
-                    units <= max(0, lease.free) + lease.remaining for lease, units in needs
-                )
+                if now_us - self.as_of_us > on_unavailable.for_s_max * 1_000_000:
+                    denial = "The action goes by what was last known of its quotas, and that was too long ago."
+                elif not all(self._was_left(lease, units, now_us, boot_ms) for lease, units in needs):
+                    denial = "The action goes by what was last known of its quotas, and of one so much was not left."
                 how = "The action goes by what was last known of its quotas."
             case UnavailableMode.DENY:
-                allowed, how = False, ""
-        if not allowed:
-            return _unavailable(bound, why)
-        decision.reason = Reason.DEGRADED_ALLOW
-        decision.message = f"{why} {how}"
+                how, denial = "", "The action denies then."
+        if denial:
+            decision = Decision(Effect.DENIED, Reason.DEGRADED_DENY, f"{why} {denial}")
+        else:
+            decision.reason = Reason.DEGRADED_ALLOW
+            decision.message = f"{why} {how}"
         decision.degraded = True
         return decision
+
+    def _can_be_told(self, lease: Lease, units: int) -> bool:
+        """Whether Redis can count ``units`` more, also if every other sidecar takes as many as this one may."""
+        if isinstance(lease, RateShare):
+            return True
+        return lease.degraded + units <= (lease.countable + lease.degraded) // max(1, self.leases.live)
+
+    @staticmethod
+    def _beyond_cap(needs: Sequence[tuple[Lease, int]], units_max: int, boot_ms: int) -> str:
+        """Why ``capped`` denies; empty when it does not. Of a rate it allows so many units in each second."""
+        for lease, units in needs:
+            if isinstance(lease, RateShare):
+                if lease.spare_level(units_max * RATE_SCALE, units_max, boot_ms) < units * TOKENS_EACH:
+                    return f"The action allows {units_max:,} units a second then, and more were asked."
+            elif lease.degraded + units > units_max:
+                return f"The action allows {units_max:,} units of each quota then, and {lease.degraded:,} were given."
+        return ""
+
+    def _was_left(self, lease: Lease, units: int, now_us: int, boot_ms: int) -> bool:
+        """Whether ``units`` are left as far as was last known; of a rate, in this sidecar's part of it."""
+        live = max(1, self.leases.live)
+        if isinstance(lease, RateShare):
+            if not lease.hold_until_ms:
+                return False  # this process never had a share
+            left = lease.spare_level(lease.amount // live, max(1, lease.burst // live), boot_ms)
+            return units * TOKENS_EACH <= left
+        if lease.is_heard_of:
+            return units <= max(0, lease.free) + lease.remaining
+        heard_us = now_us - 1_000 * (boot_ms - self.leases.heard_ms) if self.leases.heard_ms else self.as_of_us
+        if lease.start * 1_000_000 < heard_us:
+            return False  # others may have used all of it
+        return units <= lease.amount // live - lease.used - lease.reserved  # it began since
 
     def _may_decide_stale(self, bound: BoundAction, now_us: int) -> bool:
         on_unavailable = bound.action.on_unavailable
@@ -669,6 +716,24 @@ def _exceeded(limit: BoundLimit, lease: Lease, asked: int, window: Window, now_s
             exceeded.retry_after_s = window.end - now_s
     exceeded.spends = [(lease, 0)]
     return exceeded
+
+
+def _uncountable(limit: BoundLimit, lease: Lease, asked: int, window: Window, now_s: int) -> Decision:
+    """More than can be counted, which no limit is so soft as to allow."""
+    currency = limit.terms.currency
+    most = f"{format_nanos(UNITS_MAX)} {currency}" if currency else f"{UNITS_MAX:,} units"
+    what = f"{format_nanos(asked)} {currency}" if currency else f"{asked:,} units"
+    denied = Decision(
+        Effect.DENIED,
+        Reason.QUOTA_EXHAUSTED,
+        f"{what} of {limit.feature} were asked; with them more than {most} would be counted per"
+        f" {limit.terms.window}, which is the most there can be.",
+        limit.key,
+    )
+    if window.end < FOREVER_S and asked <= UNITS_MAX:
+        denied.retry_after_s = window.end - now_s
+    denied.spends = [(lease, 0)]
+    return denied
 
 
 def _rate_limited(limit: BoundLimit, lease: Lease, asked: int, boot_ms: int) -> Decision:

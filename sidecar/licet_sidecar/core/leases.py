@@ -31,7 +31,7 @@ from enum import Enum, StrEnum, auto
 from typing import Final, NamedTuple
 
 from licet.domain.entitlements import RATE_SCALE
-from licet.domain.ids import LimitKey
+from licet.domain.ids import UNITS_MAX, LimitKey
 from licet.wire.registers import HOLD_S, WINDOW_GRACE_S, Pair, marker_name, quota_name
 
 HOLD_MS: Final = HOLD_S * 1_000
@@ -103,8 +103,9 @@ class Lease:
     ``cap`` is what it may spend in all, ``used`` what it has spent, ``reserved`` what is held for actions under way;
     ``used`` is above ``cap`` only by what was approved while nothing could be leased, ``degraded`` in all in this
     window. ``over`` is the part of ``cap`` that lies beyond a soft limit.
-    ``amount`` is the limit as last published here; ``remaining`` what Redis last said nobody holds, and
-    ``idle_elsewhere`` what others hold and had not spent. ``unsure`` while the register may hold more than ``cap``:
+    ``amount`` is the limit as last published here; ``remaining`` what Redis last said nobody holds,
+    ``held_elsewhere`` what others hold and those that are gone have spent, and ``idle_elsewhere`` what of that was not
+    spent. ``unsure`` while the register may hold more than ``cap``:
     a call about it was not answered, or Redis lost something. ``heard_ms``: when ``remaining`` was (boot time; 0: not
     since the limit is what it is). ``logged`` once the log knows of this lease.
     ``pair`` is what the last call about it was answered under.
@@ -118,6 +119,7 @@ class Lease:
         "durable",
         "end",
         "heard_ms",
+        "held_elsewhere",
         "hold_until_ms",
         "idle_elsewhere",
         "keepalive_ms",
@@ -159,6 +161,7 @@ class Lease:
         self.heard_ms = 0
         self.remaining = terms.amount
         self.idle_elsewhere = 0
+        self.held_elsewhere = 0
         self.short_until_ms = 0
         self.low_water = 0
         self.rate = 0.0
@@ -180,6 +183,16 @@ class Lease:
         self.amount = terms.amount
         self.kind = terms.kind
         self.durable = terms.durable
+
+    @property
+    def is_heard_of(self) -> bool:
+        """Whether Redis ever answered a call about it, in this process or before."""
+        return self.pair != NO_PAIR
+
+    @property
+    def countable(self) -> int:
+        """Units that can be taken until all sidecars together, as last heard, hold more than can be counted."""
+        return UNITS_MAX - self.held_elsewhere - self.used - self.reserved
 
     @property
     def free(self) -> int:
@@ -211,7 +224,7 @@ class RateShare(Lease):
     the same part of what is left (``adopt``), and none grows until all of them fit into it.
     """
 
-    __slots__ = ("burst", "filled_ms", "since_ms", "tokens")
+    __slots__ = ("burst", "filled_ms", "since_ms", "spare", "spare_ms", "tokens")
 
     tokens: int
     """Millionths of a unit in the bucket when it was last filled (``filled_ms``, boot time)."""
@@ -222,6 +235,8 @@ class RateShare(Lease):
         self.filled_ms = 0
         self.since_ms = 0
         """When there last was no share, boot time: the bucket of a young one is still filling."""
+        self.spare = 0
+        self.spare_ms = 0
 
     def adopt(self, terms: Terms, boot_ms: int) -> None:
         """See ``Lease``. What filled the bucket so far did so under the terms there were."""
@@ -244,9 +259,22 @@ class RateShare(Lease):
         self.filled_ms = boot_ms
         return self.tokens if boot_ms < self.hold_until_ms else 0
 
+    def spare_level(self, rate: int, burst: int, boot_ms: int) -> int:
+        """What is in the bucket that stands in while no share can be had, in millionths of a unit.
+
+        It holds ``burst`` units, and fills with ``rate`` thousandths a second from when the last share was over.
+        """
+        since_ms = max(self.spare_ms, self.hold_until_ms)
+        self.spare = min(burst * TOKENS_EACH, self.spare + rate * max(0, boot_ms - since_ms))
+        self.spare_ms = boot_ms
+        return self.spare
+
     def take(self, units: int, boot_ms: int) -> None:
-        """Takes ``units``."""
-        self.tokens = max(0, self.tokens - units * TOKENS_EACH)  # below it only in degraded mode
+        """Takes ``units``: of the share, or, when that does not have them, of what stands in for it."""
+        if self.level(boot_ms) >= units * TOKENS_EACH:
+            self.tokens -= units * TOKENS_EACH
+        else:
+            self.spare = max(0, self.spare - units * TOKENS_EACH)
         self.spent_lately += units
         self.spent_ms = boot_ms
 
@@ -415,6 +443,8 @@ class LeaseBook:
         self._redis_ahead_ms: int | None = None
         self.live = 1
         """Sidecars that share the quotas, as last heard."""
+        self.heard_ms = 0
+        """When Redis was last heard, boot time; 0 before that."""
         self.tenants: dict[str, TenantLeases] = {}
 
     def of(self, tenant: str) -> TenantLeases:
@@ -496,7 +526,8 @@ class LeaseBook:
     @staticmethod
     def overdraw(lease: Lease, units: int, boot_ms: int) -> None:
         """Notes that ``units`` are about to be taken that no lease covers. Redis is told of them later."""
-        if boot_ms >= lease.hold_until_ms:
+        if boot_ms >= lease.hold_until_ms and lease.free > 0:
+            lease.remaining += lease.free
             LeaseBook._lower(lease, boot_ms)  # rule 7
         beyond = units - max(0, lease.free)
         lease.degraded += beyond
@@ -554,7 +585,7 @@ class LeaseBook:
 
     def _units_asked(self, lease: Lease, need: int, boot_ms: int, giving_back: bool) -> tuple[int, int]:
         """(want, min) of a call; lowers the cap of what is returned."""
-        demand = round(lease.rate * DEMAND_S)
+        demand = min(UNITS_MAX, round(lease.rate * DEMAND_S))
         if need:
             shortfall = max(0, need - max(0, lease.free))
             return max(shortfall, demand), shortfall
@@ -663,6 +694,7 @@ class LeaseBook:
     def heard(self, redis_ms: int, boot_ms: int) -> None:
         """The Redis clock showed ``redis_ms``, some time before ``boot_ms``."""
         self._redis_ahead_ms = redis_ms - boot_ms
+        self.heard_ms = boot_ms
 
     def answered_after_ms(self, boot_ms: int) -> int:
         """An instant of the Redis clock after which everything held now was answered for; 0 when none is known."""
@@ -742,6 +774,7 @@ class LeaseBook:
             lease.asked_ms = call.sent_boot_ms
             lease.remaining = max(0, granted.amount - granted.sum)
             lease.heard_ms = boot_ms if granted.amount == lease.amount else 0
+            lease.held_elsewhere = max(0, granted.sum - granted.g)
             lease.idle_elsewhere = max(0, granted.sum - granted.used - (granted.g - ask.used - ask.reserved))
             lease.wanted |= granted.wanted and not ask.want
             if ask.min and granted.g < max(ask.cap, ask.used + ask.reserved) + ask.min:
@@ -751,18 +784,14 @@ class LeaseBook:
         if answer.phase != "open":
             held.why = "learning"
             return Outcome.ASK_CONTROL_PLANE
-        short = [
-            (ask, granted)
-            for ask, granted in missed
-            if ask.kind is not Kind.SOFT and max(0, granted.amount - granted.sum) < ask.min
-        ]
+        short = [(ask, granted) for ask, granted in missed if _room(ask, granted) < ask.min]
         if not short:
             return Outcome.AGAIN  # this call asserted or adopted
         hopeless = False
-        for ask, _ in short:
+        for ask, granted in short:
             lease = ask.lease
             lease.short_until_ms = boot_ms + DENIAL_KEPT_MS
-            hopeless |= lease.remaining + lease.idle_elsewhere < ask.min
+            hopeless |= _room(ask, granted) + lease.idle_elsewhere < ask.min
         return Outcome.SETTLED if hopeless else Outcome.RECALL
 
     @staticmethod
@@ -830,3 +859,8 @@ class LeaseBook:
             del held.leases[key]
         elif held.others.get(lease.quota) is lease:
             del held.others[lease.quota]
+
+
+def _room(ask: Ask, granted: Granted) -> int:
+    """Units that nobody holds, and that may be granted on such a call."""
+    return max(0, (UNITS_MAX if ask.kind is Kind.SOFT else granted.amount) - granted.sum)
