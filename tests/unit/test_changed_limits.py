@@ -135,3 +135,17 @@ async def test_a_soft_limit_that_becomes_hard_gives_back_what_lies_past_it(sidec
     await sidecar.upkeep()
     assert lease.free == 0
     assert (await sidecar.check()).reason == pb.REASON_QUOTA_EXHAUSTED
+
+
+async def test_what_is_left_of_a_lowered_limit_is_what_was_not_used(sidecar: FakeSidecar) -> None:
+    def said(answer: pb.CheckResponse) -> list[tuple[int, int]]:
+        return [(quota.limit, quota.remaining) for quota in answer.quotas]
+
+    await changed(sidecar, catalog(limits=[limit(1_000)]))
+    for _ in range(3):
+        last = await sidecar.check()
+    assert said(last) == [(1_000, 997)]
+    await changed(sidecar, catalog(limits=[limit(40)]))
+    assert said(await sidecar.check()) == [(40, 36)]
+    await changed(sidecar, catalog(limits=[limit(2)]))
+    assert said(await sidecar.check(mode=pb.MODE_PEEK)) == [(2, 0)]

@@ -29,7 +29,7 @@ from licet.domain.ids import UNITS_MAX
 from licet.domain.money import AMOUNT_NANOS_MAX, Price, format_nanos
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import FOREVER_S, Period, Window, window_of
-from licet.wire.names import scope_digest
+from licet.wire.names import scope_digest, subject_value
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, check_units, declared_context, meter_units
 from licet_sidecar.core.leases import TOKENS_EACH, Kind, Lease, LeaseBook, RateShare, TenantLeases, Terms
 from licet_sidecar.core.rulebook import BoundAction, Rulebook, rollout_includes
@@ -185,6 +185,7 @@ class BoundLimit:
             burst=limit.burst or limit.amount,
             window=limit.per.value,
             currency=limit.currency,
+            scope=limit.scope,
         )
         self._per = limit.per
         self._anchor = limit.anchor
@@ -531,6 +532,8 @@ class Engine:
                     return _exceeded(limit, lease, asked, window, now_s)
                 if any(units > pool.countable for pool, units in needs):
                     return _uncountable(limit, lease, asked, window, now_s)
+                if lease.over:
+                    _mark_overage(decision, lease, boot_ms)
                 continue
             spends.append((lease, asked))
             if lease.used + lease.reserved + asked > lease.cap or boot_ms >= lease.hold_until_ms:
@@ -542,6 +545,7 @@ class Engine:
                     return _exceeded(limit, lease, asked, window, now_s)
                 if asked > lease.countable:
                     return _uncountable(limit, lease, asked, window, now_s)
+                lease.within = False
                 needs = needs or []
                 needs.append((lease, asked))
             elif lease.over and (beyond := lease.overage(asked)):
@@ -561,7 +565,7 @@ class Engine:
         decision.rates.append((lease, asked))
         if not asked or lease.level(boot_ms) >= asked * TOKENS_EACH:
             return None
-        if asked <= lease.burst and not self.leases.known_short(lease, asked, boot_ms):
+        if lease.amount and asked <= lease.burst and not self.leases.known_short(lease, asked, boot_ms):
             wait_ms = lease.wait_ms(asked, boot_ms) if boot_ms < lease.hold_until_ms else None
             if wait_ms is None:
                 return Obstacle.NO_SHARE
@@ -592,10 +596,13 @@ class Engine:
             else:
                 continue
             free = max(0, lease.free) if boot_ms < lease.hold_until_ms else 0
-            takes[lease] = min(rest, free if rest <= free else free + _obtainable(lease, boot_ms))
+            if lease.kind is Kind.SOFT:  # what lies past its amount comes after the grants
+                free = max(0, free - lease.over)
+            takes[lease] = min(rest, free if rest <= free else free + _obtainable(lease, free, boot_ms))
             rest -= takes[lease]
             if not rest:
                 break
+        own.within = own.kind is Kind.SOFT and not rest
         if rest and own.kind is Kind.SOFT:
             takes[own] += rest
             rest = 0
@@ -689,8 +696,18 @@ class Engine:
         return None
 
 
-def _obtainable(lease: Lease, boot_ms: int) -> int:
-    """Units of a pool that others do not use, as last heard; all of it when nothing was heard lately."""
+def _mark_overage(decision: Decision, lease: Lease, boot_ms: int) -> None:
+    """What a decision takes of a soft limit beside its grants may lie past its amount."""
+    take = next(units for one, units in decision.spends if one is lease)
+    if LeaseBook.can_spend(lease, take, boot_ms) and (beyond := lease.overage(take)):
+        decision.overage = {**decision.overage, lease.quota: beyond}
+        decision.reason = Reason.OVERAGE
+
+
+def _obtainable(lease: Lease, free: int, boot_ms: int) -> int:
+    """Units of a pool, beside the ``free`` ones, that others do not use, as last heard; all when nothing was lately."""
+    if lease.kind is Kind.SOFT and lease.unused <= free:
+        return 0  # others may hold some past the amount
     known = lease.remaining + lease.idle_elsewhere
     if boot_ms < lease.short_until_ms:
         return known
@@ -700,7 +717,7 @@ def _obtainable(lease: Lease, boot_ms: int) -> int:
 
 
 def _exceeded(limit: BoundLimit, lease: Lease, asked: int, window: Window, now_s: int) -> Decision:
-    left = lease.remaining + max(0, lease.free)
+    left = min(lease.unused, lease.remaining + max(0, lease.free))
     currency = limit.terms.currency
     if currency:
         what = f"{format_nanos(asked)} {currency} of {limit.feature} were asked; the budget of"
@@ -738,14 +755,17 @@ def _uncountable(limit: BoundLimit, lease: Lease, asked: int, window: Window, no
 
 def _rate_limited(limit: BoundLimit, lease: Lease, asked: int, boot_ms: int) -> Decision:
     assert isinstance(lease, RateShare)
-    rate = limit.terms.amount // RATE_SCALE
-    limited = Decision(
-        Effect.DENIED,
-        Reason.RATE_LIMITED,
-        f"{asked:,} units of {limit.feature} were asked; {rate:,} a second are allowed, {limit.terms.burst:,} at once.",
-        limit.key,
-    )
-    if asked <= limit.terms.burst:
+    rate, burst = limit.terms.amount // RATE_SCALE, limit.terms.burst
+    what = f"{asked:,} units of {limit.feature} were asked; {rate:,} a second are allowed, {burst:,} at once"
+    if asked > burst:
+        what += ": so many can never be approved at once."
+    elif not rate:
+        what += ": none can be approved."
+    else:
+        saved = lease.level(boot_ms) // TOKENS_EACH
+        what += f" after a pause, and {saved:,} are saved up here."
+    limited = Decision(Effect.DENIED, Reason.RATE_LIMITED, what, limit.key)
+    if asked <= burst and rate:
         wait_ms = lease.wait_ms(asked, boot_ms)
         limited.retry_after_s = 1 if wait_ms is None else wait_ms / 1_000
     limited.spends = [(lease, 0)]
@@ -870,7 +890,7 @@ def _scope_of(scope: Sequence[str], inquiry: Inquiry, context: Mapping[str, Attr
     values = []
     for path in scope:
         if path == "subject":
-            values.append(f"{inquiry.subject_type}/{inquiry.subject_id}")
+            values.append(subject_value(inquiry.subject_type, inquiry.subject_id))
         else:
             values.append(str(context.get(path[8:], "")))  # "context.<attribute>"
     return scope_digest(tuple(values))

@@ -84,8 +84,8 @@ class Terms(NamedTuple):
     """What a limit says about its leases. ``amount`` in units, in nanos, or in thousandths of a unit a second.
 
     ``durable``: a grant is spent only when it is on disk and on replicas. ``burst``, of a rate: units at once.
-    ``window``, ``currency`` and ``grant`` are for the answers: the period's name, of a budget its currency, of a grant
-    its id.
+    ``window``, ``currency``, ``grant`` and ``scope`` are for the answers: the period's name, of a budget its currency,
+    of a grant its id, and the paths that it counts separately by.
     """
 
     amount: int
@@ -95,6 +95,7 @@ class Terms(NamedTuple):
     window: str = ""
     currency: str = ""
     grant: str = ""
+    scope: tuple[str, ...] = ()
 
 
 class Lease:
@@ -104,11 +105,13 @@ class Lease:
     ``used`` is above ``cap`` only by what was approved while nothing could be leased, ``degraded`` in all in this
     window. ``over`` is the part of ``cap`` that lies beyond a soft limit.
     ``amount`` is the limit as last published here; ``remaining`` what Redis last said nobody holds,
-    ``held_elsewhere`` what others hold and those that are gone have spent, and ``idle_elsewhere`` what of that was not
-    spent. ``unsure`` while the register may hold more than ``cap``:
+    ``held_elsewhere`` what others hold and those that are gone have spent, ``used_elsewhere`` what of that was spent or
+    reserved, and ``idle_elsewhere`` the rest of it, unless they were asked for it in vain. ``unsure`` while the
+    register may hold more than ``cap``:
     a call about it was not answered, or Redis lost something. ``heard_ms``: when ``remaining`` was (boot time; 0: not
     since the limit is what it is). ``logged`` once the log knows of this lease.
-    ``pair`` is what the last call about it was answered under.
+    ``pair`` is what the last call about it was answered under. ``within``: a soft limit that has grants left, so that
+    nothing past its amount is leased.
     """
 
     __slots__ = (
@@ -141,7 +144,9 @@ class Lease:
         "terms",
         "unsure",
         "used",
+        "used_elsewhere",
         "wanted",
+        "within",
     )
 
     def __init__(self, limit_key: LimitKey, scope: str, start: int, end: int, terms: Terms) -> None:
@@ -162,12 +167,14 @@ class Lease:
         self.remaining = terms.amount
         self.idle_elsewhere = 0
         self.held_elsewhere = 0
+        self.used_elsewhere = 0
         self.short_until_ms = 0
         self.low_water = 0
         self.rate = 0.0
         self.spent_lately = 0
         self.spent_ms = 0
         self.wanted = False
+        self.within = False
         self.unsure = False
         self.logged = False
         self.pair = NO_PAIR
@@ -183,6 +190,16 @@ class Lease:
         self.amount = terms.amount
         self.kind = terms.kind
         self.durable = terms.durable
+
+    @property
+    def unused(self) -> int:
+        """What of the amount nobody has spent or reserved, as last heard."""
+        return max(0, self.amount - self.used_elsewhere - self.used - self.reserved)
+
+    @property
+    def left(self) -> int:
+        """Units left for all sidecars together, as last known."""
+        return min(self.unused, self.remaining + self.idle_elsewhere + max(0, self.free))
 
     @property
     def is_heard_of(self) -> bool:
@@ -571,10 +588,11 @@ class LeaseBook:
                 want, least = self._share_asked(lease, need, boot_ms, giving_back or retiring)
             else:
                 want, least = self._units_asked(lease, need, boot_ms, giving_back or retiring)
+            kind = Kind.HARD if lease.within and lease.kind is Kind.SOFT else lease.kind
             known = lease.pair == held.pair and (lease.cap > 0 or lease.used + lease.reserved > 0)
             lease.unsure = True
             durable |= lease.durable and want > 0
-            asks.append(Ask(lease, lease.cap, lease.used, lease.reserved, want, least, lease.amount, lease.kind, known))
+            asks.append(Ask(lease, lease.cap, lease.used, lease.reserved, want, least, lease.amount, kind, known))
         if not asks:
             return None
         self._op += 1
@@ -775,6 +793,7 @@ class LeaseBook:
             lease.remaining = max(0, granted.amount - granted.sum)
             lease.heard_ms = boot_ms if granted.amount == lease.amount else 0
             lease.held_elsewhere = max(0, granted.sum - granted.g)
+            lease.used_elsewhere = max(0, granted.used - granted.u - ask.reserved)
             lease.idle_elsewhere = max(0, granted.sum - granted.used - (granted.g - ask.used - ask.reserved))
             lease.wanted |= granted.wanted and not ask.want
             if ask.min and granted.g < max(ask.cap, ask.used + ask.reserved) + ask.min:

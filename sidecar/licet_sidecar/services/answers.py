@@ -79,8 +79,7 @@ class Answers:
         if lease.kind is Kind.RATE:
             remaining = varint(lease.tokens // TOKENS_EACH) if isinstance(lease, RateShare) else b"\0"
         else:
-            free = lease.cap - lease.used - lease.reserved
-            remaining = varint(lease.remaining + lease.idle_elsewhere + (free if free > 0 else 0))
+            remaining = varint(lease.left)
         if over:
             remaining += _OVERAGE
         parts.append(_QUOTAS_TAG)
@@ -106,6 +105,9 @@ def _quota_state(lease: Lease) -> pb.QuotaState:
         limit=terms.amount // RATE_SCALE if terms.kind is Kind.RATE else terms.amount,
         currency=terms.currency,
         grant=terms.grant,
+        limit_key=lease.limit_key.removesuffix(f"+{terms.grant}") if terms.grant else lease.limit_key,
+        scope=terms.scope,
+        burst=terms.burst,
     )
     if lease.end < FOREVER_S:
         state.resets_at.seconds = lease.end
