@@ -199,7 +199,11 @@ class Lease:
     @property
     def left(self) -> int:
         """Units left for all sidecars together, as last known."""
-        return min(self.unused, self.remaining + self.idle_elsewhere + max(0, self.free))
+        own = self.used + self.reserved  # written out: every answer says it of every quota
+        free = self.cap - own
+        known = self.remaining + self.idle_elsewhere + (free if free > 0 else 0)
+        unused = self.amount - self.used_elsewhere - own
+        return known if known < unused else unused if unused > 0 else 0
 
     @property
     def is_heard_of(self) -> bool:
