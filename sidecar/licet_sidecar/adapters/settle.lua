@@ -15,7 +15,7 @@
 --         limit key, marker name, window start, window end (seconds, end exclusive),
 --         cap (what the sidecar believes it holds), u, h, want, min (units; want = min = 0: report or return),
 --         the amount the sidecar believes the limit has,
---         kind: hard | soft (leases past the amount) | rate (shares),
+--         kind: hard | soft (leases past the amount when min needs it) | rate (shares),
 --         1 when a call about this quota was answered under this pair before, so that there must be a register
 -- Answer: status, sidecar, incarnation, op, epoch, run, phase, Redis time in ms, then
 --         OK:     for each quota  g, granted by this call, u, amount, sum, used, wanted (1 when others lack units)
