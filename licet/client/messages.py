@@ -271,6 +271,11 @@ def quota_of(quota: pb.QuotaState) -> Quota:
         remaining=quota.remaining,
         resets_at=_datetime(quota.resets_at) if quota.HasField("resets_at") else None,
         overage=quota.overage,
+        currency=quota.currency,
+        limit_key=quota.limit_key,
+        scope=tuple(quota.scope),
+        grant_id=quota.grant,
+        burst=quota.burst,
     )
 
 

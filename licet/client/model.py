@@ -77,8 +77,14 @@ class SeatState(IntEnum):
 class Quota:
     """One quota as the sidecar saw it when it answered.
 
-    ``limit`` and ``remaining`` are units; ``remaining`` is over all sidecars as last known, never exact while others
-    spend. ``window`` is ``"month"``, ``"minute"``, … and ends at ``resets_at``.
+    ``limit`` and ``remaining`` are units, or of a budget in money billionths of ``currency`` (ISO 4217);
+    ``limit_amount`` and ``remaining_amount`` are what people write. ``remaining`` is over all sidecars as last known,
+    never exact while others spend, and 0 past a soft limit. ``window`` is ``"month"``, ``"minute"``, … and ends at
+    ``resets_at``. Of a rate, ``window`` is ``"second"``, ``limit`` units a second, ``burst`` the most at once, and
+    ``remaining`` what the sidecar has saved up of that.
+
+    ``limit_key`` names the limit, as overrides and ``Decision.rule`` do. ``scope`` is what it is counted separately by,
+    such as ``("subject",)``. ``grant_id`` is set for a top-up of the limit.
     """
 
     feature: str
@@ -87,6 +93,33 @@ class Quota:
     remaining: int
     resets_at: datetime | None
     overage: bool
+    currency: str = ""
+    limit_key: str = ""
+    scope: tuple[str, ...] = ()
+    grant_id: str = ""
+    burst: int = 0
+
+    @property
+    def limit_amount(self) -> Decimal:
+        """``limit`` in units, or in whole units of the currency."""
+        return Decimal(self.limit) / NANOS if self.currency else Decimal(self.limit)
+
+    @property
+    def remaining_amount(self) -> Decimal:
+        """``remaining`` in units, or in whole units of the currency."""
+        return Decimal(self.remaining) / NANOS if self.currency else Decimal(self.remaining)
+
+    def __str__(self) -> str:
+        """For people: ``reports:month: 3 of 10 left``."""
+        name = self.limit_key or f"{self.feature}:{self.window}"
+        grant = f" (grant {self.grant_id})" if self.grant_id else ""
+        if self.window == "second":
+            return f"{name}: {self.limit:,} a second, {self.remaining:,} of a burst of {self.burst:,} saved up"
+        if self.currency:
+            left = f"{format_nanos(self.remaining)} of {format_nanos(self.limit)} {self.currency} left"
+        else:
+            left = f"{self.remaining:,} of {self.limit:,} left"
+        return f"{name}{grant}: {left}{', this is overage' if self.overage else ''}"
 
 
 @dataclass(frozen=True, slots=True)

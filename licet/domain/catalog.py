@@ -149,7 +149,8 @@ class Limit:
     second). ``scope`` is a tuple of paths, ``"subject"`` or ``"context.<attribute>"``; empty means the whole tenant.
     ``durable``: what is leased is confirmed on disk and on replicas before it is spent.
     ``overage_price`` is what units beyond a soft limit cost on top of the feature's own price.
-    ``key`` never depends on the amount or on the position in the file.
+    ``key`` never depends on the amount or on the position in the file. It says whether units, money or a rate is
+    counted under it (``budget_key``, ``rate_key``), because their counts must never mix.
     """
 
     key: LimitKey
@@ -343,6 +344,15 @@ def budget_key(limit: LimitKey, currency: str) -> LimitKey:
     return LimitKey(f"{limit}.{currency.lower()}")
 
 
+def rate_key(limit: LimitKey) -> LimitKey:
+    """``<feature>:<limit name>.rate``: the key of a limit per second.
+
+    Its registers hold shares, in thousandths of a unit a second: a limit that is changed between a rate and units must
+    not take one for the other.
+    """
+    return LimitKey(f"{limit}{_RATE_SUFFIX}")
+
+
 def currency_of(limit: str) -> str:
     """The currency of a limit in money, from its key; empty for one in units."""
     match = _BUDGET_KEY.search(limit)
@@ -425,6 +435,8 @@ def _attribute_to_wire(spec: Attribute) -> list[Any]:
 
 # A name has no dot, but a scope does: `context.usd` is an attribute, `month@context.usd` a limit in units.
 _BUDGET_KEY: Final = re.compile(r":[^:]+(?<![@+]context)\.([a-z]{3})\Z")
+_RATE_SUFFIX: Final = ".rate"
+_RATE_KEY: Final = re.compile(r":[^:]+(?<![@+]context)\.rate\Z")
 _NO_TERMS: Final = (ReservationTerms().expires_after_s, ReservationTerms().on_expiry.value)
 
 
@@ -601,10 +613,13 @@ def _limit_to_wire(limit: Limit) -> list[Any]:
 def _limit_from_wire(wire: list[Any]) -> Limit:
     key, amount, per, scope, on_exceeded, *later = wire
     anchor, currency, burst, durable = later[:4] if len(later) >= 4 else (Anchor.CALENDAR.value, "", 0, False)
+    period = Period(per)
+    if bool(_RATE_KEY.search(key)) != (period is Period.SECOND):
+        raise ValueError(f"limit {key!r} per {per}: what it counts is not what its key says")
     return Limit(
         LimitKey(key),
         amount,
-        Period(per),
+        period,
         tuple(scope),
         OnExceeded(on_exceeded),
         Anchor(anchor),

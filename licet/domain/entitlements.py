@@ -47,7 +47,7 @@ def limits_of(entitlements: Mapping[str, Entitlement]) -> dict[LimitKey, int]:
     amounts: dict[LimitKey, int] = {}
     for feature, entitlement in entitlements.items():
         for limit in entitlement.limits:
-            amounts[limit.key] = min(UNITS_MAX, limit.amount * RATE_SCALE) if limit.is_rate else limit.amount
+            amounts[limit.key] = limit.amount * RATE_SCALE if limit.is_rate else limit.amount
         for grant in entitlement.grants:
             amounts[grant.key] = grant.amount
         if entitlement.seats:
@@ -56,7 +56,7 @@ def limits_of(entitlements: Mapping[str, Entitlement]) -> dict[LimitKey, int]:
 
 
 def _multiplied(entitlement: Entitlement, count: int) -> Entitlement:
-    limits = tuple(replace(limit, amount=min(UNITS_MAX, limit.amount * count)) for limit in entitlement.limits)
+    limits = tuple(_with_amount(limit, limit.amount * count) for limit in entitlement.limits)
     return replace(
         entitlement,
         limits=limits,
@@ -67,9 +67,7 @@ def _multiplied(entitlement: Entitlement, count: int) -> Entitlement:
 
 def _added(own: Entitlement, extra: Entitlement) -> Entitlement:
     extra_amounts = {limit.key: limit.amount for limit in extra.limits}
-    limits = tuple(
-        replace(limit, amount=min(UNITS_MAX, limit.amount + extra_amounts.get(limit.key, 0))) for limit in own.limits
-    )
+    limits = tuple(_with_amount(limit, limit.amount + extra_amounts.get(limit.key, 0)) for limit in own.limits)
     return replace(
         own,
         limits=limits,
@@ -82,10 +80,13 @@ def _added(own: Entitlement, extra: Entitlement) -> Entitlement:
 
 
 def _overridden(entitlement: Entitlement, overrides: Mapping[str, int]) -> Entitlement:
-    limits: tuple[Limit, ...] = tuple(
-        replace(limit, amount=overrides.get(limit.key, limit.amount)) for limit in entitlement.limits
-    )
+    limits = tuple(_with_amount(limit, overrides.get(limit.key, limit.amount)) for limit in entitlement.limits)
     return replace(entitlement, limits=limits)
+
+
+def _with_amount(limit: Limit, amount: int) -> Limit:
+    """The limit with another amount, at most what can be counted."""
+    return replace(limit, amount=min(RATE_MAX if limit.is_rate else UNITS_MAX, amount))
 
 
 def _topped_up(entitlement: Entitlement, grants: Sequence[Grant]) -> Entitlement:

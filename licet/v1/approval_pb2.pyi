@@ -525,20 +525,33 @@ class QuotaState(_message.Message):
     OVERAGE_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
     GRANT_FIELD_NUMBER: _builtins.int
+    LIMIT_KEY_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    BURST_FIELD_NUMBER: _builtins.int
     feature: _builtins.str
     window: _builtins.str
     """"month", "minute", …"""
     limit: _builtins.int
     remaining: _builtins.int
-    """Units left in the window as this sidecar last knew them, over all sidecars; never exact while others spend."""
+    """Units left in the window as this sidecar last knew them, over all sidecars; never exact while others spend. 0 past a
+    soft limit. Of a rate, units that this sidecar has saved up, of `burst`.
+    """
     overage: _builtins.bool
     """Some of what this answer took lies beyond the limit, which allows that and bills it as overage."""
     currency: _builtins.str
     """For a budget in money: ISO 4217; limit and remaining are billionths of it. Empty when units are counted."""
     grant: _builtins.str
     """For a top-up: the id of the grant."""
+    limit_key: _builtins.str
+    """The limit, as overrides and `rule` name it; of a top-up, the limit that it adds to."""
+    burst: _builtins.int
+    """For a rate: most units at once. Its `limit` is units a second."""
     @_builtins.property
     def resets_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def scope(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it is counted separately by: "subject", "context.team"; empty for the whole tenant."""
+
     def __init__(
         self,
         *,
@@ -550,10 +563,13 @@ class QuotaState(_message.Message):
         overage: _builtins.bool = ...,
         currency: _builtins.str = ...,
         grant: _builtins.str = ...,
+        limit_key: _builtins.str = ...,
+        scope: _abc.Iterable[_builtins.str] | None = ...,
+        burst: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resets_at", b"resets_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency", b"currency", "feature", b"feature", "grant", b"grant", "limit", b"limit", "overage", b"overage", "remaining", b"remaining", "resets_at", b"resets_at", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["burst", b"burst", "currency", b"currency", "feature", b"feature", "grant", b"grant", "limit", b"limit", "limit_key", b"limit_key", "overage", b"overage", "remaining", b"remaining", "resets_at", b"resets_at", "scope", b"scope", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -85,6 +85,13 @@ def usage_shard(sidecar: str) -> int:
     return int.from_bytes(hashlib.sha256(sidecar.encode()).digest()[:4], "big") % USAGE_SHARDS
 
 
+def subject_value(type_: str, id_: str) -> str:
+    """What a subject is in a scope: ``<type>/<id>``. A slash of the type is escaped, so that no two are the same."""
+    if "/" in type_ or "%" in type_:
+        type_ = type_.replace("%", "%25").replace("/", "%2F")
+    return f"{type_}/{id_}"
+
+
 def scope_digest(values: tuple[str, ...]) -> str:
     """16 hex digits that stand for the values of a limit's scope; empty for a limit over the whole tenant."""
     if not values:

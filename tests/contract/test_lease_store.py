@@ -747,19 +747,31 @@ async def test_a_sum_that_doubles_cannot_count_is_refused(backend: Backend) -> N
 async def test_a_soft_limit_leases_as_far_as_doubles_count(backend: Backend) -> None:
     now_s = await backend.now_s()
     lease = Lease(CALLS, "", now_s - 86_400, now_s + 86_400, Terms(UNITS_MAX, Kind.SOFT))
-    pair = await opened(backend, lease)
+    await opened(backend, lease)
     one, used = Caller(backend), UNITS_MAX - 5
 
     def soft(cap: int, want: int, least: int) -> Ask:
         return Ask(lease, cap, min(cap, used), 0, want, least, UNITS_MAX, Kind.SOFT)
 
     assert (await one(soft(0, used, used))).granted[0].g == used
-    assert (await one(soft(used, 100, 2))).granted[0].g == UNITS_MAX, "ahead of need, only what there is room for"
-    (answer,) = await one.send(SettleCall(TENANT, 9, pair, REVISION, (soft(UNITS_MAX, 100, 1),), 0))
-    assert isinstance(answer, CallRefused)
-    assert "2^53 - 1" in str(answer)
-    kept = (await one(soft(UNITS_MAX, 100, 0), op=10)).granted[0]
-    assert (kept.g, kept.d, kept.u) == (UNITS_MAX, 0, used), "nothing was lost, and reports get through"
+    assert (await one(soft(used, 100, 5))).granted[0].g == UNITS_MAX, "ahead of need, only what there is room for"
+    short = (await one(soft(UNITS_MAX, 100, 1))).granted[0]
+    assert (short.g, short.d, short.u) == (UNITS_MAX, 0, used), "short, as a hard limit is at its amount"
+    kept = (await one(soft(UNITS_MAX, 100, 0))).granted[0]
+    assert (kept.g, kept.d, kept.u) == (UNITS_MAX, 0, used), "and reports get through"
+
+
+async def test_a_soft_limit_is_leased_past_its_amount_only_for_a_check_that_needs_it(backend: Backend) -> None:
+    lease = await month(backend)
+    await opened(backend, lease)
+    one = Caller(backend)
+    assert (await one(softly(ask(lease, want=60, min=60)))).granted[0].g == 60
+    ahead = (await one(softly(ask(lease, cap=60, used=60, want=90)))).granted[0]
+    assert (ahead.d, ahead.sum) == (20, 80), "half of what remains, as of a hard limit"
+    assert (await one(softly(ask(lease, cap=80, used=80, want=90, min=20)))).granted[0].d == 20
+    assert (await one(softly(ask(lease, cap=100, used=100, want=90)))).granted[0].d == 0
+    needed = (await one(softly(ask(lease, cap=100, used=100, want=90, min=1)))).granted[0]
+    assert (needed.d, needed.sum) == (90, 190)
 
 
 async def test_one_bad_call_of_several_does_not_spoil_the_others(backend: Backend) -> None:
@@ -864,7 +876,7 @@ async def test_a_soft_limit_is_leased_past_its_amount(backend: Backend) -> None:
 
 async def share(backend: Backend) -> RateShare:
     terms = Terms(10_000, Kind.RATE, burst=10)
-    return RateShare(LimitKey("calls:second"), "", 0, FOREVER_S, terms)
+    return RateShare(LimitKey("calls:second.rate"), "", 0, FOREVER_S, terms)
 
 
 def of_rate(lease: RateShare, *, cap: int = 0, want: int = 0, least: int = 0, known: bool = False) -> Ask:

@@ -255,7 +255,7 @@ class Sidecar:
 
     def lease(self, limit: LimitKey) -> Lease:
         start, end = window(limit, self.now_s)
-        return self.book.lease(self.held, limit, "", start, end, self.terms(limit))
+        return self.book.lease(self.held, limit, "", start, end, self.terms(limit), self.boot_ms)
 
     # Calls
 

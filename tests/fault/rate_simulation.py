@@ -4,6 +4,10 @@ Real: ``LeaseBook``, ``RateShare`` and the bucket's arithmetic. Modeled: the scr
 checked*, at every approval: over any stretch of time the units approved by all together are at most rate * time +
 burst. That is what a bucket of ``burst`` units, which is full at first and fills at the rate, would let through, so
 the simulation keeps one and takes from it.
+
+Rate and burst are changed in flight. While a change spreads, each sidecar keeps to the terms it knows: the bucket then
+fills at the highest of the rates that anybody knows, and holds as much as their bursts together. Once the last has
+heard, it holds what the new terms say.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from licet_sidecar.core.leases import (
 from tests.support.fake_lease_store import FakeRegisters, Rule
 
 TENANT: Final = "acme"
-LIMIT: Final = LimitKey("calls:second")
+LIMIT: Final = LimitKey("calls:second.rate")
 START_MS: Final = 1_800_000_000_000
 STEPS: Final = 1_500
 PAIR: Final = Pair(1, "run1")
@@ -50,6 +54,8 @@ class Node:
     incarnation: int = 1
     cut_until_ms: int = 0
     ticked_ms: int = 0
+    terms: Terms = field(init=False)
+    revision: int = 0
 
     @property
     def held(self) -> TenantLeases:
@@ -63,6 +69,9 @@ class RateWorld:
     seed: int
     without: frozenset[Rule] = frozenset()
     share: type[RateShare] = RateShare
+    book_of: type[LeaseBook] = LeaseBook
+    changing: bool = True
+    """Whether the terms change in flight."""
     random: random.Random = field(init=False)
     registers: FakeRegisters = field(init=False)
     nodes: list[Node] = field(init=False)
@@ -72,23 +81,29 @@ class RateWorld:
     bucket: int = 0
     filled_ms: int = START_MS
     terms: Terms = field(init=False)
+    """As last published."""
+    revision: int = 1
+    changes: int = 0
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        amount = self.random.choice([1, 5, 40])
-        burst = self.random.choice([amount, 2 * amount, 10])
-        self.terms = Terms(amount * RATE_SCALE, Kind.RATE, burst=burst)
-        self.bucket = burst * TOKENS_EACH
+        self.terms = self.some_terms()
+        self.bucket = self.terms.burst * TOKENS_EACH
         self.registers = FakeRegisters(now_ms=START_MS, without=self.without)
         assert self.registers.begin(TENANT, 1)
         assert self.registers.open(TENANT, PAIR, 1, {LIMIT: self.terms.amount})
         self.nodes = []
         for number in range(self.random.randint(1, 4)):
-            node = Node(f"s{number}", LeaseBook(1), self.random.randrange(10**9))
+            node = Node(f"s{number}", self.book_of(1), self.random.randrange(10**9))
             self.nodes.append(node)
             self.begin(node)
 
+    def some_terms(self) -> Terms:
+        amount = self.random.choice([1, 5, 40])
+        return Terms(amount * RATE_SCALE, Kind.RATE, burst=self.random.choice([amount, 2 * amount, 10]))
+
     def begin(self, node: Node) -> None:
+        node.terms, node.revision = self.terms, self.revision
         node.held.pair = PAIR
         node.held.leases[(LIMIT, "")] = self.share(LIMIT, "", 0, FOREVER_S, self.terms)
         node.book.live = len(self.nodes) or 1
@@ -101,8 +116,11 @@ class RateWorld:
     def step(self) -> None:
         node = self.random.choice(self.nodes)
         action = self.random.choices(
-            [self.do_check, self.do_upkeep, self.do_deliver, self.do_time, self.do_cut, self.do_crash, self.do_head],
-            [30, 12, 30, 14, 0.5, 0.5, 2],
+            [
+                *(self.do_check, self.do_upkeep, self.do_deliver, self.do_time, self.do_cut, self.do_crash),
+                *(self.do_head, self.do_change, self.do_hear),
+            ],
+            [30, 12, 30, 14, 0.5, 0.5, 2, 0.3, 3],
         )[0]
         action(node)
 
@@ -110,7 +128,8 @@ class RateWorld:
         return self.now_ms + node.offset_ms
 
     def share_of(self, node: Node) -> RateShare:
-        share = node.held.leases[(LIMIT, "")]
+        """As the engine gets it: under the terms that the sidecar knows."""
+        share = node.book.lease(node.held, LIMIT, "", 0, FOREVER_S, node.terms, self.boot_ms(node))
         assert isinstance(share, RateShare)
         return share
 
@@ -123,16 +142,34 @@ class RateWorld:
 
     def do_crash(self, node: Node) -> None:
         node.incarnation += 1
-        node.book = LeaseBook(node.incarnation)
+        node.book = self.book_of(node.incarnation)
+        self.fill()
         self.begin(node)
+        self.bucket = min(self.bucket, self.full())
 
     def do_head(self, node: Node) -> None:
         """News of how many there are, right or not."""
         node.book.live = self.random.randint(1, len(self.nodes))
 
+    def do_change(self, node: Node) -> None:
+        """Another rate, another burst; not before everybody has heard of the last."""
+        if self.changing and all(one.revision == self.revision for one in self.nodes):
+            self.fill()
+            self.terms = self.some_terms()
+            self.revision += 1
+            self.changes += 1
+            assert self.registers.publish_limits(TENANT, self.revision, {LIMIT: self.terms.amount}) == "OK"
+
+    def do_hear(self, node: Node) -> None:
+        if node.revision != self.revision:
+            self.fill()
+            node.terms, node.revision = self.terms, self.revision
+            self.share_of(node)
+            self.bucket = min(self.bucket, self.full())
+
     def do_check(self, node: Node) -> bool:
         """As the engine decides: takes from the bucket, or says what it would need."""
-        units = self.random.choice([1, 1, 1, 2, self.terms.burst])
+        units = self.random.choice([1, 1, 1, 2, node.terms.burst])
         share, boot_ms = self.share_of(node), self.boot_ms(node)
         if share.level(boot_ms) >= units * TOKENS_EACH:
             share.take(units, boot_ms)
@@ -148,13 +185,23 @@ class RateWorld:
         return False
 
     def take(self, units: int) -> None:
-        rate = self.terms.amount
-        full = self.terms.burst * TOKENS_EACH
-        self.bucket = min(full, self.bucket + rate * (self.now_ms - self.filled_ms)) - units * TOKENS_EACH
-        self.filled_ms = self.now_ms
+        self.fill()
+        self.bucket -= units * TOKENS_EACH
         self.approved += units
         if self.bucket < 0:
-            raise Violation(f"{-self.bucket / TOKENS_EACH} more than {rate / RATE_SCALE} a second were approved")
+            raise Violation(f"{-self.bucket / TOKENS_EACH} more than the rate were approved")
+
+    def known(self) -> set[Terms]:
+        """All terms that somebody goes by."""
+        return {self.terms, *(node.terms for node in self.nodes)}
+
+    def full(self) -> int:
+        return sum(terms.burst for terms in self.known()) * TOKENS_EACH
+
+    def fill(self) -> None:
+        rate = max(terms.amount for terms in self.known())
+        self.bucket = min(self.full(), self.bucket + rate * (self.now_ms - self.filled_ms))
+        self.filled_ms = self.now_ms
 
     def do_upkeep(self, node: Node) -> None:
         boot_ms = self.boot_ms(node)
@@ -165,7 +212,9 @@ class RateWorld:
                 self.call(node)
 
     def call(self, node: Node) -> None:
-        call = node.held.outstanding or node.book.begin_call(node.held, revision=1, boot_ms=self.boot_ms(node))
+        call = node.held.outstanding or node.book.begin_call(
+            node.held, revision=node.revision, boot_ms=self.boot_ms(node)
+        )
         if call is not None and self.now_ms >= node.cut_until_ms and self.random.random() < 0.9:
             self.network.append((node, node.incarnation, call, None))
 
@@ -195,6 +244,7 @@ class RateWorld:
     def share_alone(self) -> None:
         """The others are silent for good: in the end one that asks for all of the rate has all of it."""
         node = self.nodes[0]
+        self.do_hear(node)
         self.network.clear()
         node.cut_until_ms = 0
         for _ in range(120):

@@ -261,7 +261,7 @@ def test_who_was_away_while_others_learned_gives_up_what_it_held(book: type[Leas
                 one.end_call(held, call, registers.settle(name, 1, call, 2), boot_ms)
 
     def leased(one: LeaseBook, name: str, units: int, boot_ms: int) -> Lease:
-        lease = one.lease(one.of(TENANT), limit, "", start, end, terms)
+        lease = one.lease(one.of(TENANT), limit, "", start, end, terms, boot_ms)
         while lease.cap < units:
             one.need(one.of(TENANT), lease, units)
             settle(one, name, boot_ms)
@@ -305,7 +305,7 @@ def test_what_came_back_with_an_older_state_and_nobody_holds_is_free(without: fr
                 book.end_call(held, call, registers.settle(name, 1, call, 2), 0)
 
     def lease(book: LeaseBook) -> Lease:
-        return book.lease(book.of(TENANT), limit, "", start, end, Terms(10))
+        return book.lease(book.of(TENANT), limit, "", start, end, Terms(10), 0)
 
     idle, busy = LeaseBook(1), LeaseBook(1)
     settle(idle, "idle", need=8)

@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 
-from licet_sidecar.core.leases import TOKENS_EACH, RateShare
+from licet_sidecar.core.leases import TOKENS_EACH, Ask, Granted, Lease, LeaseBook, RateShare, Terms
 from tests.fault.rate_simulation import RateWorld, Violation
 from tests.support.fake_lease_store import Rule
 from tests.support.seeds import batches
@@ -58,14 +58,55 @@ class OutlivesItsHold(RateShare):
         return self.tokens
 
 
-@pytest.mark.parametrize("share", [StartsFull, HoldsTheWholeBurst, OutlivesItsHold])
+class FillsUnderNewTerms(RateShare):
+    """What filled a bucket before the terms changed is settled as if they had always been so."""
+
+    def adopt(self, terms: Terms, boot_ms: int) -> None:
+        self._adopt(terms)
+
+
+class KeepsItsShare(RateShare):
+    """A share stays what it was when the rate is lowered."""
+
+    def adopt(self, terms: Terms, boot_ms: int) -> None:
+        self.level(boot_ms)
+        self._adopt(terms)
+        self.tokens = min(self.tokens, self._capacity())
+
+
+class BelievesAnyShare(LeaseBook):
+    """A share becomes what the register says, also while all shares together are more than the rate."""
+
+    @staticmethod
+    def _take_grant(lease: Lease, ask: Ask, granted: Granted, hold_until_ms: int, boot_ms: int) -> None:
+        assert isinstance(lease, RateShare)
+        lease.granted(granted.g, hold_until_ms, boot_ms)
+
+
+@pytest.mark.parametrize("share", [StartsFull, HoldsTheWholeBurst, OutlivesItsHold, FillsUnderNewTerms, KeepsItsShare])
 def test_each_rule_of_a_share_is_needed(share: type[RateShare]) -> None:
     assert any(_breaks(RateWorld(seed, share=share)) for seed in range(ABLATION_SEEDS))
 
 
+def test_a_share_grows_only_once_all_of_them_fit_into_the_rate() -> None:
+    assert any(_breaks(RateWorld(seed, book_of=BelievesAnyShare)) for seed in range(ABLATION_SEEDS))
+
+
 @pytest.mark.parametrize("rule", [Rule.SHARES_END, Rule.SWEEP_LATE, Rule.WITHIN_AMOUNT])
 def test_each_rule_of_the_script_is_needed_for_shares(rule: Rule) -> None:
-    assert any(_breaks(RateWorld(seed, without=frozenset({rule}))) for seed in range(ABLATION_SEEDS))
+    """Of sidecars that believe the script: they do not use more than the rate that they know, whatever it grants."""
+    without = frozenset({rule})
+    assert any(
+        _breaks(RateWorld(seed, without=without, book_of=BelievesAnyShare, changing=False))
+        for seed in range(ABLATION_SEEDS)
+    )
+
+
+def test_rates_are_changed_in_flight() -> None:
+    worlds = [RateWorld(seed) for seed in range(10)]
+    for world in worlds:
+        world.run()
+    assert sum(world.changes for world in worlds) > 10
 
 
 def _breaks(world: RateWorld) -> bool:

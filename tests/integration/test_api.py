@@ -223,8 +223,8 @@ GRANTS = "/v1/licenses/acme/grants"
 
 async def test_an_override_of_a_budget_is_money(api: Api) -> None:
     await api.push(QUOTAS)
-    created = await api.license(overrides={BUDGET: "750.5 USD", "tokens:second": 9})
-    assert created.json()["overrides"] == {BUDGET: "750.50 USD", "tokens:second": 9}
+    created = await api.license(overrides={BUDGET: "750.5 USD", "tokens:second.rate": 9})
+    assert created.json()["overrides"] == {BUDGET: "750.50 USD", "tokens:second.rate": 9}
     changed = await api.client.patch("/v1/licenses/acme", json={"overrides": {BUDGET: "1 USD"}})
     assert changed.json()["overrides"] == {BUDGET: "1.00 USD"}
     again = await api.client.patch("/v1/licenses/acme", json={"overrides": {BUDGET: "1.00 USD"}})
@@ -295,7 +295,7 @@ async def test_a_grant_of_a_budget_is_money_and_gets_a_name(api: Api) -> None:
     ("change", "says"),
     [
         ({"limit": "tokens:mont"}, "Did you mean 'tokens:month'?"),
-        ({"limit": "tokens:second"}, "is a rate"),
+        ({"limit": "tokens:second.rate"}, "is a rate"),
         ({"amount": 0}, "more than nothing"),
         ({"amount": 2**53}, "0 to 9007199254740991"),
         ({"amount": 1.5}, "neither a whole number of units nor money"),

@@ -32,13 +32,19 @@ def ask(command: CommandLine, sidecar: ScriptedSidecar, *arguments: object) -> E
 
 def test_prints_the_decision(licet_command: CommandLine, sidecars: list[ScriptedSidecar]) -> None:
     answer = denied(message="No units left.", rule="llm.tokens:month")
-    answer.quotas.add(feature="llm.tokens", window="month", limit=1000, remaining=5)
+    answer.quotas.add(feature="llm.tokens", window="month", limit=1000, remaining=5, limit_key="llm.tokens:month")
+    budget = answer.quotas.add(feature="llm.tokens", window="month", limit=5_500_000_000, remaining=250_000_000)
+    budget.currency, budget.limit_key, budget.grant = "USD", "llm.tokens:month@context.team.usd", "extra"
+    rate = answer.quotas.add(feature="llm.tokens", window="second", limit=5, remaining=9, burst=10)
+    rate.limit_key = "llm.tokens:second.rate"
     answer.retry_after.FromSeconds(30)
     sidecars[0].scripted.append(answer)
     ended = ask(licet_command, sidecars[0])
     assert ended.code == 1
     assert "DENIED  QUOTA_EXHAUSTED" in ended.out
-    assert "llm.tokens per month: 5 of 1,000 left" in ended.out
+    assert "quota     llm.tokens:month: 5 of 1,000 left" in ended.out
+    assert "llm.tokens:month@context.team.usd (grant extra): 0.25 of 5.50 USD left" in ended.out
+    assert "llm.tokens:second.rate: 5 a second, 9 of a burst of 10 saved up" in ended.out
     assert "in 30 s" in ended.out
 
 

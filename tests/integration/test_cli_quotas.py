@@ -61,7 +61,7 @@ def test_shows_quotas_in_their_own_units_with_who_holds_them(
 ) -> None:
     server.answers["GET /v1/tenants/acme/quotas"] = shown(
         quota("calls:month"),
-        quota("calls:second", kind="rate", amount=5_500),
+        quota("calls:second.rate", kind="rate", amount=5_500),
         quota(
             "calls:spend",
             kind="budget",

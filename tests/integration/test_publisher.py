@@ -67,7 +67,7 @@ async def test_a_new_license_has_an_open_mark_with_its_limits(running: Deploymen
 
 
 async def test_grants_rates_and_seats_are_published_beside_the_limits(running: Deployment) -> None:
-    rate = Limit(LimitKey("reports:second"), 5, Period.SECOND, burst=20)
+    rate = Limit(LimitKey("reports:second.rate"), 5, Period.SECOND, burst=20)
     limits = (Limit(MONTHLY, 100, Period.MONTH), rate)
     plan = Plan("pro", {"reports": Entitlement(limits=limits), "editor": Entitlement(seats=25, heartbeat_s=60)})
     changes = running.plane.changes

@@ -272,7 +272,7 @@ async def test_a_killed_sidecar_is_remembered_after_its_heartbeat_was_removed(ru
 
 async def test_sweeps_ended_windows_and_idle_rates_of_every_tenant(running: Running) -> None:
     ended = int(time.time()) - 10_000
-    rate = Limit(LimitKey("reports:second"), 5, Period.SECOND)
+    rate = Limit(LimitKey("reports:second.rate"), 5, Period.SECOND)
     monthly = Limit(MONTHLY, 100, Period.MONTH, scope=("subject",))
     minutely = Limit(LimitKey("old:minute"), 5, Period.MINUTE, scope=("subject",))
     term = Limit(LimitKey("reports:term"), 900, Period.TERM)

@@ -355,7 +355,8 @@ class FakeRegisters:
                 entry.swept = self._over(entry.quota, ask)
                 entry.others -= sum(entry.quota.registers[name].g for name in entry.swept)
                 remaining = max(0, (amount or 0) - entry.others - entry.register.g)
-            entry.short = remaining < ask.min and ask.kind is not Kind.SOFT
+            room = UNITS_MAX - entry.others - entry.register.g if ask.kind is Kind.SOFT else remaining
+            entry.short = room < ask.min
             if entry.short and self._has(Rule.WITHIN_AMOUNT):
                 continue
             if ask.kind is Kind.RATE:
@@ -364,11 +365,8 @@ class FakeRegisters:
                     entry.grant = min(remaining, entry.grant)
                 entry.lacks = entry.grant < ask.want
                 continue
-            if ask.kind is Kind.SOFT and remaining < ask.want:
-                room = UNITS_MAX - entry.others - entry.register.g
-                entry.grant = max(ask.min, min(ask.want, room))
-                if entry.grant > room:
-                    raise CallRefused("LICET: all sidecars together would hold more than 2^53 - 1 units")
+            if ask.kind is Kind.SOFT and remaining < ask.min:
+                entry.grant = min(room, max(ask.want, ask.min))
                 continue
             generous = max(ask.want, remaining // (GENEROUS_SHARE * live))
             share = max(ask.min, min(generous, remaining // (FAIR_SHARE * live)))

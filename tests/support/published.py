@@ -15,6 +15,7 @@ from licet.domain.catalog import (
     Limit,
     Plan,
     license_to_wire,
+    rate_key,
 )
 from licet.domain.ids import LimitKey
 from licet.domain.windows import Period
@@ -31,7 +32,8 @@ MONTHLY: Final = LimitKey("reports:month")
 def limit(amount: int, per: Period = Period.MONTH, *, feature: str = "reports", scope: tuple[str, ...] = ()) -> Limit:
     """A limit whose key is made as the control plane makes it."""
     name = f"{per.value}@{'+'.join(scope)}" if scope else per.value
-    return Limit(LimitKey(f"{feature}:{name}"), amount, per, scope)
+    key = LimitKey(f"{feature}:{name}")
+    return Limit(rate_key(key) if per is Period.SECOND else key, amount, per, scope)
 
 
 def catalog(*more: Document, limits: Iterable[Limit] = ()) -> Catalog:

@@ -168,7 +168,7 @@ async def test_a_rate_lets_its_burst_through_and_no_more(sidecar: FakeSidecar, w
     answers = [await sidecar.check(action="fast") for _ in range(7)]
     assert [one.effect for one in answers] == [pb.EFFECT_APPROVED] * 5 + [pb.EFFECT_DENIED] * 2
     refused = answers[-1]
-    assert (refused.reason, refused.rule) == (pb.REASON_RATE_LIMITED, "fast:second")
+    assert (refused.reason, refused.rule) == (pb.REASON_RATE_LIMITED, "fast:second.rate")
     assert 0 < refused.retry_after.nanos <= 200_000_000
     assert (answers[0].quotas[0].window, answers[0].quotas[0].limit) == ("second", 5)
     assert all(event.spends == [] for event in sidecar.events())
@@ -182,7 +182,7 @@ async def test_a_share_is_not_taken_up_after_a_restart(world: World) -> None:
         await before.kill()
     async with running(world, incarnation=2) as after:
         await share(after, world)
-        assert quota(world, "fast:second") == (5_000, 0)
+        assert quota(world, "fast:second.rate") == (5_000, 0)
 
 
 # Budgets

@@ -831,6 +831,8 @@ CASES: list[tuple[str, Decision]] = [
     ("quota", _decided(spends=[(_lease(1_000, 100, 1, 900), 1)])),
     ("empty quota", _decided(spends=[(_lease(1, 1, 1, 0), 1)])),
     ("overspent quota", _decided(spends=[(_lease(10, 0, 5, 0), 0)])),
+    ("past a soft limit", _decided(spends=[(OVER, 1)])),
+    ("more than is unused", _decided(spends=[(_lease(10, 5, 4, 9), 1)])),
     ("idle elsewhere", _decided(spends=[(_lease(10, 2, 2, 3, 4), 0)])),
     ("largest quota", _decided(spends=[(_lease(UNITS_MAX, 300, 0, UNITS_MAX - 300), 0)])),
     ("overage", _decided(reason=Reason.OVERAGE, spends=[(OVER, 9)], overage={OVER.quota: 4})),
@@ -881,7 +883,7 @@ async def test_a_changed_limit_is_encoded_anew(sidecar: FakeSidecar) -> None:
     answers = Answers(sidecar.engine, sidecar.link)
     lease = _lease(1_000, 100, 0, 900)
     answers.encode(_decided(spends=[(lease, 1)]), "")
-    lease.adopt(lease.terms._replace(amount=500))
+    lease.adopt(lease.terms._replace(amount=500), 0)
     assert pb.CheckResponse.FromString(answers.encode(_decided(spends=[(lease, 1)]), "")).quotas[0].limit == 500
 
 
@@ -908,7 +910,15 @@ def _built(sidecar: FakeSidecar, decision: Decision, decision_id: str) -> pb.Che
             feature="reports",
             window="month",
             limit=lease.amount,
-            remaining=lease.remaining + lease.idle_elsewhere + max(0, lease.cap - lease.used),
+            remaining=max(
+                0,
+                min(
+                    lease.remaining + lease.idle_elsewhere + max(0, lease.cap - lease.used),
+                    lease.amount - lease.used_elsewhere - lease.used,
+                ),
+            ),
+            limit_key="reports:month",
+            scope=lease.terms.scope,
             overage=lease.quota in decision.overage,
         )
         quota.resets_at.seconds = lease.end

@@ -168,7 +168,7 @@ def test_documents_of_an_older_writer_have_the_defaults() -> None:
 
 
 def test_what_a_newer_writer_appends_to_a_limit_is_ignored() -> None:
-    limit = Limit(LimitKey("f:second"), 5, Period.SECOND, burst=9, durable=True)
+    limit = Limit(LimitKey("f:second.rate"), 5, Period.SECOND, burst=9, durable=True)
     newer = document_to_wire(Plan("p", {"f": Entitlement(limits=(limit,))}))
     newer["features"]["f"][1][0].append("from the future")
     assert document_from_wire(over_the_wire(newer)) == Plan("p", {"f": Entitlement(limits=(limit,))})
@@ -262,3 +262,31 @@ def test_a_later_document_replaces_an_earlier_one_of_its_kind_and_name() -> None
 )
 def test_patterns_match_names_below_their_prefix(pattern: str, name: str, expected: bool) -> None:
     assert matches([pattern], name) is expected
+
+
+@pytest.mark.parametrize(
+    ("key", "per"),
+    [
+        ("f:cap", Period.SECOND),
+        ("f:cap.rate", Period.TERM),
+        ("f:second@context.rate", Period.SECOND),
+    ],
+)
+def test_a_limit_whose_key_says_that_something_else_is_counted_is_not_acted_on(key: str, per: Period) -> None:
+    written = document_to_wire(Plan("p", {"f": Entitlement(limits=(Limit(LimitKey(key), 5, per),))}))
+    with pytest.raises(ValueError, match="not what its key says"):
+        document_from_wire(written)
+
+
+@pytest.mark.parametrize(
+    ("key", "per"),
+    [
+        ("f:month@context.rate", Period.MONTH),
+        ("f:month@context.a+context.rate", Period.MONTH),
+        ("f:second@context.rate.rate", Period.SECOND),
+        ("a.rate:month", Period.MONTH),
+    ],
+)
+def test_an_attribute_named_rate_is_no_rate(key: str, per: Period) -> None:
+    plan = Plan("p", {"f": Entitlement(limits=(Limit(LimitKey(key), 5, per),))})
+    assert document_from_wire(document_to_wire(plan)) == plan

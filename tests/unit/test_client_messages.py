@@ -139,6 +139,8 @@ def test_reads_every_part_of_a_response() -> None:
     response.as_of.FromMicroseconds(1_700_000_000_123_456)
     response.retry_after.FromMilliseconds(1_500)
     quota = response.quotas.add(feature="llm.tokens", window="month", limit=10, remaining=3, overage=True)
+    quota.currency, quota.limit_key, quota.grant, quota.burst = "USD", "llm.tokens:month.usd", "extra", 4
+    quota.scope.append("subject")
     quota.resets_at.FromSeconds(1_701_388_800)
 
     decision = decision_of(response)
@@ -159,6 +161,10 @@ def test_reads_every_part_of_a_response() -> None:
     assert decision.access_request_id == "ar"
     assert decision.metadata == {"variant": "b"}
     (parsed,) = decision.quotas
+    assert (parsed.currency, parsed.limit_key, parsed.scope, parsed.grant_id, parsed.burst) == (
+        *("USD", "llm.tokens:month.usd", ("subject",), "extra", 4),
+    )
+    assert (parsed.limit_amount, parsed.remaining_amount) == (Decimal("0.00000001"), Decimal("0.000000003"))
     assert (parsed.feature, parsed.window, parsed.limit, parsed.remaining, parsed.overage) == (
         "llm.tokens", "month", 10, 3, True,
     )  # fmt: skip

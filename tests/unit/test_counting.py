@@ -25,7 +25,7 @@ LIMITS = (
     Limit(LimitKey("calls:month"), 100, Period.MONTH),
     Limit(LimitKey("calls:own"), 100, Period.MONTH, anchor=Anchor.LICENSE),
     Limit(LimitKey("calls:term"), 100, Period.TERM),
-    Limit(LimitKey("calls:second"), 5, Period.SECOND),
+    Limit(LimitKey("calls:second.rate"), 5, Period.SECOND),
     Limit(LimitKey("calls:spend"), 10**9, Period.DAY, currency="USD"),
     Limit(LimitKey("calls:day@context.a+subject"), 7, Period.DAY, ("context.a", "subject")),
 )
@@ -50,7 +50,7 @@ def counting() -> Counting:
         ("calls:month", at("2026-03-01"), Window(at("2026-03-01"), at("2026-04-01"))),
         ("calls:own", at("2026-02-28T12:00"), Window(at("2026-02-28T12:00"), at("2026-03-31T12:00"))),
         ("calls:term", START, Window(START, END)),
-        ("calls:second", 0, Window(0, FOREVER_S)),
+        ("calls:second.rate", 0, Window(0, FOREVER_S)),
         ("calls:spend", at("2026-03-02"), Window(at("2026-03-02"), at("2026-03-03"))),
         ("calls:day@context.a+subject", at("2026-03-02"), Window(at("2026-03-02"), at("2026-03-03"))),
         ("calls:day@context.a+subject+g2", OF_SCOPED.starts_s, Window(OF_SCOPED.starts_s, OF_SCOPED.ends_s)),
@@ -79,10 +79,10 @@ def test_a_window_of_terms_that_were_changed_is_what_the_marker_says(counting: C
 
 
 def test_kinds_are_those_of_the_license_alone(counting: Counting) -> None:
-    kinds = {key: counting.kind(key) for key in ("calls:month", "calls:second", "calls:spend", "calls:month+g1")}
+    kinds = {key: counting.kind(key) for key in ("calls:month", "calls:second.rate", "calls:spend", "calls:month+g1")}
     assert list(kinds.values()) == [Kind.UNITS, Kind.RATE, Kind.BUDGET, Kind.UNITS]
     assert counting.kind("calls:hour") is None
-    assert Counting(None, CATALOG, limits_by_key(CATALOG)).kind("calls:second") is None
+    assert Counting(None, CATALOG, limits_by_key(CATALOG)).kind("calls:second.rate") is None
 
 
 def test_only_the_end_of_a_term_or_a_grant_can_be_moved(counting: Counting) -> None:

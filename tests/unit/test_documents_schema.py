@@ -172,9 +172,15 @@ def limits(*written: str, price: str = '{amount: "8.00", currency: USD}') -> tup
 
 def test_a_rate_is_units_a_second_with_a_burst() -> None:
     assert limits("{amount: 50, per: second, burst: 200, scope: [subject]}", "{amount: 9, per: second}") == (
-        Limit(LimitKey("llm.tokens:second@subject"), 50, Period.SECOND, ("subject",), burst=200),
-        Limit(LimitKey("llm.tokens:second"), 9, Period.SECOND),
+        Limit(LimitKey("llm.tokens:second@subject.rate"), 50, Period.SECOND, ("subject",), burst=200),
+        Limit(LimitKey("llm.tokens:second.rate"), 9, Period.SECOND),
     )
+
+
+def test_a_named_limit_counts_a_rate_units_and_money_under_different_keys() -> None:
+    written = ("{name: cap, amount: 5, per: second}", "{name: cap, amount: 5, per: term}")
+    keys = [limits(one)[0].key for one in (*written, '{name: cap, spend: "5.00 USD", per: month}')]
+    assert keys == ["llm.tokens:cap.rate", "llm.tokens:cap", "llm.tokens:cap.usd"]
 
 
 def test_a_window_is_the_term_or_follows_the_license() -> None:

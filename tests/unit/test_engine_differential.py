@@ -249,7 +249,9 @@ def put_leases(rng: random.Random, engine: Engine, content: Catalog, now_us: int
     for entitlement in content.plans["pro"].features.values():
         for one in entitlement.limits:
             window = window_at(one.per, now_us // 1_000_000)
-            lease = grant(engine.leases.lease(held, one.key, "", *window, Terms(one.amount)), rng.randint(0, 8))
+            lease = grant(
+                engine.leases.lease(held, one.key, "", *window, Terms(one.amount), BOOT_MS), rng.randint(0, 8)
+            )
             lease.used = rng.randint(0, lease.cap)
             free[one.key] = (LeaseBook.can_spend(lease, 1, BOOT_MS) and lease.free) or 0
     return free

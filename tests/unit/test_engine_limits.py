@@ -24,6 +24,8 @@ from licet.domain.ids import LimitKey
 from licet.domain.money import Price
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import Anchor, Period
+from licet.wire.names import scope_digest
+from licet.wire.registers import Pair
 from licet_sidecar.core.engine import BucketWait, Engine, LeaseWait
 from licet_sidecar.core.leases import Lease, LeaseBook, RateShare
 from licet_sidecar.core.rulebook import Rulebook
@@ -188,13 +190,46 @@ def test_too_fast_is_told_when_to_come_again() -> None:
     share_of(engine, 10_000)
     assert taken(engine, BOOT_MS + 5_000, 4)
     decision = decided(engine, inquiry(quantity=3), boot_ms=BOOT_MS + 5_000)
-    assert (decision.effect, decision.reason, decision.rule) == (Effect.DENIED, Reason.RATE_LIMITED, "reports:second")
+    assert (decision.effect, decision.reason, decision.rule) == (
+        Effect.DENIED,
+        Reason.RATE_LIMITED,
+        "reports:second.rate",
+    )
     assert decision.retry_after_s == 0.3
 
 
 def test_more_than_the_burst_is_never_there() -> None:
     decision = decided(engine_with(plan_with(rate(10, burst=4)), ACME), inquiry(quantity=5))
     assert (decision.reason, decision.retry_after_s) == (Reason.RATE_LIMITED, 0)
+
+
+def test_what_a_rate_denies_it_explains() -> None:
+    engine = engine_with(plan_with(rate(10, burst=4)), ACME)
+    assert "can never be approved at once" in decided(engine, inquiry(quantity=5)).message
+    share_of(engine, 10_000)
+    assert taken(engine, BOOT_MS + 5_000, 3)
+    message = decided(engine, inquiry(quantity=3), boot_ms=BOOT_MS + 5_000).message
+    assert "10 a second are allowed, 4 at once after a pause, and 1 are saved up here" in message
+
+
+def test_a_rate_of_nothing_denies_at_once() -> None:
+    decision = decided(engine_with(plan_with(rate(0, burst=5)), ACME), inquiry())
+    assert (decision.effect, decision.reason, decision.retry_after_s) == (Effect.DENIED, Reason.RATE_LIMITED, 0)
+    assert "none can be approved" in decision.message
+
+
+def test_subjects_are_told_apart_whatever_their_names() -> None:
+    engine = engine_with(plan_with(limit(10, scope=("subject",))), ACME)
+    for type_, id_ in (("a/b", "c"), ("a", "b/c"), ("a%2Fb", "c"), ("", "a/b/c")):
+        outcome(engine, inquiry(subject_type=type_, subject_id=id_))
+    assert len(engine.leases.of("acme").leases) == 4
+
+
+def test_a_plain_subject_has_the_scope_it_always_had() -> None:
+    engine = engine_with(plan_with(limit(10, scope=("subject",))), ACME)
+    outcome(engine, inquiry(subject_type="user", subject_id="a/b%"))
+    ((_, scope),) = engine.leases.of("acme").leases
+    assert scope == scope_digest(("user/a/b%",))
 
 
 def test_a_share_whose_hold_is_over_holds_nothing() -> None:
@@ -331,7 +366,7 @@ def test_capped_allows_so_many_units_of_each_quota() -> None:
 
 def test_last_known_goes_by_what_was_left_for_so_long() -> None:
     engine, lease = alone(OnUnavailable(UnavailableMode.LAST_KNOWN, for_s_max=60))
-    lease.remaining = 5
+    lease.remaining, lease.pair = 5, Pair(1, "run")
     assert without_lease(engine, 6) is Reason.DEGRADED_DENY
     assert without_lease(engine, 4) is Reason.DEGRADED_ALLOW
     assert without_lease(engine, 2) is Reason.DEGRADED_DENY

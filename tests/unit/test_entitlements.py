@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from licet.domain.catalog import Catalog, Entitlement, Grant, License, Limit, Plan, seats_key
-from licet.domain.entitlements import RATE_SCALE, entitlements_of, limits_of
+from licet.domain.entitlements import RATE_MAX, RATE_SCALE, entitlements_of, limits_of
 from licet.domain.ids import UNITS_MAX, LimitKey
 from licet.domain.money import Price
 from licet.domain.windows import Period
@@ -128,13 +129,24 @@ def test_a_grant_of_a_limit_that_is_not_there_waits_until_it_is() -> None:
 
 
 def test_a_rate_is_published_in_thousandths_with_addons_and_overrides_in_units() -> None:
-    rate = Limit(LimitKey("calls:second"), 3, Period.SECOND, burst=10)
+    rate = Limit(LimitKey("calls:second.rate"), 3, Period.SECOND, burst=10)
     catalog = Catalog.of([Plan("fast", {"calls": Entitlement(limits=(rate,))})])
     assert limits_of(entitlements_of(License("acme", "fast"), catalog)) == {rate.key: 3 * RATE_SCALE}
     more = License("acme", "fast", addons={"fast": 2})
     assert limits_of(entitlements_of(more, catalog)) == {rate.key: 9 * RATE_SCALE}
     other = License("acme", "fast", overrides={rate.key: 5})
     assert limits_of(entitlements_of(other, catalog)) == {rate.key: 5 * RATE_SCALE}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_rate_never_exceeds_what_can_be_shared_out(count: int) -> None:
+    rate = Limit(LimitKey("calls:second.rate"), RATE_MAX - 1, Period.SECOND)
+    catalog = Catalog.of([Plan("fast", {"calls": Entitlement(limits=(rate,))}), Plan("own", {"calls": Entitlement()})])
+    for plan in ("fast", "own"):
+        granted = entitlements_of(License("acme", plan, addons={"fast": count}), catalog)
+        for limit in granted["calls"].limits:
+            assert limit.amount == RATE_MAX
+        assert all(amount <= UNITS_MAX for amount in limits_of(granted).values())
 
 
 def test_a_feature_without_seats_publishes_no_number_of_them() -> None:

@@ -31,7 +31,7 @@ MONTHLY: Final = Limit(LimitKey("reports:month"), 10, Period.MONTH)
 BUDGET: Final = Limit(
     budget_key(LimitKey("tokens:month@context.usd"), "USD"), NANOS, Period.MONTH, ("context.usd",), currency="USD"
 )
-RATE: Final = Limit(LimitKey("calls:second"), 5, Period.SECOND)
+RATE: Final = Limit(LimitKey("calls:second.rate"), 5, Period.SECOND)
 LIMITS: Final[dict[str, Limit]] = {limit.key: limit for limit in (MONTHLY, BUDGET, RATE)}
 ASKED: Final = GrantAsked("reports:month", 1_000, ends_s=NOW_S + 60)
 
@@ -57,7 +57,7 @@ def test_a_grant_may_have_started_already() -> None:
     ("change", "field", "message", "fix"),
     [
         ({"limit": "reports:mont"}, "limit", "no limit 'reports:mont'", "Did you mean 'reports:month'?"),
-        ({"limit": RATE.key}, "limit", "'calls:second' is a rate", "Override it"),
+        ({"limit": RATE.key}, "limit", "'calls:second.rate' is a rate", "Override it"),
         ({"amount": 0}, "amount", "a grant of 0", "more than nothing"),
         ({"amount": -1}, "amount", "an amount of -1", f"0 to {UNITS_MAX}"),
         ({"amount": UNITS_MAX + 1}, "amount", "an amount of", f"0 to {UNITS_MAX}"),

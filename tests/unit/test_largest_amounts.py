@@ -68,6 +68,6 @@ async def test_nothing_can_be_asked_and_takes_nothing(world: World) -> None:
 async def test_a_soft_limit_ends_where_counting_does_and_nothing_is_lost(world: World) -> None:
     async with running(world) as sidecar:
         assert await answer(sidecar, "soft", UNITS_MAX) == ("APPROVED", "OK")
-        assert await answer(sidecar, "soft", 1) == ("DENIED", "DEGRADED_DENY")
+        assert await answer(sidecar, "soft", 1) == ("DENIED", "QUOTA_EXHAUSTED")
         assert sidecar.used() == UNITS_MAX
         assert await answer(sidecar, "reports", 1) == ("APPROVED", "OK"), "only that quota is concerned"

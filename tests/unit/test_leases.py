@@ -47,7 +47,7 @@ def leased(book: LeaseBook, units: int, *, window: int = 0, boot_ms: int = BOOT_
     """A lease of a window of a minute, with so many units."""
     held = book.of(TENANT)
     start = START_S + 60 * window
-    lease = book.lease(held, CALLS, "", start, start + 60, Terms(1_000))
+    lease = book.lease(held, CALLS, "", start, start + 60, Terms(1_000), BOOT_MS)
     book.need(held, lease, units)
     call = begun(book, held, boot_ms=boot_ms)
     assert book.end_call(held, call, answered(call), boot_ms) is Outcome.SETTLED
@@ -63,12 +63,12 @@ def begun(book: LeaseBook, held: TenantLeases, *, boot_ms: int = BOOT_MS) -> Set
 def test_remembers_what_it_spent_when_the_wall_clock_steps_back_over_a_windows_end(book: LeaseBook) -> None:
     held, lease = leased(book, 10)
     book.spend(lease, 7, BOOT_MS)
-    later = book.lease(held, CALLS, "", START_S + 60, START_S + 120, Terms(1_000))
+    later = book.lease(held, CALLS, "", START_S + 60, START_S + 120, Terms(1_000), BOOT_MS)
     book.tick(held, START_S + 61, BOOT_MS + 5_000, 1.0)
     assert later is not lease
-    assert book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000)) is lease
+    assert book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000), BOOT_MS) is lease
     assert lease.used == 7
-    assert book.lease(held, CALLS, "", START_S + 60, START_S + 120, Terms(1_000)) is later
+    assert book.lease(held, CALLS, "", START_S + 60, START_S + 120, Terms(1_000), BOOT_MS) is later
 
 
 def test_drops_an_ended_window_when_redis_takes_no_more_calls_for_it(book: LeaseBook) -> None:
@@ -88,8 +88,8 @@ def test_takes_up_the_leases_of_two_windows_after_a_restart() -> None:
         lease.cap, lease.used = 10, used
         book.restore(TENANT, lease, BOOT_MS)
     held = book.of(TENANT)
-    assert book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000)).used == 7
-    assert book.lease(held, CALLS, "", START_S + 60, START_S + 120, Terms(1_000)).used == 1
+    assert book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000), BOOT_MS).used == 7
+    assert book.lease(held, CALLS, "", START_S + 60, START_S + 120, Terms(1_000), BOOT_MS).used == 1
 
 
 def test_a_restored_lease_is_not_spent_before_a_call_was_answered() -> None:
@@ -112,7 +112,7 @@ def test_says_what_it_holds_after_a_call_was_refused_that_may_have_been_granted_
 ) -> None:
     # The first sending was granted and its answer lost; the second is refused, because another window of it closed.
     held, _ = leased(book, 1)
-    later = book.lease(held, CALLS, "", START_S + 60, START_S + 120, Terms(1_000))
+    later = book.lease(held, CALLS, "", START_S + 60, START_S + 120, Terms(1_000), BOOT_MS)
     book.need(held, later, 5)
     call = begun(book, held)
     about = next(position for position, ask in enumerate(call.asks) if ask.lease is not later)
@@ -124,7 +124,7 @@ def test_says_what_it_holds_after_a_call_was_refused_that_may_have_been_granted_
 
 def test_a_check_in_a_window_that_redis_has_closed_meets_the_clock(book: LeaseBook) -> None:
     held = book.of(TENANT)
-    lease = book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000))
+    lease = book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000), BOOT_MS)
     book.need(held, lease, 1)
     call = begun(book, held)
     answer = answered(call, Status.CLOSED, about=0, redis_s=START_S + 200)
@@ -134,7 +134,7 @@ def test_a_check_in_a_window_that_redis_has_closed_meets_the_clock(book: LeaseBo
 def test_has_asserted_only_when_every_lease_was_answered_for(book: LeaseBook) -> None:
     held = book.of(TENANT)
     for number in range(QUOTAS_PER_CALL_MAX + 1):
-        lease = book.lease(held, LimitKey(f"calls:{number}"), "", START_S, START_S + 60, Terms(1_000))
+        lease = book.lease(held, LimitKey(f"calls:{number}"), "", START_S, START_S + 60, Terms(1_000), BOOT_MS)
         lease.cap = 1
     since_ms = BOOT_MS
     first = begun(book, held, boot_ms=BOOT_MS + 1)
@@ -147,7 +147,7 @@ def test_has_asserted_only_when_every_lease_was_answered_for(book: LeaseBook) ->
 
 def test_has_not_asserted_while_a_call_from_before_the_loss_is_unanswered(book: LeaseBook) -> None:
     held = book.of(TENANT)
-    lease = book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000))
+    lease = book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000), BOOT_MS)
     book.need(held, lease, 5)
     call = begun(book, held)
     assert book.unasserted(BOOT_MS, BOOT_MS) == [TENANT]

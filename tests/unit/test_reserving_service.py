@@ -756,6 +756,28 @@ async def test_a_reservation_survives_a_kill(sidecar: FakeSidecar, world: World)
         await again.stop()
 
 
+@pytest.mark.parametrize("quantity", [10, 10**9])
+async def test_a_key_that_only_the_log_knows_is_compared_with_what_was_asked(
+    sidecar: FakeSidecar, world: World, quantity: int
+) -> None:
+    """Also when that was denied, and nothing was held."""
+    first = await sidecar.reserve(action="monthly", quantity=quantity, idempotency_key="k")
+    again = await restarted(world, sidecar)
+    try:
+        with pytest.raises(Malformed, match="idempotency_key"):
+            await again.reserve(action="monthly", quantity=7, idempotency_key="k")
+        repeated = await again.reserve(action="monthly", quantity=quantity, idempotency_key="k")
+        assert repeated.decision.effect == first.decision.effect
+        assert repeated.decision.decision_id == first.decision.decision_id
+        committed = repeated.reservation_id and await again.commit(repeated.reservation_id)
+        assert bool(committed) is (first.decision.effect == pb.EFFECT_APPROVED)
+        if committed:
+            # The window's word is there though nothing was decided from this lease since.
+            assert [one.window for one in committed.decision.quotas] == ["month"]
+    finally:
+        await again.stop()
+
+
 async def test_outcomes_survive_kills(sidecar: FakeSidecar, world: World) -> None:
     ids = [(await sidecar.reserve(action="monthly", quantity=400)).reservation_id for _ in range(2)]
     expiring = (await sidecar.reserve(action="monthly", quantity=1, after_s=5)).reservation_id

@@ -748,7 +748,7 @@ def test_a_frame_is_length_checksum_kind_and_payload() -> None:
 
 def reserved(seq: int, number: int = 0) -> bytes:
     """The record of a reservation and its event, as they are written."""
-    wire = [usage.decision_id(b"prefix00", number or seq), "acme", "report.export", [seq]]
+    wire = [usage.decision_id(b"prefix00", number or seq), "acme", "report.export", [seq], {}, []]
     return reservation_record(wire) + record(seq, kind=EventKind.RESERVE, units={}, spends=[], expires_us=5)
 
 
@@ -761,7 +761,9 @@ def held(report: Recovered) -> list[int]:
 
 
 def test_open_reservations_are_found_again_and_settled_ones_are_not(tmp_path: Path) -> None:
-    log = started(tmp_path, records=[reservation_record([usage.decision_id(b"before00", 9), "acme", "old", []])])
+    log = started(
+        tmp_path, records=[reservation_record([usage.decision_id(b"before00", 9), "acme", "old", [], {}, []])]
+    )
     for seq in (1, 2, 3):
         log.append(reserved(seq), 1)
     log.append(settled(4, 1), 1)

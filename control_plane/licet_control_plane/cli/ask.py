@@ -136,6 +136,11 @@ def decision_as_json(decision: Decision) -> dict[str, Any]:
                 "remaining": quota.remaining,
                 "resets_at": quota.resets_at.isoformat() if quota.resets_at else None,
                 "overage": quota.overage,
+                "currency": quota.currency,
+                "limit_key": quota.limit_key,
+                "scope": list(quota.scope),
+                "grant": quota.grant_id,
+                "burst": quota.burst,
             }
             for quota in decision.quotas
         ],
@@ -159,9 +164,9 @@ def print_decision(decision: Decision) -> None:
     if decision.rule:
         say(f"  rule      {decision.rule}")
     for quota in decision.quotas:
-        left = f"{quota.remaining:,} of {quota.limit:,} left"
-        resets = f", resets {quota.resets_at:%Y-%m-%d %H:%M} UTC" if quota.resets_at else ""
-        say(f"  quota     {quota.feature} per {quota.window}: {left}{', overage' if quota.overage else ''}{resets}")
+        ends = "ends" if quota.grant_id else "resets"
+        resets = f", {ends} {quota.resets_at:%Y-%m-%d %H:%M} UTC" if quota.resets_at else ""
+        say(f"  quota     {quota}{resets}")
     if decision.cost:
         say(f"  cost      {decision.cost}")
     if decision.retry_after:

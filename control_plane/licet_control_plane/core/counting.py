@@ -12,7 +12,7 @@ from licet.domain.catalog import Catalog, Grant, License, Limit
 from licet.domain.entitlements import entitlements_of
 from licet.domain.ids import LimitKey
 from licet.domain.windows import Period, Window, window_of
-from licet.wire.names import scope_digest
+from licet.wire.names import scope_digest, subject_value
 from licet.wire.registers import Marker, parts_of_marker
 from licet.wire.usage import UsageEvent
 
@@ -140,5 +140,5 @@ def scope_values(scopes: Iterable[tuple[str, ...]], events: Iterable[UsageEvent]
 
 def _scope_value(path: str, event: UsageEvent) -> str:
     if path == "subject":
-        return f"{event.subject_type}/{event.subject_id}"
+        return subject_value(event.subject_type, event.subject_id)
     return str(event.context.get(path.removeprefix("context."), ""))

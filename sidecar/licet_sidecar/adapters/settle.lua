@@ -15,7 +15,7 @@
 --         limit key, marker name, window start, window end (seconds, end exclusive),
 --         cap (what the sidecar believes it holds), u, h, want, min (units; want = min = 0: report or return),
 --         the amount the sidecar believes the limit has,
---         kind: hard | soft (leases past the amount) | rate (shares),
+--         kind: hard | soft (leases past the amount when min needs it) | rate (shares),
 --         1 when a call about this quota was answered under this pair before, so that there must be a register
 -- Answer: status, sidecar, incarnation, op, epoch, run, phase, Redis time in ms, then
 --         OK:     for each quota  g, granted by this call, u, amount, sum, used, wanted (1 when others lack units)
@@ -228,20 +228,18 @@ if granting then
         sweep(q)
         remaining = math.max(0, (amount or 0) - q.sum)
       end
-      if remaining < q.min and not q.soft then
+      local room = q.soft and UNITS_MAX - q.sum or remaining -- beyond that a double loses count
+      if room < q.min then
         q.short, short = true, true
       elseif q.rate then
         q.grant = math.min(remaining, math.max(q.want, q.min))
         q.short = q.grant < q.want -- whoever has more than a fair share is asked for it
-      elseif remaining < q.want and q.soft then
-        q.grant = math.max(q.min, math.min(q.want, UNITS_MAX - q.sum))
+      elseif remaining < q.min then
+        q.grant = math.min(room, math.max(q.want, q.min)) -- past the amount, because a check needs it
       else
         local share = math.max(q.want, math.floor(remaining / (GENEROUS_SHARE * live)))
         share = math.min(share, math.floor(remaining / (FAIR_SHARE * live)))
         q.grant = math.max(q.min, share)
-      end
-      if q.grant and q.sum + q.grant > UNITS_MAX then
-        return redis.error_reply('LICET quota ' .. i .. ': all sidecars together would hold more than 2^53 - 1 units')
       end
     end
   end

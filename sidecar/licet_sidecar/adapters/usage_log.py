@@ -23,7 +23,7 @@ import re
 import struct
 import threading
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -53,6 +53,7 @@ from licet_sidecar.adapters.log_records import (
     records,
 )
 from licet_sidecar.core.leases import Lease, Terms
+from licet_sidecar.core.reservations import held_in
 
 SEGMENT_BYTES: Final = 16 * 1024 * 1024
 """When a segment is closed. About 80,000 events: small enough that acknowledged space comes back soon."""
@@ -163,6 +164,10 @@ def lease_record(tenant: str, lease: Lease) -> bytes:
                 lease.over,
                 lease.degraded,
                 *lease.pair,
+                lease.remaining,
+                lease.terms.window,
+                lease.terms.currency,
+                lease.terms.grant,
             ]
         ),
     )
@@ -642,14 +647,10 @@ class UsageLog:
 
     def _recover_leases(self, segment: Segment, recovered: Recovered) -> None:
         data = segment.path.read_bytes()[: segment.size]
+        reserved: Counter[tuple[str, str]] = Counter()
         for kind, payload, _ in records(data):
             if kind == LEASE:
-                tenant, limit_key, scope, start, end, amount, cap, used, *later = msgpack.unpackb(payload)
-                lease = Lease(LimitKey(limit_key), scope, start, end, Terms(amount))
-                lease.cap, lease.used = cap, used
-                if later:
-                    lease.over, lease.degraded, epoch, run = later[:4]
-                    lease.pair = Pair(epoch, run)
+                tenant, lease = _lease_of(msgpack.unpackb(payload))
                 recovered.leases[(tenant, lease.quota)] = lease
             elif kind == SEAT:
                 tenant, seat_id, packed = msgpack.unpackb(payload)
@@ -661,16 +662,24 @@ class UsageLog:
                 recovered.floor = max(recovered.floor, (generation, revision))
             elif kind == EVENT:
                 event = usage.unpack_event(payload)
+                settled = recovered.reservations.pop(event.about, None) if event.kind in _SETTLED else None
+                before = dict(held_in(settled)) if settled else {}
+                reserved.subtract(before)
                 for quota, units in event.spends:
-                    lease_ = recovered.leases.get((event.tenant, quota))
-                    if lease_ is not None:
-                        if event.flags & usage.FLAG_DEGRADED:  # approved beyond what was leased
-                            lease_.degraded += max(0, units - max(0, lease_.free))
-                        lease_.used += units
-                if event.kind in _SETTLED:
-                    recovered.reservations.pop(event.about, None)
+                    key = (event.tenant, quota)
+                    if (found := recovered.leases.get(key)) is not None:
+                        if event.flags & usage.FLAG_DEGRADED:
+                            _overdraw(found, max(0, units - before.get(key, 0)), reserved[key] + before.get(key, 0))
+                        found.used += units
+                for quota, units in event.held if event.flags & usage.FLAG_DEGRADED else ():
+                    key = (event.tenant, quota)
+                    if (found := recovered.leases.get(key)) is not None:
+                        _overdraw(found, units, reserved[key] - units)  # its record came before
             elif kind == RESERVATION:
                 wire = msgpack.unpackb(payload)
+                if (replaced := recovered.reservations.get(wire[0])) is not None:
+                    reserved.subtract(dict(held_in(replaced)))
+                reserved.update(dict(held_in(wire)))
                 recovered.reservations[wire[0]] = wire
         unfinished = usage.decision_id(segment.header.decision_prefix, segment.last_seq + 1)
         recovered.reservations.pop(unfinished, None)
@@ -682,6 +691,29 @@ class UsageLog:
                 if usage.has_kind(data) and usage.unpack_event(data).kind in _SETTLED:
                     recovered.settled.append((prefix, data))
             del recovered.settled[:-_SETTLED_MAX]
+
+
+def _lease_of(wire: list[Any]) -> tuple[str, Lease]:
+    """The tenant and the lease of a ``lease_record``; an older program wrote fewer fields."""
+    tenant, limit_key, scope, start, end, amount, cap, used, *later = wire
+    remaining, window, currency, grant = later[4:8] if len(later) >= 8 else (0, "", "", "")
+    terms = Terms(amount, window=window, currency=currency, grant=grant)
+    lease = Lease(LimitKey(limit_key), scope, start, end, terms)
+    lease.cap, lease.used, lease.remaining = cap, used, remaining
+    if later:
+        lease.over, lease.degraded, epoch, run = later[:4]
+        lease.pair = Pair(epoch, run)
+    return tenant, lease
+
+
+def _overdraw(lease: Lease, units: int, reserved: int) -> None:
+    """Notes that ``units`` were approved without a lease, of one of which ``reserved`` were held.
+
+    As ``LeaseBook.overdraw`` did, except that what the lease may still have covered counts against the cap as well:
+    whether its hold was over is not in the log.
+    """
+    lease.degraded += units
+    lease.remaining = max(0, lease.remaining - max(0, units - max(0, lease.free - reserved)))
 
 
 def _header_fields(payload: bytes) -> list[Any]:

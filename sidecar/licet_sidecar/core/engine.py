@@ -29,7 +29,7 @@ from licet.domain.ids import UNITS_MAX
 from licet.domain.money import AMOUNT_NANOS_MAX, Price, format_nanos
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import FOREVER_S, Period, Window, window_of
-from licet.wire.names import scope_digest
+from licet.wire.names import scope_digest, subject_value
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, check_units, declared_context, meter_units
 from licet_sidecar.core.leases import TOKENS_EACH, Kind, Lease, LeaseBook, RateShare, TenantLeases, Terms
 from licet_sidecar.core.rulebook import BoundAction, Rulebook, rollout_includes
@@ -186,6 +186,7 @@ class BoundLimit:
             burst=limit.burst or limit.amount,
             window=limit.per.value,
             currency=limit.currency,
+            scope=limit.scope,
         )
         self._per = limit.per
         self._anchor = limit.anchor
@@ -512,7 +513,7 @@ class Engine:
             scope = scope_of(limit.scope, inquiry, context) if limit.scope else ""
             lease = leases.get((limit.key, scope))
             if lease is None or lease.start != window[0] or lease.terms is not limit.terms:
-                lease = self.leases.lease(held, limit.key, scope, window[0], window[1], limit.terms)
+                lease = self.leases.lease(held, limit.key, scope, window[0], window[1], limit.terms, boot_ms)
             if limit.is_rate:
                 obstacle = self._rate(limit, lease, asked, boot_ms, decision)
                 if obstacle is Obstacle.NO_SHARE:
@@ -524,20 +525,28 @@ class Engine:
                 continue
             if limit.terms.currency:
                 asked = limit.quota_units(asked, context)
+            if asked > UNITS_MAX:  # what it costs, say
+                return _uncountable(limit, lease, asked, window, now_s)
             if limit.pools:
                 needs = needs or []
                 if not self._from_pools(limit, lease, asked, held, now_s, boot_ms, spends, needs):
                     return _exceeded(limit, lease, asked, window, now_s)
+                if any(units > pool.countable for pool, units in needs):
+                    return _uncountable(limit, lease, asked, window, now_s)
+                if lease.over:
+                    _mark_overage(decision, lease, boot_ms)
                 continue
             spends.append((lease, asked))
             if lease.used + lease.reserved + asked > lease.cap or boot_ms >= lease.hold_until_ms:
                 if asked == 0:
                     continue
-                if asked > UNITS_MAX or (
-                    lease.kind is not Kind.SOFT
-                    and (self.leases.known_short(lease, asked, boot_ms) or asked > lease.amount)
+                if lease.kind is not Kind.SOFT and (
+                    self.leases.known_short(lease, asked, boot_ms) or asked > lease.amount
                 ):
                     return _exceeded(limit, lease, asked, window, now_s)
+                if asked > lease.countable:
+                    return _uncountable(limit, lease, asked, window, now_s)
+                lease.within = False
                 needs = needs or []
                 needs.append((lease, asked))
             elif lease.over and (beyond := lease.overage(asked)):
@@ -547,7 +556,7 @@ class Engine:
             return decision
         if patient:
             return LeaseWait(inquiry.tenant, tuple(needs))
-        return self._without_lease(plan.action, decision, needs, now_us)
+        return self._without_lease(plan.action, decision, needs, now_us, boot_ms)
 
     def _rate(
         self, limit: BoundLimit, lease: Lease, asked: int, boot_ms: int, decision: Decision
@@ -557,7 +566,7 @@ class Engine:
         decision.rates.append((lease, asked))
         if not asked or lease.level(boot_ms) >= asked * TOKENS_EACH:
             return None
-        if asked <= lease.burst and not self.leases.known_short(lease, asked, boot_ms):
+        if lease.amount and asked <= lease.burst and not self.leases.known_short(lease, asked, boot_ms):
             wait_ms = lease.wait_ms(asked, boot_ms) if boot_ms < lease.hold_until_ms else None
             if wait_ms is None:
                 return Obstacle.NO_SHARE
@@ -584,14 +593,17 @@ class Engine:
             if pool is limit:
                 lease = own
             elif pool.is_in_force(now_s):
-                lease = self.leases.lease(held, pool.key, "", *pool.window_at(now_s), pool.terms)
+                lease = self.leases.lease(held, pool.key, "", *pool.window_at(now_s), pool.terms, boot_ms)
             else:
                 continue
             free = max(0, lease.free) if boot_ms < lease.hold_until_ms else 0
-            takes[lease] = min(rest, free if rest <= free else free + _obtainable(lease, boot_ms))
+            if lease.kind is Kind.SOFT:  # what lies past its amount comes after the grants
+                free = max(0, free - lease.over)
+            takes[lease] = min(rest, free if rest <= free else free + _obtainable(lease, free, boot_ms))
             rest -= takes[lease]
             if not rest:
                 break
+        own.within = own.kind is Kind.SOFT and not rest
         if rest and own.kind is Kind.SOFT:
             takes[own] += rest
             rest = 0
@@ -600,30 +612,72 @@ class Engine:
         return not rest
 
     def _without_lease(
-        self, bound: BoundAction, decision: Decision, needs: Sequence[tuple[Lease, int]], now_us: int
+        self,
+        bound: BoundAction,
+        decision: Decision,
+        needs: Sequence[tuple[Lease, int]],
+        now_us: int,
+        boot_ms: int,
     ) -> Decision:
         """Nothing can be leased: the action's ``on_unavailable`` decides. An approval takes what no lease covers."""
         on_unavailable = bound.action.on_unavailable
         why = "No lease could be had for a limit of this action."
+        denial = ""
         match on_unavailable.mode:
             case UnavailableMode.ALLOW:
-                allowed, how = True, "The action allows that."
+                how = "The action allows that."
+                if not all(self._can_be_told(lease, units) for lease, units in needs):
+                    denial = "The action allows that, but all sidecars together could take more than can be counted."
             case UnavailableMode.CAPPED:
-                allowed = all(lease.degraded + units <= on_unavailable.units_max for lease, units in needs)
+                denial = self._beyond_cap(needs, on_unavailable.units_max, boot_ms)
                 how = f"The action allows {on_unavailable.units_max:,} units of each quota then."
             case UnavailableMode.LAST_KNOWN:
-                allowed = now_us - self.as_of_us <= on_unavailable.for_s_max * 1_000_000 and all(
-                    units <= max(0, lease.free) + lease.remaining for lease, units in needs
-                )
+                if now_us - self.as_of_us > on_unavailable.for_s_max * 1_000_000:
+                    denial = "The action goes by what was last known of its quotas, and that was too long ago."
+                elif not all(self._was_left(lease, units, now_us, boot_ms) for lease, units in needs):
+                    denial = "The action goes by what was last known of its quotas, and of one so much was not left."
                 how = "The action goes by what was last known of its quotas."
             case UnavailableMode.DENY:
-                allowed, how = False, ""
-        if not allowed:
-            return _unavailable(bound, why)
-        decision.reason = Reason.DEGRADED_ALLOW
-        decision.message = f"{why} {how}"
+                how, denial = "", "The action denies then."
+        if denial:
+            decision = Decision(Effect.DENIED, Reason.DEGRADED_DENY, f"{why} {denial}")
+        else:
+            decision.reason = Reason.DEGRADED_ALLOW
+            decision.message = f"{why} {how}"
         decision.degraded = True
         return decision
+
+    def _can_be_told(self, lease: Lease, units: int) -> bool:
+        """Whether Redis can count ``units`` more, also if every other sidecar takes as many as this one may."""
+        if isinstance(lease, RateShare):
+            return True
+        return lease.degraded + units <= (lease.countable + lease.degraded) // max(1, self.leases.live)
+
+    @staticmethod
+    def _beyond_cap(needs: Sequence[tuple[Lease, int]], units_max: int, boot_ms: int) -> str:
+        """Why ``capped`` denies; empty when it does not. Of a rate it allows so many units in each second."""
+        for lease, units in needs:
+            if isinstance(lease, RateShare):
+                if lease.spare_level(units_max * RATE_SCALE, units_max, boot_ms) < units * TOKENS_EACH:
+                    return f"The action allows {units_max:,} units a second then, and more were asked."
+            elif lease.degraded + units > units_max:
+                return f"The action allows {units_max:,} units of each quota then, and {lease.degraded:,} were given."
+        return ""
+
+    def _was_left(self, lease: Lease, units: int, now_us: int, boot_ms: int) -> bool:
+        """Whether ``units`` are left as far as was last known; of a rate, in this sidecar's part of it."""
+        live = max(1, self.leases.live)
+        if isinstance(lease, RateShare):
+            if not lease.hold_until_ms:
+                return False  # this process never had a share
+            left = lease.spare_level(lease.amount // live, max(1, lease.burst // live), boot_ms)
+            return units * TOKENS_EACH <= left
+        if lease.is_heard_of:
+            return units <= max(0, lease.free) + lease.remaining
+        heard_us = now_us - 1_000 * (boot_ms - self.leases.heard_ms) if self.leases.heard_ms else self.as_of_us
+        if lease.start * 1_000_000 < heard_us:
+            return False  # others may have used all of it
+        return units <= lease.amount // live - lease.used - lease.reserved  # it began since
 
     def may_decide_stale(self, bound: BoundAction, now_us: int) -> bool:
         """Whether the action is decided from a state that nothing confirmed for too long."""
@@ -644,8 +698,18 @@ class Engine:
         return None
 
 
-def _obtainable(lease: Lease, boot_ms: int) -> int:
-    """Units of a pool that others do not use, as last heard; all of it when nothing was heard lately."""
+def _mark_overage(decision: Decision, lease: Lease, boot_ms: int) -> None:
+    """What a decision takes of a soft limit beside its grants may lie past its amount."""
+    take = next(units for one, units in decision.spends if one is lease)
+    if LeaseBook.can_spend(lease, take, boot_ms) and (beyond := lease.overage(take)):
+        decision.overage = {**decision.overage, lease.quota: beyond}
+        decision.reason = Reason.OVERAGE
+
+
+def _obtainable(lease: Lease, free: int, boot_ms: int) -> int:
+    """Units of a pool, beside the ``free`` ones, that others do not use, as last heard; all when nothing was lately."""
+    if lease.kind is Kind.SOFT and lease.unused <= free:
+        return 0  # others may hold some past the amount
     known = lease.remaining + lease.idle_elsewhere
     if boot_ms < lease.short_until_ms:
         return known
@@ -655,7 +719,7 @@ def _obtainable(lease: Lease, boot_ms: int) -> int:
 
 
 def _exceeded(limit: BoundLimit, lease: Lease, asked: int, window: Window, now_s: int) -> Decision:
-    left = lease.remaining + max(0, lease.free)
+    left = min(lease.unused, lease.remaining + max(0, lease.free))
     currency = limit.terms.currency
     if currency:
         what = f"{format_nanos(asked)} {currency} of {limit.feature} were asked; the budget of"
@@ -673,16 +737,37 @@ def _exceeded(limit: BoundLimit, lease: Lease, asked: int, window: Window, now_s
     return exceeded
 
 
-def _rate_limited(limit: BoundLimit, lease: Lease, asked: int, boot_ms: int) -> Decision:
-    assert isinstance(lease, RateShare)
-    rate = limit.terms.amount // RATE_SCALE
-    limited = Decision(
+def _uncountable(limit: BoundLimit, lease: Lease, asked: int, window: Window, now_s: int) -> Decision:
+    """More than can be counted, which no limit is so soft as to allow."""
+    currency = limit.terms.currency
+    most = f"{format_nanos(UNITS_MAX)} {currency}" if currency else f"{UNITS_MAX:,} units"
+    what = f"{format_nanos(asked)} {currency}" if currency else f"{asked:,} units"
+    denied = Decision(
         Effect.DENIED,
-        Reason.RATE_LIMITED,
-        f"{asked:,} units of {limit.feature} were asked; {rate:,} a second are allowed, {limit.terms.burst:,} at once.",
+        Reason.QUOTA_EXHAUSTED,
+        f"{what} of {limit.feature} were asked; with them more than {most} would be counted per"
+        f" {limit.terms.window}, which is the most there can be.",
         limit.key,
     )
-    if asked <= limit.terms.burst:
+    if window.end < FOREVER_S and asked <= UNITS_MAX:
+        denied.retry_after_s = window.end - now_s
+    denied.spends = [(lease, 0)]
+    return denied
+
+
+def _rate_limited(limit: BoundLimit, lease: Lease, asked: int, boot_ms: int) -> Decision:
+    assert isinstance(lease, RateShare)
+    rate, burst = limit.terms.amount // RATE_SCALE, limit.terms.burst
+    what = f"{asked:,} units of {limit.feature} were asked; {rate:,} a second are allowed, {burst:,} at once"
+    if asked > burst:
+        what += ": so many can never be approved at once."
+    elif not rate:
+        what += ": none can be approved."
+    else:
+        saved = lease.level(boot_ms) // TOKENS_EACH
+        what += f" after a pause, and {saved:,} are saved up here."
+    limited = Decision(Effect.DENIED, Reason.RATE_LIMITED, what, limit.key)
+    if asked <= burst and rate:
         wait_ms = lease.wait_ms(asked, boot_ms)
         limited.retry_after_s = 1 if wait_ms is None else wait_ms / 1_000
     limited.spends = [(lease, 0)]
@@ -810,7 +895,7 @@ def scope_of(scope: Sequence[str], inquiry: Inquiry, context: Mapping[str, Attri
     values = []
     for path in scope:
         if path == "subject":
-            values.append(f"{inquiry.subject_type}/{inquiry.subject_id}")
+            values.append(subject_value(inquiry.subject_type, inquiry.subject_id))
         else:
             values.append(str(context.get(path[8:], "")))  # "context.<attribute>"
     return scope_digest(tuple(values))

@@ -31,7 +31,7 @@ from enum import Enum, StrEnum, auto
 from typing import Final, NamedTuple
 
 from licet.domain.entitlements import RATE_SCALE
-from licet.domain.ids import LimitKey
+from licet.domain.ids import UNITS_MAX, LimitKey
 from licet.wire.registers import HOLD_S, WINDOW_GRACE_S, Pair, marker_name, quota_name
 
 HOLD_MS: Final = HOLD_S * 1_000
@@ -84,8 +84,8 @@ class Terms(NamedTuple):
     """What a limit says about its leases. ``amount`` in units, in nanos, or in thousandths of a unit a second.
 
     ``durable``: a grant is spent only when it is on disk and on replicas. ``burst``, of a rate: units at once.
-    ``window``, ``currency`` and ``grant`` are for the answers: the period's name, of a budget its currency, of a grant
-    its id.
+    ``window``, ``currency``, ``grant`` and ``scope`` are for the answers: the period's name, of a budget its currency,
+    of a grant its id, and the paths that it counts separately by.
     """
 
     amount: int
@@ -95,6 +95,7 @@ class Terms(NamedTuple):
     window: str = ""
     currency: str = ""
     grant: str = ""
+    scope: tuple[str, ...] = ()
 
 
 class Lease:
@@ -103,11 +104,14 @@ class Lease:
     ``cap`` is what it may spend in all, ``used`` what it has spent, ``reserved`` what is held for actions under way;
     ``used`` is above ``cap`` only by what was approved while nothing could be leased, ``degraded`` in all in this
     window. ``over`` is the part of ``cap`` that lies beyond a soft limit.
-    ``amount`` is the limit as last published here; ``remaining`` what Redis last said nobody holds, and
-    ``idle_elsewhere`` what others hold and had not spent. ``unsure`` while the register may hold more than ``cap``:
+    ``amount`` is the limit as last published here; ``remaining`` what Redis last said nobody holds,
+    ``held_elsewhere`` what others hold and those that are gone have spent, ``used_elsewhere`` what of that was spent or
+    reserved, and ``idle_elsewhere`` the rest of it, unless they were asked for it in vain. ``unsure`` while the
+    register may hold more than ``cap``:
     a call about it was not answered, or Redis lost something. ``heard_ms``: when ``remaining`` was (boot time; 0: not
     since the limit is what it is). ``logged`` once the log knows of this lease.
-    ``pair`` is what the last call about it was answered under.
+    ``pair`` is what the last call about it was answered under. ``within``: a soft limit that has grants left, so that
+    nothing past its amount is leased.
     """
 
     __slots__ = (
@@ -118,6 +122,7 @@ class Lease:
         "durable",
         "end",
         "heard_ms",
+        "held_elsewhere",
         "hold_until_ms",
         "idle_elsewhere",
         "keepalive_ms",
@@ -139,7 +144,9 @@ class Lease:
         "terms",
         "unsure",
         "used",
+        "used_elsewhere",
         "wanted",
+        "within",
     )
 
     def __init__(self, limit_key: LimitKey, scope: str, start: int, end: int, terms: Terms) -> None:
@@ -147,7 +154,7 @@ class Lease:
         self.scope = scope
         self.start = start
         self.end = end
-        self.adopt(terms)
+        self._adopt(terms)
         self.quota = quota_name(limit_key, scope, start)
         # Spread over half of the time, so that what was leased together is not kept alive in one burst.
         self.keepalive_ms = KEEPALIVE_MS - zlib.crc32(self.quota.encode()) % (KEEPALIVE_MS // 2)
@@ -159,24 +166,54 @@ class Lease:
         self.heard_ms = 0
         self.remaining = terms.amount
         self.idle_elsewhere = 0
+        self.held_elsewhere = 0
+        self.used_elsewhere = 0
         self.short_until_ms = 0
         self.low_water = 0
         self.rate = 0.0
         self.spent_lately = 0
         self.spent_ms = 0
         self.wanted = False
+        self.within = False
         self.unsure = False
         self.logged = False
         self.pair = NO_PAIR
         self.over = 0
         self.degraded = 0
 
-    def adopt(self, terms: Terms) -> None:
+    def adopt(self, terms: Terms, boot_ms: int) -> None:
         """Takes over what the limit says now."""
+        self._adopt(terms)
+
+    def _adopt(self, terms: Terms) -> None:
         self.terms = terms
         self.amount = terms.amount
         self.kind = terms.kind
         self.durable = terms.durable
+
+    @property
+    def unused(self) -> int:
+        """What of the amount nobody has spent or reserved, as last heard."""
+        return max(0, self.amount - self.used_elsewhere - self.used - self.reserved)
+
+    @property
+    def left(self) -> int:
+        """Units left for all sidecars together, as last known."""
+        own = self.used + self.reserved  # written out: every answer says it of every quota
+        free = self.cap - own
+        known = self.remaining + self.idle_elsewhere + (free if free > 0 else 0)
+        unused = self.amount - self.used_elsewhere - own
+        return known if known < unused else unused if unused > 0 else 0
+
+    @property
+    def is_heard_of(self) -> bool:
+        """Whether Redis ever answered a call about it, in this process or before."""
+        return self.pair != NO_PAIR
+
+    @property
+    def countable(self) -> int:
+        """Units that can be taken until all sidecars together, as last heard, hold more than can be counted."""
+        return UNITS_MAX - self.held_elsewhere - self.used - self.reserved
 
     @property
     def free(self) -> int:
@@ -204,10 +241,11 @@ class RateShare(Lease):
     """A share of a rate: ``cap`` thousandths of a unit a second, that fill a bucket of as much of the burst.
 
     Over any time t all sidecars together approve at most rate * t + burst: shares never sum to more than the rate, a
-    bucket holds at most its share of the burst, and a new one is empty.
+    bucket holds at most its share of the burst, and a new one is empty. When the rate is lowered, each share becomes
+    the same part of what is left (``adopt``), and none grows until all of them fit into it.
     """
 
-    __slots__ = ("burst", "filled_ms", "since_ms", "tokens")
+    __slots__ = ("burst", "filled_ms", "since_ms", "spare", "spare_ms", "tokens")
 
     tokens: int
     """Millionths of a unit in the bucket when it was last filled (``filled_ms``, boot time)."""
@@ -218,10 +256,20 @@ class RateShare(Lease):
         self.filled_ms = 0
         self.since_ms = 0
         """When there last was no share, boot time: the bucket of a young one is still filling."""
+        self.spare = 0
+        self.spare_ms = 0
 
-    def adopt(self, terms: Terms) -> None:
-        """See ``Lease``."""
-        super().adopt(terms)
+    def adopt(self, terms: Terms, boot_ms: int) -> None:
+        """See ``Lease``. What filled the bucket so far did so under the terms there were."""
+        self.level(boot_ms)
+        before = self.amount
+        self._adopt(terms)
+        if terms.amount < before:
+            self.cap = min(self.cap, before) * terms.amount // before
+        self.tokens = min(self.tokens, self._capacity())
+
+    def _adopt(self, terms: Terms) -> None:
+        super()._adopt(terms)
         self.burst = terms.burst
 
     def level(self, boot_ms: int) -> int:
@@ -232,9 +280,22 @@ class RateShare(Lease):
         self.filled_ms = boot_ms
         return self.tokens if boot_ms < self.hold_until_ms else 0
 
+    def spare_level(self, rate: int, burst: int, boot_ms: int) -> int:
+        """What is in the bucket that stands in while no share can be had, in millionths of a unit.
+
+        It holds ``burst`` units, and fills with ``rate`` thousandths a second from when the last share was over.
+        """
+        since_ms = max(self.spare_ms, self.hold_until_ms)
+        self.spare = min(burst * TOKENS_EACH, self.spare + rate * max(0, boot_ms - since_ms))
+        self.spare_ms = boot_ms
+        return self.spare
+
     def take(self, units: int, boot_ms: int) -> None:
-        """Takes ``units``."""
-        self.tokens = max(0, self.tokens - units * TOKENS_EACH)  # below it only in degraded mode
+        """Takes ``units``: of the share, or, when that does not have them, of what stands in for it."""
+        if self.level(boot_ms) >= units * TOKENS_EACH:
+            self.tokens -= units * TOKENS_EACH
+        else:
+            self.spare = max(0, self.spare - units * TOKENS_EACH)
         self.spent_lately += units
         self.spent_ms = boot_ms
 
@@ -273,7 +334,7 @@ class RateShare(Lease):
         self.tokens = min(self.tokens, self._capacity())
 
     def _capacity(self) -> int:
-        return self.burst * TOKENS_EACH * self.cap // self.amount if self.amount else 0
+        return self.burst * TOKENS_EACH * min(self.cap, self.amount) // self.amount if self.amount else 0
 
 
 class Ask(NamedTuple):
@@ -403,6 +464,8 @@ class LeaseBook:
         self._redis_ahead_ms: int | None = None
         self.live = 1
         """Sidecars that share the quotas, as last heard."""
+        self.heard_ms = 0
+        """When Redis was last heard, boot time; 0 before that."""
         self.tenants: dict[str, TenantLeases] = {}
 
     def of(self, tenant: str) -> TenantLeases:
@@ -412,20 +475,32 @@ class LeaseBook:
             held = self.tenants[tenant] = TenantLeases(tenant)
         return held
 
-    def lease(self, held: TenantLeases, limit_key: LimitKey, scope: str, start: int, end: int, terms: Terms) -> Lease:
+    def lease(
+        self,
+        held: TenantLeases,
+        limit_key: LimitKey,
+        scope: str,
+        start: int,
+        end: int,
+        terms: Terms,
+        boot_ms: int,
+    ) -> Lease:
         """The lease for the window ``[start, end)``; an empty one when none is held."""
         key = (limit_key, scope)
         lease = held.leases.get(key)
-        if lease is None or lease.start != start:
+        if lease is None or lease.start != start or isinstance(lease, RateShare) != (terms.kind is Kind.RATE):
             lease = self._lease_of_window(held, lease, limit_key, scope, start, end, terms)
         lease.end = end
         if lease.terms is not terms:
-            # Of a lowered limit nothing is held back: what is not spent goes back, and is leased again if there is any.
-            lease.wanted |= terms.amount < lease.amount
+            raised = terms.amount - lease.amount
+            # Of a lowered limit nothing is held back, nor of a soft one that became hard and may be leased past its
+            # amount: what is not spent goes back, and is leased again if there is any.
+            lease.wanted |= raised < 0 or (lease.kind is Kind.SOFT and terms.kind is Kind.HARD)
             # Of a raised one there is more than Redis last said, and what was all gone may not be any more.
-            lease.remaining += max(0, terms.amount - lease.amount)
+            lease.remaining = max(0, lease.remaining + raised)
+            lease.over = max(0, lease.over - max(0, raised)) if terms.kind is Kind.SOFT else 0
             lease.short_until_ms = lease.heard_ms = 0
-            lease.adopt(terms)
+            lease.adopt(terms, boot_ms)
         return lease
 
     @staticmethod
@@ -472,7 +547,8 @@ class LeaseBook:
     @staticmethod
     def overdraw(lease: Lease, units: int, boot_ms: int) -> None:
         """Notes that ``units`` are about to be taken that no lease covers. Redis is told of them later."""
-        if boot_ms >= lease.hold_until_ms:
+        if boot_ms >= lease.hold_until_ms and lease.free > 0:
+            lease.remaining += lease.free
             LeaseBook._lower(lease, boot_ms)  # rule 7
         beyond = units - max(0, lease.free)
         lease.degraded += beyond
@@ -516,10 +592,11 @@ class LeaseBook:
                 want, least = self._share_asked(lease, need, boot_ms, giving_back or retiring)
             else:
                 want, least = self._units_asked(lease, need, boot_ms, giving_back or retiring)
+            kind = Kind.HARD if lease.within and lease.kind is Kind.SOFT else lease.kind
             known = lease.pair == held.pair and (lease.cap > 0 or lease.used + lease.reserved > 0)
             lease.unsure = True
             durable |= lease.durable and want > 0
-            asks.append(Ask(lease, lease.cap, lease.used, lease.reserved, want, least, lease.amount, lease.kind, known))
+            asks.append(Ask(lease, lease.cap, lease.used, lease.reserved, want, least, lease.amount, kind, known))
         if not asks:
             return None
         self._op += 1
@@ -530,7 +607,7 @@ class LeaseBook:
 
     def _units_asked(self, lease: Lease, need: int, boot_ms: int, giving_back: bool) -> tuple[int, int]:
         """(want, min) of a call; lowers the cap of what is returned."""
-        demand = round(lease.rate * DEMAND_S)
+        demand = min(UNITS_MAX, round(lease.rate * DEMAND_S))
         if need:
             shortfall = max(0, need - max(0, lease.free))
             return max(shortfall, demand), shortfall
@@ -639,6 +716,7 @@ class LeaseBook:
     def heard(self, redis_ms: int, boot_ms: int) -> None:
         """The Redis clock showed ``redis_ms``, some time before ``boot_ms``."""
         self._redis_ahead_ms = redis_ms - boot_ms
+        self.heard_ms = boot_ms
 
     def answered_after_ms(self, boot_ms: int) -> int:
         """An instant of the Redis clock after which everything held now was answered for; 0 when none is known."""
@@ -718,6 +796,8 @@ class LeaseBook:
             lease.asked_ms = call.sent_boot_ms
             lease.remaining = max(0, granted.amount - granted.sum)
             lease.heard_ms = boot_ms if granted.amount == lease.amount else 0
+            lease.held_elsewhere = max(0, granted.sum - granted.g)
+            lease.used_elsewhere = max(0, granted.used - granted.u - ask.reserved)
             lease.idle_elsewhere = max(0, granted.sum - granted.used - (granted.g - ask.used - ask.reserved))
             lease.wanted |= granted.wanted and not ask.want
             if ask.min and granted.g < max(ask.cap, ask.used + ask.reserved) + ask.min:
@@ -727,30 +807,32 @@ class LeaseBook:
         if answer.phase != "open":
             held.why = "learning"
             return Outcome.ASK_CONTROL_PLANE
-        short = [
-            (ask, granted)
-            for ask, granted in missed
-            if ask.kind is not Kind.SOFT and max(0, granted.amount - granted.sum) < ask.min
-        ]
+        short = [(ask, granted) for ask, granted in missed if _room(ask, granted) < ask.min]
         if not short:
             return Outcome.AGAIN  # this call asserted or adopted
         hopeless = False
-        for ask, _ in short:
+        for ask, granted in short:
             lease = ask.lease
             lease.short_until_ms = boot_ms + DENIAL_KEPT_MS
-            hopeless |= lease.remaining + lease.idle_elsewhere < ask.min
+            hopeless |= _room(ask, granted) + lease.idle_elsewhere < ask.min
         return Outcome.SETTLED if hopeless else Outcome.RECALL
 
     @staticmethod
     def _take_grant(lease: Lease, ask: Ask, granted: Granted, hold_until_ms: int, boot_ms: int) -> None:
         if isinstance(lease, RateShare):
-            lease.granted(granted.g, hold_until_ms, boot_ms)
+            share = granted.g
+            if granted.sum > lease.amount and share > lease.cap:
+                # The rate was lowered and the shares do not fit into it yet: the next call lowers this one's register.
+                share, lease.wanted = lease.cap, True
+            lease.granted(share, hold_until_ms, boot_ms)
             return
         lease.cap = granted.g
         lease.used += max(0, granted.u - ask.used)
         lease.hold_until_ms = hold_until_ms
         if ask.kind is Kind.SOFT and granted.d:
-            lease.over += min(granted.d, max(0, granted.sum - granted.amount))
+            beyond = min(granted.d, max(0, granted.sum - granted.amount))
+            lease.over += beyond
+            lease.wanted |= beyond > 0 and lease.kind is Kind.HARD  # it became hard while the call was under way
         # The next refill is due when half is gone: near the limit, where refills bring little, the number of calls then
         # stays logarithmic.
         lease.low_water = lease.free // 2
@@ -800,3 +882,8 @@ class LeaseBook:
             del held.leases[key]
         elif held.others.get(lease.quota) is lease:
             del held.others[lease.quota]
+
+
+def _room(ask: Ask, granted: Granted) -> int:
+    """Units that nobody holds, and that may be granted on such a call."""
+    return max(0, (UNITS_MAX if ask.kind is Kind.SOFT else granted.amount) - granted.sum)

@@ -30,6 +30,7 @@ from typing import Any, Final, NamedTuple
 from licet.domain.catalog import Action, AttributeValue
 from licet.domain.ids import NAME_CHARS_MAX, LimitKey
 from licet.domain.money import Price
+from licet.wire.registers import quota_name
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, TimestampUs, check_units, meter_units
 from licet_sidecar.core.leases import Lease, Terms
 
@@ -395,6 +396,11 @@ def to_wire(reservation: Reservation) -> list[Any]:
         dict(reservation.exposures),
         dict(reservation.hidden),
     ]
+
+
+def held_in(wire: list[Any]) -> list[tuple[tuple[str, str], int]]:
+    """((tenant, quota), units) of what a reservation on the wire holds."""
+    return [((wire[1], quota_name(key, scope, start)), units) for key, scope, start, *_, units, _, _ in wire[5]]
 
 
 LeaseOf = Callable[[str, str], Lease | None]

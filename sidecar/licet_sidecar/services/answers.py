@@ -79,8 +79,7 @@ class Answers:
         if lease.kind is Kind.RATE:
             remaining = varint(lease.tokens // TOKENS_EACH) if isinstance(lease, RateShare) else b"\0"
         else:
-            free = lease.cap - lease.used - lease.reserved
-            remaining = varint(lease.remaining + lease.idle_elsewhere + (free if free > 0 else 0))
+            remaining = varint(lease.left)
         if over:
             remaining += _OVERAGE
         parts.append(_QUOTAS_TAG)
@@ -116,6 +115,9 @@ def quota_state(terms: Terms, feature: str, end: int) -> pb.QuotaState:
         limit=terms.amount // RATE_SCALE if terms.kind is Kind.RATE else terms.amount,
         currency=terms.currency,
         grant=terms.grant,
+        limit_key=lease.limit_key.removesuffix(f"+{terms.grant}") if terms.grant else lease.limit_key,
+        scope=terms.scope,
+        burst=terms.burst,
     )
     if end < FOREVER_S:
         state.resets_at.seconds = end

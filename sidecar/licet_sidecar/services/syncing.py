@@ -229,13 +229,14 @@ class SyncService:
             return
         try:
             statement = self._verifier.verify(head_document, kind=documents.HEAD, key=documents.HEAD_KEY)
-            at_us = Head.from_payload(statement.payload).at_us
+            head = Head.from_payload(statement.payload)
         except (ValueError, KeyError, TypeError) as error:
             self._reject(error)
             return
         # A later one says only that there was something newer, which is not on disk.
-        if statement.version <= version and at_us > self._engine.as_of_us:
-            self._engine.as_of_us = at_us
+        if statement.version <= version and head.at_us > self._engine.as_of_us:
+            self._engine.as_of_us = head.at_us
+            self._engine.leases.live = head.live
             self._head_document = head_document
 
     async def run(self) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, StrictBool, ValidationInfo, field_validator
 
-from licet.domain.catalog import Limit, OnExceeded, budget_key
+from licet.domain.catalog import Limit, OnExceeded, budget_key, rate_key
 from licet.domain.entitlements import RATE_MAX
 from licet.domain.ids import LimitKey
 from licet.domain.money import Price
@@ -152,8 +152,12 @@ class LimitSource(Source):
         derived = f"{self.per.value}@{'+'.join(self.scope)}" if self.scope else self.per.value
         key = LimitKey(f"{feature}:{self.name or derived}")
         amount, currency = self.spend or (self.amount or 0, "")
+        if currency:
+            key = budget_key(key, currency)
+        elif self.per is Period.SECOND:
+            key = rate_key(key)
         return Limit(
-            key=budget_key(key, currency) if currency else key,
+            key=key,
             amount=amount,
             per=self.per,
             scope=self.scope,
