@@ -106,7 +106,7 @@ def test_a_restored_lease_is_not_spent_before_a_call_was_answered() -> None:
     assert book.can_spend(lease, 1, BOOT_MS)
 
 
-@pytest.mark.parametrize("status", [Status.CLOSED, Status.LEARN, Status.STALE, Status.UNPUBLISHED])
+@pytest.mark.parametrize("status", [Status.CLOSED, Status.LEARN, Status.STALE, Status.UNPUBLISHED, Status.OUTDATED])
 def test_says_what_it_holds_after_a_call_was_refused_that_may_have_been_granted_before(
     book: LeaseBook, status: Status
 ) -> None:

@@ -318,6 +318,7 @@ class Status(Enum):
     LEARN = auto()
     STALE = auto()
     UNPUBLISHED = auto()
+    OUTDATED = auto()
     CLOSED = auto()
     EARLY = auto()
     SEALED = auto()
@@ -361,6 +362,8 @@ class Outcome(Enum):
     """Others hold units idle: ask them to return some, then call again."""
     ASK_CONTROL_PLANE = auto()
     """The tenant's mark is missing, old or learning: ask the control plane, and call again shortly."""
+    SYNC = auto()
+    """The limit was replaced or removed, which this sidecar has not heard yet: decide again when it has."""
     CLOCK = auto()
     """This machine's clock and Redis' differ by more than the grace: nothing can be leased in that window."""
     REPLACED = auto()
@@ -593,6 +596,10 @@ class LeaseBook:
             case Status.UNPUBLISHED:
                 held.why = "unpublished"
                 return Outcome.ASK_CONTROL_PLANE
+            case Status.OUTDATED:
+                # No refill until a check needs it again: the tenant's other leases are to be kept alive meanwhile.
+                call.asks[answer.about].lease.low_water = 0
+                return Outcome.SYNC
             case Status.CLOSED:
                 ask = call.asks[answer.about]
                 expected = ask.min > 0 and held.leases.get((ask.lease.limit_key, ask.lease.scope)) is ask.lease

@@ -37,7 +37,10 @@ RECALL_WAITS_S: Final = (0.002, 0.005, 0.01, 0.02, 0.04)
 ASK_WAIT_S: Final = 0.05
 """How long to wait for the control plane to look at a tenant before calling again."""
 
-RETRY_WAIT_S: Final = 0.2
+SYNC_WAIT_S: Final = 0.05
+"""How long to wait for a published change to arrive before deciding, and calling, again. A check does so for as long as
+it waits for anything (``WAIT_S_MAX``); then nothing could be leased, and the action's ``on_unavailable`` decides."""
+
 GIVE_BACK_ROUNDS_MAX: Final = 4
 """An outstanding call, a learned pair, the return itself, and one to see that nothing is left."""
 
@@ -277,6 +280,8 @@ class LeasingService:
         if outcome is Outcome.ASK_CONTROL_PLANE:
             await self._quietly(self._store.ask(tenant, held.why))
             await asyncio.sleep(ASK_WAIT_S)
+        elif outcome is Outcome.SYNC:
+            await asyncio.sleep(SYNC_WAIT_S)
         elif outcome is Outcome.CLOCK:
             self._logger.error(
                 "the clocks of this machine and of Redis differ by more than the grace; no lease can be had",
