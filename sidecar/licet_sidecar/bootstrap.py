@@ -79,16 +79,22 @@ class Sidecar:
         self.tally = Tally()
         self.link = LinkState()
         self.log = UsageLog(config.state_dir, bytes_max=config.log_bytes_max)
-        recovered = self.log.recover(self.identity.sidecar, self.identity.previous)
+        recovered = self.log.recover(self.identity.sidecar, self.identity.previous, moved=self.identity.moved)
         for damage in recovered.damaged:
             self._logger.error("the usage log is damaged", what=damage)
         if self.identity.previous and not recovered.intact:
             # What this id holds and has spent is not known, so that going on with it might spend units twice. Its
-            # registers stay counted as they are; what can be read of its log is shipped.
+            # registers stay counted as they are; what can be read of its log is shipped, what is open there settled.
             self._logger.error("the end of the usage log is lost; taking a new id", instead_of=self.identity.sidecar)
             self._directory.renounce_identity()
             self.identity = self._directory.claim_identity()
-            recovered = Recovered()
+            recovered = Recovered(orphans=recovered.orphans, doubted=recovered.doubted, settled=recovered.settled)
+        if recovered.orphans:
+            self._logger.warning(
+                "reservations of an earlier id are taken up; a commit of one is decided anew, in the present window",
+                reservations=len(recovered.orphans),
+                expire_unused=len(recovered.doubted),
+            )
         leases = LeaseBook(self.identity.incarnation)
         boot_ms = self.clock.boot_ms()
         for (tenant, _), lease in recovered.leases.items():
@@ -427,7 +433,7 @@ class Sidecar:
             )
         if self.reservations.open_count:
             self._logger.warning(
-                "stopping with open reservations; they go on when this state directory is used again",
+                "stopping with open reservations; they go on when a sidecar starts on this state directory again",
                 reservations=self.reservations.open_count,
             )
         self._logger.info("stopped", unacknowledged=unacked)
@@ -471,7 +477,10 @@ class Sidecar:
 
     def _replaced(self, why: str) -> None:
         self._directory.renounce_identity()
-        self._give_up(f"{why}; the next start takes a new id")
+        self._give_up(
+            f"{why}; this process ends, and its supervisor has to start it again: it then takes a new id, and what was"
+            " reserved is decided anew when it is committed"
+        )
 
     def _give_up(self, why: str) -> None:
         self._exit_reason = why
