@@ -401,6 +401,7 @@ class Sidecar:
         self._draining = True
         self._logger.info("draining", grace_s=self.config.drain_grace_s)
         deadline = time.monotonic() + self.config.drain_grace_s
+        until_ms = self.clock.boot_ms() + int(1_000 * self.config.drain_grace_s)
         await edge.stop(min(2.0, self.config.drain_grace_s / 2))
         for task in tasks:
             task.cancel()
@@ -409,9 +410,9 @@ class Sidecar:
         await self.leasing.stop()
         await self.seats.stop()
         if self.link.up and not self._exit_reason:
-            untold = await self.leasing.give_back_all()
+            untold = await self.leasing.give_back_all(until_ms)
             if not untold and not self.reservations.open_count:
-                untold = await self._retire()
+                untold = await self._retire(until_ms)
             while self.shipping.unacked_events and time.monotonic() < deadline and self.link.up:
                 await self._pulse()
                 if self.shipping.unacked_events:
@@ -449,13 +450,13 @@ class Sidecar:
                     return
                 await asyncio.sleep(SECOND_ROUTE_S_AT_START)
 
-    async def _retire(self) -> int:
+    async def _retire(self, until_ms: int) -> int:
         """Everything is returned and nothing reserved: gives up this id and its registers, so that pods that come and
         go leave nothing in Redis. The next start in this directory takes a new id.
         """
         self._directory.renounce_identity()
         self._retired = True
-        return await self.leasing.retire()
+        return await self.leasing.retire(until_ms)
 
     async def _say_goodbye(self) -> None:
         if self._retired:

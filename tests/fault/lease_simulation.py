@@ -266,7 +266,12 @@ class Sidecar:
         if call is None:
             caps = {lease: lease.cap for lease in held.all()}
             call = self.book.begin_call(
-                held, revision=self.revision, boot_ms=self.boot_ms, giving_back=giving_back, retiring=retiring
+                held,
+                revision=self.revision,
+                boot_ms=self.boot_ms,
+                giving_back=giving_back,
+                retiring=retiring,
+                since_ms=-1 if self.to_assert is None else self.to_assert_since_ms,
             )
             if call is None:
                 return

@@ -90,7 +90,6 @@ class RateWorld:
 
     def begin(self, node: Node) -> None:
         node.held.pair = PAIR
-        node.held.leases[(LIMIT, "")] = self.share(LIMIT, "", 0, FOREVER_S, self.terms)
         node.book.live = len(self.nodes) or 1
 
     def run(self) -> None:
@@ -110,7 +109,9 @@ class RateWorld:
         return self.now_ms + node.offset_ms
 
     def share_of(self, node: Node) -> RateShare:
-        share = node.held.leases[(LIMIT, "")]
+        share = node.held.leases.get((LIMIT, ""))
+        if share is None:  # nobody asked for so long that it was dropped
+            share = node.held.leases[(LIMIT, "")] = self.share(LIMIT, "", 0, FOREVER_S, self.terms)
         assert isinstance(share, RateShare)
         return share
 

@@ -153,7 +153,7 @@ class ForgetsEndedWindows(LeaseBook):
         lease = super().lease(held, *arguments)
         for other in list(held.others.values()):
             if other.limit_key == lease.limit_key and other.start < lease.start:
-                del held.others[other.quota]
+                self._drop(held, other)
         return lease
 
 
@@ -203,10 +203,10 @@ class Ablation:
 SIDECAR_RULES: Final = {
     "1-cap": Ablation(0, {"book": SpendsPastItsCap}),
     "1-hold": Ablation(9, {"book": SpendsPastItsHold}),
-    "2-only-its-answer": Ablation(1, {"book": TakesAnyAnswer}),
-    "3-log-before-return": Ablation(127, {"log_before_return": False}),
+    "2-only-its-answer": Ablation(3, {"book": TakesAnyAnswer}),
+    "3-log-before-return": Ablation(530, {"log_before_return": False}),
     "4-verbatim": Ablation(13, {"verbatim": False}),
-    "5-assert": Ablation(104, {"book": AssertsNothing}),
+    "5-assert": Ablation(257, {"book": AssertsNothing}),
     "6-remember": Ablation(741, {"book": ForgetsEndedWindows}),
     "unsure": Ablation(480, {"book": TrustsUnansweredCalls}),
     "control-plane-waits": Ablation(3, {"hasty": True}),
@@ -214,8 +214,8 @@ SIDECAR_RULES: Final = {
 
 SCRIPT_RULES: Final = {
     Rule.LEARN_ON_NEW_RUN: 10,
-    Rule.CHECK_PAIR: 0,
-    Rule.UNPUBLISHED: 1003,
+    Rule.CHECK_PAIR: 3,
+    Rule.UNPUBLISHED: 1011,
     Rule.OUTDATED: 2,
     Rule.MARKERS: 8,
     Rule.CLOSE: 14,
@@ -228,7 +228,7 @@ SCRIPT_RULES: Final = {
     Rule.WITHIN_AMOUNT: 0,
     Rule.ALL_OR_NOTHING: 0,
     Rule.OPEN_SAME_PAIR: 409,
-    Rule.OPEN_NOT_OLDER: 187,
+    Rule.OPEN_NOT_OLDER: 352,
     Rule.OPEN_SAID: 64,
     Rule.FILL_SAID: 409,
     Rule.FILL_UNASSERTED: 8,
