@@ -954,3 +954,12 @@ async def test_what_was_reserved_under_another_id_expires(
         assert (await again.commit(made.reservation_id)).state == state
     finally:
         await again.stop()
+
+
+async def test_a_reservation_of_an_action_for_seats_says_that_it_takes_none(world: World) -> None:
+    world.push(content(Plan("pro", {"reports": Entitlement(seats=2), "free": Entitlement()})))
+    async with running(world) as sidecar:
+        made = await sidecar.reserve()
+        assert (made.decision.effect, bool(made.reservation_id)) == (pb.EFFECT_APPROVED, True)
+        assert "AcquireSeat" in made.decision.message
+        assert (await sidecar.reserve(action="free")).decision.message == ""
