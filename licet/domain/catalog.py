@@ -350,7 +350,7 @@ def rate_key(limit: LimitKey) -> LimitKey:
     Its registers hold shares, in thousandths of a unit a second: a limit that is changed between a rate and units must
     not take one for the other.
     """
-    return LimitKey(f"{limit}{_RATE_SUFFIX}")
+    return LimitKey(f"{limit}{RATE_SUFFIX}")
 
 
 def currency_of(limit: str) -> str:
@@ -435,7 +435,7 @@ def _attribute_to_wire(spec: Attribute) -> list[Any]:
 
 # A name has no dot, but a scope does: `context.usd` is an attribute, `month@context.usd` a limit in units.
 _BUDGET_KEY: Final = re.compile(r":[^:]+(?<![@+]context)\.([a-z]{3})\Z")
-_RATE_SUFFIX: Final = ".rate"
+RATE_SUFFIX: Final = ".rate"
 _RATE_KEY: Final = re.compile(r":[^:]+(?<![@+]context)\.rate\Z")
 _NO_TERMS: Final = (ReservationTerms().expires_after_s, ReservationTerms().on_expiry.value)
 

@@ -80,16 +80,22 @@ class Sidecar:
         self.tally = Tally()
         self.link = LinkState()
         self.log = UsageLog(config.state_dir, bytes_max=config.log_bytes_max)
-        recovered = self.log.recover(self.identity.sidecar, self.identity.previous)
+        recovered = self.log.recover(self.identity.sidecar, self.identity.previous, moved=self.identity.moved)
         for damage in recovered.damaged:
             self._logger.error("the usage log is damaged", what=damage)
         if self.identity.previous and not recovered.intact:
             # What this id holds and has spent is not known, so that going on with it might spend units twice. Its
-            # registers stay counted as they are; what can be read of its log is shipped.
+            # registers stay counted as they are; what can be read of its log is shipped, what is open there settled.
             self._logger.error("the end of the usage log is lost; taking a new id", instead_of=self.identity.sidecar)
             self._directory.renounce_identity()
             self.identity = self._directory.claim_identity()
-            recovered = Recovered()
+            recovered = Recovered(orphans=recovered.orphans, doubted=recovered.doubted, settled=recovered.settled)
+        if recovered.orphans:
+            self._logger.warning(
+                "reservations of an earlier id are taken up; a commit of one is decided anew, in the present window",
+                reservations=len(recovered.orphans),
+                expire_unused=len(recovered.doubted),
+            )
         leases = LeaseBook(self.identity.incarnation)
         boot_ms = self.clock.boot_ms()
         for (tenant, _), lease in recovered.leases.items():
@@ -398,6 +404,7 @@ class Sidecar:
         self._draining = True
         self._logger.info("draining", grace_s=self.config.drain_grace_s)
         deadline = time.monotonic() + self.config.drain_grace_s
+        until_ms = self.clock.boot_ms() + int(1_000 * self.config.drain_grace_s)
         await edge.stop(min(2.0, self.config.drain_grace_s / 2))
         for task in tasks:
             task.cancel()
@@ -406,9 +413,9 @@ class Sidecar:
         await self.leasing.stop()
         await self.seats.stop()
         if self.link.up and not self._exit_reason:
-            untold = await self.leasing.give_back_all()
+            untold = await self.leasing.give_back_all(until_ms)
             if not untold and not self.reservations.open_count:
-                untold = await self._retire()
+                untold = await self._retire(until_ms)
             while self.shipping.unacked_events and time.monotonic() < deadline and self.link.up:
                 await self._pulse()
                 if self.shipping.unacked_events:
@@ -430,7 +437,7 @@ class Sidecar:
             )
         if self.reservations.open_count:
             self._logger.warning(
-                "stopping with open reservations; they go on when this state directory is used again",
+                "stopping with open reservations; they go on when a sidecar starts on this state directory again",
                 reservations=self.reservations.open_count,
             )
         self._logger.info("stopped", unacknowledged=unacked)
@@ -446,13 +453,13 @@ class Sidecar:
                     return
                 await asyncio.sleep(SECOND_ROUTE_S_AT_START)
 
-    async def _retire(self) -> int:
+    async def _retire(self, until_ms: int) -> int:
         """Everything is returned and nothing reserved: gives up this id and its registers, so that pods that come and
         go leave nothing in Redis. The next start in this directory takes a new id.
         """
         self._directory.renounce_identity()
         self._retired = True
-        return await self.leasing.retire()
+        return await self.leasing.retire(until_ms)
 
     async def _say_goodbye(self) -> None:
         if self._retired:
@@ -474,7 +481,10 @@ class Sidecar:
 
     def _replaced(self, why: str) -> None:
         self._directory.renounce_identity()
-        self._give_up(f"{why}; the next start takes a new id")
+        self._give_up(
+            f"{why}; this process ends, and its supervisor has to start it again: it then takes a new id, and what was"
+            " reserved is decided anew when it is committed"
+        )
 
     def _give_up(self, why: str) -> None:
         self._exit_reason = why

@@ -208,6 +208,33 @@ async def test_a_limit_that_is_not_published_grants_nothing(backend: Backend) ->
     assert (answer.status, answer.granted[0].d, answer.granted[0].amount) == (Status.OK, 0, 0)
 
 
+@pytest.mark.parametrize("asked", [{"min": 1, "want": 1}, {"want": 5}], ids=["needed", "refilled"])
+async def test_a_limit_that_newer_ones_replaced_is_not_taken_for_one_that_is_used_up(
+    backend: Backend, asked: dict[str, int]
+) -> None:
+    lease = await month(backend)
+    await opened(backend, lease)
+    one = Caller(backend)
+    await one(ask(lease, min=10))
+    await backend.publish_limits(REVISION + 1, {LimitKey("other:month"): 1})
+    answer = await one(ask(lease, cap=10, used=10, **asked))
+    assert (answer.status, answer.about) == (Status.OUTDATED, 0)
+    assert (await one(ask(lease, cap=10, used=10))).status is Status.OK, "what is held can be said"
+    told = await one(ask(lease, cap=10, used=10, **asked), revision=REVISION + 1)
+    assert (told.status, told.granted[0].d) == (Status.OK, 0), "whoever knows the newer ones is told that there is none"
+
+
+async def test_the_repeat_of_a_call_whose_limit_was_replaced_meanwhile_says_so_too(backend: Backend) -> None:
+    lease = await month(backend)
+    await opened(backend, lease)
+    one = Caller(backend)
+    first = await one(ask(lease, min=10))
+    assert first.granted[0].d >= 10
+    await backend.publish_limits(REVISION + 1, {LimitKey("other:month"): 1})
+    # What it was granted is found by the next call, as after any answer that was lost.
+    assert (await one(ask(lease, min=10), op=first.op)).status is Status.OUTDATED
+
+
 # Windows
 
 

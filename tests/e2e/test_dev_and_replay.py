@@ -255,9 +255,21 @@ def test_kill_9_leaves_no_process_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_dev_stops_and_says_why_when_a_process_dies(tmp_path: Path) -> None:
+def test_dev_starts_a_dead_sidecar_again_and_stops_when_another_process_dies(tmp_path: Path) -> None:
     broken = Stack(tmp_path)
     os.kill(broken.ready["pids"]["sidecar-1"], signal.SIGKILL)
+    # A sidecar is started again, as its supervisor would: it goes on under its id.
+    address = broken.ready["sidecars"][1]
+    deadline = time.monotonic() + 40
+    while not any(
+        one["address"] == address and one["state"] == "live" and one["incarnation"] == 2
+        for one in broken.licet("sidecar", "list")["items"]
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert len(broken.licet("sidecar", "list")["items"]) == 3
+    # What all others hang on is not.
+    os.kill(broken.ready["pids"]["server"], signal.SIGKILL)
     assert broken.process.wait(40) == 1
     broken.end(signal.SIGTERM)
     broken.wait_until_gone()

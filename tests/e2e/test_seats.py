@@ -200,4 +200,6 @@ def test_the_command_line_holds_a_seat(fleet: Fleet) -> None:
     assert fleet.licet("seat", "renew", name, acquired["seat_id"])["state"] == "HELD"
     assert fleet.licet("seat", "release", name, acquired["seat_id"])["state"] == "RELEASED"
     assert fleet.licet("seat", "renew", name, acquired["seat_id"], code=1)["state"] == "RELEASED"
+    never = acquired["seat_id"].rpartition(":")[0] + ":" + "0" * 32
+    assert fleet.licet("seat", "renew", name, never, code=1)["state"] == "UNKNOWN"
     assert fleet.licet("seat", "acquire", "nobody", ACTION, "--subject", "ada", code=1)["seat_id"] == ""

@@ -266,7 +266,12 @@ class Sidecar:
         if call is None:
             caps = {lease: lease.cap for lease in held.all()}
             call = self.book.begin_call(
-                held, revision=self.revision, boot_ms=self.boot_ms, giving_back=giving_back, retiring=retiring
+                held,
+                revision=self.revision,
+                boot_ms=self.boot_ms,
+                giving_back=giving_back,
+                retiring=retiring,
+                since_ms=-1 if self.to_assert is None else self.to_assert_since_ms,
             )
             if call is None:
                 return
@@ -710,7 +715,11 @@ class World:
 
     def do_limits(self) -> None:
         self.revision += 1
-        self.amounts[self.random.choice(LIMITS)] = self.random.choice([0, 3, 10, 40])
+        limit, amount = self.random.choice(LIMITS), self.random.choice([0, 3, 10, 40])
+        if amount == 0 and self.revision % 2:
+            self.amounts.pop(limit, None)
+        else:
+            self.amounts[limit] = amount
         self.note(f"limits {self.amounts}")
 
     def do_restart(self) -> None:
@@ -951,13 +960,18 @@ class World:
         return self.now_ms // 1_000 >= int(start) + WINDOW_S[LimitKey(limit)] + WINDOW_GRACE_S
 
     def granted(self, call: SettleCall, answer: SettleAnswer) -> None:
-        """A call was answered: what it was granted, it must have been entitled to."""
-        if not any(granted.d for granted in answer.granted):
+        """A call was answered: what it was granted, it must have been entitled to, and denied for a reason."""
+        if answer.status is not Status.OK:
             return
         mark = self.registers.contents.marks[TENANT]
         for ask, granted in zip(call.asks, answer.granted, strict=True):
             quota = ask.lease.quota
             amount = mark.amounts.get(ask.lease.limit_key, 0)
+            replaced = mark.revision > call.revision and ask.lease.limit_key not in mark.amounts
+            if replaced and ask.min and mark.phase == OPEN:
+                raise Violation(f"{quota} was found used up, and its limit was replaced, which the caller cannot know")
+            if not any(one.d for one in answer.granted):
+                continue
             if granted.d < ask.min:
                 raise Violation(f"{quota} was granted nothing, and other quotas of the same call were")
             if not granted.d:
@@ -1064,7 +1078,7 @@ class World:
 
     def spend_all(self, sidecar: Sidecar, limit: LimitKey) -> None:
         quota = f"{limit}:{window(limit, self.now_ms // 1_000)[0]}"
-        amount = self.amounts[limit]
+        amount = self.amounts.get(limit, 0)
         taken = self.taken(quota)
         expected = max(0, amount - taken)
         # A limit that was lowered meanwhile leaves what was leased before.

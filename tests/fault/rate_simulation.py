@@ -105,7 +105,6 @@ class RateWorld:
     def begin(self, node: Node) -> None:
         node.terms, node.revision = self.terms, self.revision
         node.held.pair = PAIR
-        node.held.leases[(LIMIT, "")] = self.share(LIMIT, "", 0, FOREVER_S, self.terms)
         node.book.live = len(self.nodes) or 1
 
     def run(self) -> None:
@@ -128,7 +127,9 @@ class RateWorld:
         return self.now_ms + node.offset_ms
 
     def share_of(self, node: Node) -> RateShare:
-        """As the engine gets it: under the terms that the sidecar knows."""
+        """As the engine gets it, under the terms that the sidecar knows; made anew when it was dropped meanwhile."""
+        if (LIMIT, "") not in node.held.leases:
+            node.held.leases[(LIMIT, "")] = self.share(LIMIT, "", 0, FOREVER_S, node.terms)
         share = node.book.lease(node.held, LIMIT, "", 0, FOREVER_S, node.terms, self.boot_ms(node))
         assert isinstance(share, RateShare)
         return share

@@ -153,7 +153,7 @@ class ForgetsEndedWindows(LeaseBook):
         lease = super().lease(held, *arguments)
         for other in list(held.others.values()):
             if other.limit_key == lease.limit_key and other.start < lease.start:
-                del held.others[other.quota]
+                self._drop(held, other)
         return lease
 
 
@@ -203,36 +203,37 @@ class Ablation:
 SIDECAR_RULES: Final = {
     "1-cap": Ablation(0, {"book": SpendsPastItsCap}),
     "1-hold": Ablation(9, {"book": SpendsPastItsHold}),
-    "2-only-its-answer": Ablation(1, {"book": TakesAnyAnswer}),
-    "3-log-before-return": Ablation(85, {"log_before_return": False}),
-    "4-verbatim": Ablation(1, {"verbatim": False}),
-    "5-assert": Ablation(104, {"book": AssertsNothing}),
-    "6-remember": Ablation(342, {"book": ForgetsEndedWindows}),
-    "unsure": Ablation(74, {"book": TrustsUnansweredCalls}),
+    "2-only-its-answer": Ablation(3, {"book": TakesAnyAnswer}),
+    "3-log-before-return": Ablation(530, {"log_before_return": False}),
+    "4-verbatim": Ablation(13, {"verbatim": False}),
+    "5-assert": Ablation(257, {"book": AssertsNothing}),
+    "6-remember": Ablation(741, {"book": ForgetsEndedWindows}),
+    "unsure": Ablation(480, {"book": TrustsUnansweredCalls}),
     "control-plane-waits": Ablation(3, {"hasty": True}),
 }
 
 SCRIPT_RULES: Final = {
-    Rule.LEARN_ON_NEW_RUN: 8,
-    Rule.CHECK_PAIR: 0,
-    Rule.UNPUBLISHED: 958,
+    Rule.LEARN_ON_NEW_RUN: 10,
+    Rule.CHECK_PAIR: 3,
+    Rule.UNPUBLISHED: 1011,
+    Rule.OUTDATED: 2,
     Rule.MARKERS: 8,
     Rule.CLOSE: 14,
     Rule.SAID: 62,
     Rule.FENCE: 9,
     Rule.REPEAT: 138,
-    Rule.ASSERT_EXACTLY: 35,
-    Rule.FLOOR: 41,
+    Rule.ASSERT_EXACTLY: 88,
+    Rule.FLOOR: 55,
     Rule.ONLY_OPEN: 4,
     Rule.WITHIN_AMOUNT: 0,
     Rule.ALL_OR_NOTHING: 0,
-    Rule.OPEN_SAME_PAIR: 207,
-    Rule.OPEN_NOT_OLDER: 42,
+    Rule.OPEN_SAME_PAIR: 409,
+    Rule.OPEN_NOT_OLDER: 352,
     Rule.OPEN_SAID: 64,
     Rule.FILL_SAID: 409,
-    Rule.FILL_UNASSERTED: 6,
+    Rule.FILL_UNASSERTED: 8,
     Rule.SEAL_LATE: 15,
-    Rule.SEAL_FLOOR: 244,
+    Rule.SEAL_FLOOR: 503,
 }
 """First seeds."""
 

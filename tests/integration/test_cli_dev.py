@@ -18,7 +18,7 @@ from licet_control_plane.cli.context import DevContext, process_started, write_c
 from licet_control_plane.cli.dev.children import Child, stop_all
 from licet_control_plane.cli.dev.command import EXAMPLE
 from licet_control_plane.cli.dev.ports import choose_ports
-from licet_control_plane.cli.dev.stack import Stack, ended_by_itself
+from licet_control_plane.cli.dev.stack import ENDED_AT_ONCE_MAX, RESTART_S, Stack, ended_by_itself
 from licet_control_plane.cli.failure import CliError
 from tests.support.command_line import CommandLine, licet_command
 
@@ -162,6 +162,52 @@ def test_second_stack_says_where_the_first_is(licet_command: CommandLine) -> Non
     assert "/here" in ended.err
 
 
+class TendedStack(Stack):
+    """Of sidecars that do as a test says."""
+
+    def __init__(self, tmp_path: Path, started: list[Child], command: list[str]) -> None:
+        super().__init__(tmp_path, choose_ports(1, None))
+        self.command, self.tmp_path, self.started = command, tmp_path, started
+        self._sidecars.append(self._sidecar(0))
+
+    def _sidecar(self, index: int) -> Child:
+        return start(self.started, self.command, self.tmp_path, f"sidecar-{index}")
+
+    def wait_until_ended(self) -> None:
+        deadline = time.monotonic() + 10
+        while self._sidecars[0].exit_code is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_sidecar_that_was_killed_is_started_again(started: list[Child], tmp_path: Path) -> None:
+    stack = TendedStack(tmp_path, started, SLEEPS)
+    assert stack.tend(0.0) == []
+    for at_s in (100.0, 200.0, 300.0, 400.0, 500.0):  # as often as somebody likes
+        stack.children()[0].kill()
+        (told,) = stack.tend(at_s)
+        assert "sidecar-0 ended by signal 9" in told
+        assert stack.tend(at_s + RESTART_S - 0.1) == []
+        (told,) = stack.tend(at_s + RESTART_S)
+        assert f"process {stack.children()[0].pid}" in told
+        assert stack.dead() is None
+
+
+def test_a_sidecar_that_ends_at_once_again_and_again_is_given_up(started: list[Child], tmp_path: Path) -> None:
+    stack = TendedStack(tmp_path, started, [sys.executable, "-c", "import sys; sys.exit('no such key')"])
+    now_s = 0.0
+    for _ in range(ENDED_AT_ONCE_MAX - 1):
+        stack.wait_until_ended()
+        stack.tend(now_s)
+        now_s += RESTART_S * 2**ENDED_AT_ONCE_MAX
+        stack.tend(now_s)
+    stack.wait_until_ended()
+    with pytest.raises(CliError, match="sidecar-0 ended with exit code 1") as caught:
+        stack.tend(now_s)
+    assert "no such key" in str(caught.value)
+    assert len(started) == ENDED_AT_ONCE_MAX
+
+
 def test_refuses_a_state_directory_that_is_in_use(tmp_path: Path) -> None:
     ports = choose_ports(1, None)
     first, second = Stack(tmp_path, ports), Stack(tmp_path, ports)
@@ -182,3 +228,10 @@ def test_starter_catalog_is_valid(licet_command: CommandLine, tmp_path: Path) ->
     ended = licet_command("policy", "validate", tmp_path, "--json")
     assert ended.code == 0
     assert ended.json == {"valid": True, "files": 1, "errors": [], "warnings": []}
+
+
+@pytest.mark.parametrize("command", ["renew", "release"])
+def test_what_is_no_seat_is_refused_before_anybody_is_asked(licet_command: CommandLine, command: str) -> None:
+    ended = licet_command("seat", command, "acme", "nonsense", "--sidecar", "127.0.0.1:1")
+    assert ended.code == 2
+    assert "licet seat acquire" in ended.err

@@ -53,7 +53,17 @@ def reclaimed(*statuses: str, next_: str | None = None, **changes: Any) -> dict[
         }
         for status in statuses
     ]  # fmt: skip
-    return {"sidecar": SIDECAR, "dry_run": False, "wait_s": 0, "items": items, "skipped": [], "next": next_, **changes}
+    why_not = "it was heard of 33 s ago" if changes.get("wait_s") else ""
+    return {
+        "sidecar": SIDECAR,
+        "dry_run": False,
+        "wait_s": 0,
+        "why_not": why_not,
+        "items": items,
+        "skipped": [],
+        "next": next_,
+        **changes,
+    }
 
 
 def test_shows_quotas_in_their_own_units_with_who_holds_them(

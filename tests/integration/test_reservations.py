@@ -169,7 +169,12 @@ def test_the_command_line_makes_and_settles_them(sidecar: Sidecar, licet_command
     assert run("extend", "acme", made["reservation_id"], "--expires-after", "10m").json["state"] == "HELD"
     beyond = run("commit", "acme", made["reservation_id"], "--quantity", 101)
     assert (beyond.code, beyond.json["unfunded"]) == (1, {"reports": 41})
-    assert run("cancel", "acme", made["reservation_id"]).code == 1
+    late = run("cancel", "acme", made["reservation_id"])
+    assert (late.code, late.json["state"]) == (1, "COMMITTED")
+    assert "committed before" in late.err
+    nowhere = run("commit", "acme", "0" * 32)
+    assert (nowhere.code, nowhere.json["state"]) == (1, "UNKNOWN")
+    assert "Settle it with the sidecar that made it" in nowhere.err
     other = run("make", "acme", "report.export", "--quantity", 40).json
     assert run("cancel", "acme", other["reservation_id"]).json["state"] == "CANCELED"
     assert run("commit", "acme", "nonsense").code == 2

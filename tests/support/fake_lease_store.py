@@ -40,6 +40,8 @@ class Rule(Enum):
     """1. A call under another pair than the mark's is ``STALE``."""
     UNPUBLISHED = auto()
     """1. A call that knows newer limits than the mark gets nothing."""
+    OUTDATED = auto()
+    """2. A limit that newer ones replaced is not taken for one that is used up."""
     MARKERS = auto()
     """1. A marker without its hash is a loss."""
     CLOSE = auto()
@@ -272,6 +274,9 @@ class FakeRegisters:
             raise _Refused(Status.CLOSED, about)
         if lease.start > now_s + WINDOW_GRACE_S:
             raise _Refused(Status.EARLY, about)
+        replaced = mark.revision > call.revision and lease.limit_key not in mark.amounts
+        if replaced and mark.phase == OPEN and (ask.want or ask.min) and self._has(Rule.OUTDATED):
+            raise _Refused(Status.OUTDATED, about)
         quota = self.contents.quotas.get((call.tenant, lease.quota))
         name = LeaseBook.marker(lease)
         markers[name] = self._marker_for(mark, markers.get(name), ask, quota is not None, about)

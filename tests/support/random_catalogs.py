@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ from licet.domain.catalog import (
     Rule,
     RuleEffect,
     UnavailableMode,
+    rate_key,
 )
 from licet.domain.ids import LimitKey
 from licet.domain.money import Price
@@ -62,7 +64,7 @@ limits = st.builds(
     st.sampled_from(("", "USD", "EUR")),
     units,
     st.booleans(),
-)
+).map(lambda limit: replace(limit, key=rate_key(limit.key)) if limit.is_rate else limit)
 entitlements = st.builds(Entitlement, st.none() | prices, st.lists(limits, max_size=3).map(tuple), units, units)
 rules = st.builds(Rule, names, st.sampled_from(RuleEffect), texts, texts)
 stages = st.builds(ApprovalStage, patterns, st.integers(1, 5), units, patterns, units)

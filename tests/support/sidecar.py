@@ -112,18 +112,20 @@ class FakeSidecar:
         staleness_us_max: int = 300_000_000,
         public_keys: tuple[SigningKey, ...] = (KEY,),
         second: FakeSecondRoute | None = None,
+        directory: Path | None = None,
+        moved: bool = False,
     ) -> None:
         self.second = second
         self.world = world
         clock = world.clock
-        place = world.directory if sidecar == SIDECAR else world.directory / sidecar
+        place = directory or (world.directory if sidecar == SIDECAR else world.directory / sidecar)
         place.mkdir(exist_ok=True)
         self.directory = StateDirectory(place)
         self.tally = Tally()
         self.link = LinkState()
         self.link.succeeded()
         self.log = UsageLog(place, bytes_max=log_bytes_max)
-        self.recovered = self.log.recover(sidecar, incarnation - 1)
+        self.recovered = self.log.recover(sidecar, incarnation - 1, moved=moved)
         self.leases = LeaseBook(incarnation)
         for (tenant, _), lease in self.recovered.leases.items():
             self.leases.restore(tenant, lease, clock.ms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -44,6 +45,7 @@ from licet.domain.catalog import (
     license_from_wire,
     license_to_wire,
     matches,
+    rate_key,
 )
 from licet.domain.ids import NAME_PATTERN, UNITS_MAX, LimitKey
 from licet.domain.money import AMOUNT_NANOS_MAX, Fee, Price, Step, TierMode, Tiers
@@ -92,7 +94,7 @@ limits = st.builds(
     units,
     st.booleans(),
     st.none() | overage_prices,
-)
+).map(lambda limit: replace(limit, key=rate_key(LimitKey("f:second"))) if limit.is_rate else limit)
 grants = st.builds(Grant, names, texts.map(LimitKey), units, units, units, st.integers(-1_000, 1_000))
 entitlements = st.builds(
     Entitlement,

@@ -7,6 +7,7 @@ import pytest
 from licet.domain.ids import LimitKey
 from licet.wire.registers import WINDOW_GRACE_S, Pair
 from licet_sidecar.core.leases import (
+    QUOTAS_PER_BULK_CALL_MAX,
     QUOTAS_PER_CALL_MAX,
     Granted,
     Lease,
@@ -68,7 +69,7 @@ def test_remembers_what_it_spent_when_the_wall_clock_steps_back_over_a_windows_e
     assert later is not lease
     assert book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000), BOOT_MS) is lease
     assert lease.used == 7
-    assert book.lease(held, CALLS, "", START_S + 60, START_S + 120, Terms(1_000), BOOT_MS) is later
+    assert book.lease(held, CALLS, "", START_S + 60, START_S + 120, Terms(1_000), BOOT_MS).used == 0
 
 
 def test_drops_an_ended_window_when_redis_takes_no_more_calls_for_it(book: LeaseBook) -> None:
@@ -106,7 +107,7 @@ def test_a_restored_lease_is_not_spent_before_a_call_was_answered() -> None:
     assert book.can_spend(lease, 1, BOOT_MS)
 
 
-@pytest.mark.parametrize("status", [Status.CLOSED, Status.LEARN, Status.STALE, Status.UNPUBLISHED])
+@pytest.mark.parametrize("status", [Status.CLOSED, Status.LEARN, Status.STALE, Status.UNPUBLISHED, Status.OUTDATED])
 def test_says_what_it_holds_after_a_call_was_refused_that_may_have_been_granted_before(
     book: LeaseBook, status: Status
 ) -> None:
@@ -134,9 +135,11 @@ def test_a_check_in_a_window_that_redis_has_closed_meets_the_clock(book: LeaseBo
 def test_has_asserted_only_when_every_lease_was_answered_for(book: LeaseBook) -> None:
     held = book.of(TENANT)
     for number in range(QUOTAS_PER_CALL_MAX + 1):
-        lease = book.lease(held, LimitKey(f"calls:{number}"), "", START_S, START_S + 60, Terms(1_000), BOOT_MS)
-        lease.cap = 1
+        lease = Lease(LimitKey(f"calls:{number}"), "", START_S, START_S + 60, Terms(1_000))
+        lease.cap = lease.used = 1
+        book.restore(TENANT, lease, BOOT_MS)
     since_ms = BOOT_MS
+    book.need(held, book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000), BOOT_MS), 1)  # a check waits, too
     first = begun(book, held, boot_ms=BOOT_MS + 1)
     book.end_call(held, first, answered(first), BOOT_MS + 2)
     assert book.unasserted(since_ms, BOOT_MS + 2) == [TENANT], "one did not fit"
@@ -159,5 +162,64 @@ def test_has_not_asserted_while_an_ended_window_still_takes_calls(book: LeaseBoo
     held, lease = leased(book, 10)
     book.spend(lease, 10, BOOT_MS)
     leased(book, 1, window=1, boot_ms=BOOT_MS + 60_000)
-    assert book.unasserted(BOOT_MS + 61_000, BOOT_MS + 62_000) == [TENANT]
-    assert lease in [ask.lease for ask in begun(book, held, boot_ms=BOOT_MS + 62_000).asks]
+    since_ms = BOOT_MS + 61_000
+    assert book.unasserted(since_ms, BOOT_MS + 62_000) == [TENANT]
+    call = book.begin_call(held, revision=1, boot_ms=BOOT_MS + 62_000, since_ms=since_ms)
+    assert call is not None
+    assert lease in [ask.lease for ask in call.asks]
+
+
+def test_a_lease_that_was_forgotten_while_a_check_waited_comes_back(book: LeaseBook) -> None:
+    held = book.of(TENANT)
+    lease = book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000), BOOT_MS)
+    book.tick(held, START_S + 1, BOOT_MS, 1.0)
+    assert not list(held.all())
+    book.need(held, lease, 5)
+    call = begun(book, held)
+    book.end_call(held, call, answered(call), BOOT_MS)
+    assert list(held.all()) == [lease], "else what was granted would be nobody's"
+    book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000), BOOT_MS)
+    assert lease.cap == 5
+
+
+def test_a_lease_that_took_the_place_of_a_forgotten_one_is_used(book: LeaseBook) -> None:
+    held = book.of(TENANT)
+    forgotten = book.lease(held, CALLS, "", START_S, START_S + 60, Terms(1_000), BOOT_MS)
+    book.tick(held, START_S + 1, BOOT_MS, 1.0)
+    _, lease = leased(book, 3)
+    book.need(held, forgotten, 5)
+    assert held.needs == {lease: 5}
+
+
+@pytest.mark.parametrize("keep", ["cap", "used", "reserved", "unsure"])
+def test_a_lease_of_which_anything_is_left_is_not_forgotten(book: LeaseBook, keep: str) -> None:
+    held, lease = leased(book, 5)
+    lease.cap = lease.used = 0
+    setattr(lease, keep, 1)
+    book.tick(held, START_S + 1, BOOT_MS + 600_000, 1.0)
+    assert list(held.all()) == [lease]
+
+
+def test_a_call_looks_only_at_what_it_may_speak_of(book: LeaseBook, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = book.of(TENANT)
+    for number in range(5_000):
+        lease = Lease(CALLS, f"{number:016x}", START_S, START_S + 60, Terms(1_000))
+        lease.cap = 2
+        book.restore(TENANT, lease, BOOT_MS)
+    looked_at = 0
+    is_sayable = book._is_sayable
+
+    def counted(lease: Lease, boot_ms: int) -> bool:
+        nonlocal looked_at
+        looked_at += 1
+        return is_sayable(lease, boot_ms)
+
+    monkeypatch.setattr(book, "_is_sayable", counted)
+    for _ in range(-(-5_000 // QUOTAS_PER_BULK_CALL_MAX)):
+        call = begun(book, held)
+        assert len(call.asks) <= QUOTAS_PER_BULK_CALL_MAX
+        book.end_call(held, call, answered(call), BOOT_MS)
+    assert not held.due
+    assert book.answered_after_ms(BOOT_MS + 1) > 0
+    assert looked_at < 3 * 5_000, "each lease a few times, and not all for each call"
+    assert book.begin_call(held, revision=1, boot_ms=BOOT_MS + 1) is None

@@ -898,3 +898,90 @@ async def test_metrics_count_what_became_of_them(sidecar: FakeSidecar, world: Wo
         "expired": 2,
         "committed_on_expiry": 1,
     }
+
+
+async def under_a_new_id(
+    world: World, before: FakeSidecar, sidecar: str = "6" * 32, *, moved: bool = False
+) -> FakeSidecar:
+    """The next process on the same state directory, whose id was sealed or cannot be trusted any more."""
+    await before.kill()
+    after = FakeSidecar(world, sidecar=sidecar, directory=world.directory, moved=moved)
+    after.start()
+    await after.synced()
+    return after
+
+
+async def test_what_was_reserved_under_an_id_that_was_sealed_is_decided_anew_when_committed(
+    sidecar: FakeSidecar, world: World
+) -> None:
+    kept = await sidecar.reserve(action="monthly", quantity=40)
+    canceled = await sidecar.reserve(action="monthly", quantity=10)
+    settled = await sidecar.reserve(action="monthly", quantity=5)
+    await sidecar.commit(settled.reservation_id)
+    await told(world, sidecar)
+    again = await under_a_new_id(world, sidecar)
+    third: FakeSidecar | None = None
+    try:
+        assert (again.used(), again.reserved()) == (0, 0), "its leases were the other id's"
+        done = await again.commit(kept.reservation_id, quantity=30)
+        assert (done.state, dict(done.committed), dict(done.unfunded)) == (COMMITTED, {"monthly": 30}, {})
+        assert again.used() == 30
+        (commit,) = again.events()
+        assert (commit.kind, commit.about, commit.units) == (EventKind.COMMIT, kept.reservation_id, {"monthly": 30})
+        assert [units for _, units in commit.spends] == [30]
+        assert (await again.commit(settled.reservation_id)).state == COMMITTED, "as it was"
+        assert again.used() == 30
+        # And under a third id only what the second left open.
+        third = await under_a_new_id(world, again, "7" * 32)
+        assert [one.id for one in third.reservations.all()] == [canceled.reservation_id]
+        assert await third.cancel(canceled.reservation_id) == CANCELED
+    finally:
+        await (third or again).stop()
+
+
+async def test_a_commit_of_what_is_all_gone_meanwhile_is_recorded_as_unfunded(
+    sidecar: FakeSidecar, world: World
+) -> None:
+    made = await sidecar.reserve(action="monthly", quantity=900)  # counted in the register, which stays as it is
+    await told(world, sidecar)
+    again = await under_a_new_id(world, sidecar)
+    try:
+        done = await again.commit(made.reservation_id)
+        assert (done.state, dict(done.unfunded)) == (COMMITTED, {"monthly": 900})
+        assert done.decision.reason == pb.REASON_QUOTA_EXHAUSTED
+        assert again.events()[-1].unfunded == {"monthly": 900}
+    finally:
+        await again.stop()
+
+
+@pytest.mark.parametrize(
+    ("moved", "kind", "state"),
+    [(False, EventKind.COMMIT, COMMITTED), (True, EventKind.EXPIRE, EXPIRED)],
+    ids=["here", "perhaps-a-copy"],
+)
+async def test_what_was_reserved_under_another_id_expires(
+    sidecar: FakeSidecar, world: World, moved: bool, kind: EventKind, state: Any
+) -> None:
+    # Of a directory that may be a copy the original may be at work, and commit the same by itself.
+    made = await sidecar.reserve(action="paid-late", quantity=5)
+    await told(world, sidecar)
+    again = await under_a_new_id(world, sidecar, moved=moved)
+    try:
+        world.advance(61)
+        world.publisher.beat(world.clock.us, epoch=1)
+        again.hear_head()
+        await again.upkeep()
+        await until(lambda: again.events() and not any(again.reservations.all()))
+        assert [(one.kind, one.about) for one in again.events()] == [(kind, made.reservation_id)]
+        assert (await again.commit(made.reservation_id)).state == state
+    finally:
+        await again.stop()
+
+
+async def test_a_reservation_of_an_action_for_seats_says_that_it_takes_none(world: World) -> None:
+    world.push(content(Plan("pro", {"reports": Entitlement(seats=2), "free": Entitlement()})))
+    async with running(world) as sidecar:
+        made = await sidecar.reserve()
+        assert (made.decision.effect, bool(made.reservation_id)) == (pb.EFFECT_APPROVED, True)
+        assert "AcquireSeat" in made.decision.message
+        assert (await sidecar.reserve(action="free")).decision.message == ""

@@ -83,7 +83,7 @@ async def test_two_sidecars_use_the_grant_to_the_unit(sidecar: FakeSidecar, worl
                 await one.upkeep()
         assert overage <= 20, "never more than there is"
         for one in (sidecar, other, sidecar, other):
-            world.advance(2)
+            world.advance(21)  # what is spent of a lease that is not used up is told with its next sign of life
             await one.upkeep()
         spent = used(world)
         assert sum(spent.values()) == 80

@@ -115,6 +115,32 @@ def test_a_renounced_id_does_not_come_back(tmp_path: Path) -> None:
     directory.close()
     after = claimed(tmp_path)
     assert (after.sidecar != renounced.sidecar, after.incarnation, after.previous) == (True, 1, 0)
+    assert not after.moved, "what lies here is its own"
+
+
+def test_what_lies_in_a_copy_of_a_renounced_directory_may_be_in_use_elsewhere(tmp_path: Path) -> None:
+    directory = StateDirectory(tmp_path / "original")
+    directory.claim_identity()
+    directory.renounce_identity()
+    directory.close()
+    shutil.copytree(tmp_path / "original", tmp_path / "clone")
+    assert claimed(tmp_path / "clone").moved
+    assert not claimed(tmp_path / "original").moved
+
+
+def test_an_id_is_renounced_on_a_full_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = StateDirectory(tmp_path)
+    renounced = directory.claim_identity()
+
+    def full(*_: Any) -> None:
+        raise StateDirectoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateDirectory, "write_atomically", full)
+        directory.renounce_identity()
+    directory.close()
+    after = claimed(tmp_path)
+    assert (after.sidecar != renounced.sidecar, after.moved) == (True, True)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xff", b"\x93\x01\xa8identity\x91\xa1x", b"\x93\x02\xa8identity\xc0"])

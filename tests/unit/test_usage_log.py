@@ -816,3 +816,28 @@ def test_settled_reservations_of_earlier_incarnations_are_found_too(tmp_path: Pa
         log.close()
     _, report = recovered(tmp_path, 3)
     assert [usage.unpack_event(event).about[16:] for _, event in report.settled] == [f"{n:016x}" for n in (1, 2, 3)]
+
+
+def test_what_is_open_behind_damage_is_left_to_be_settled_and_doubted(tmp_path: Path) -> None:
+    log = started(tmp_path)
+    log.append(reserved(1), 1)
+    damaged = log.segments[-1].size
+    log.append(record(2) + reserved(3), 2)
+    log.append(reserved(4) + settled(5, 4), 2)
+    log.close()
+    path = only_file(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[damaged + 12] ^= 1
+    path.write_bytes(data)
+    _, report = recovered(tmp_path)
+    assert (report.intact, report.reservations) == (False, {})
+    assert list(report.orphans) == [usage.decision_id(b"prefix00", seq) for seq in (1, 3)]
+    assert report.doubted == set(report.orphans)
+
+
+def test_an_id_that_goes_on_leaves_what_others_reserved_alone(tmp_path: Path) -> None:
+    log = started(tmp_path)
+    log.append(reserved(1), 1)
+    log.close()
+    _, report = recovered(tmp_path)
+    assert (report.intact, held(report), report.orphans) == (True, [1], {})

@@ -18,8 +18,10 @@ from licet_control_plane.api.times import format_s
 from licet_control_plane.changes import LicenseUnknown
 from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.core.counting import Counting, Kind, limit_key_of, limits_by_key, scope_values
+from licet_control_plane.core.fleet import Sidecar
 from licet_control_plane.core.quotas import QuotaView, view
 from licet_control_plane.core.reclaim import SILENT_S_MIN, reclaim_wait_s
+from licet_control_plane.core.suggestion import did_you_mean
 from licet_control_plane.publisher.marks import quotas_to_keep
 from licet_control_plane.publisher.reclaim import Outcome, Reclaimed
 from licet_control_plane.publisher.registers import SealStatus
@@ -44,7 +46,7 @@ async def list_quotas(
     after: str = "",
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
 ) -> dict[str, Any]:
-    """Quotas of a tenant whose window takes calls, by name; ``key``: of one limit only."""
+    """Quotas of a tenant whose window takes calls, by name; ``key``: of one limit only, and of its grants."""
     plane = plane_of(request)
     stored = await plane.database.read(licenses.get, tenant)
     mark = (await plane.marks.read([tenant]))[tenant]
@@ -63,9 +65,12 @@ async def list_quotas(
     catalog = plane.publisher.catalog
     counting = Counting(stored.license if stored else None, catalog, limits_by_key(catalog))
     redis_now_s = await plane.registers.now_s()
-    open_now = {
-        one.name: one for one in quotas_to_keep(mark, redis_now_s) if not key or limit_key_of(one.marker) == key
-    }
+    kept = {one.name: one for one in quotas_to_keep(mark, redis_now_s)}
+    open_now = {name: one for name, one in kept.items() if _is_of(limit_key_of(one.marker), key)}
+    if key and not open_now and not any(_is_of(name, key) for name in mark.amounts):
+        names = {name for name in mark.amounts if "#" not in name}
+        names |= {limit_key_of(one.marker) for one in kept.values()}
+        raise Problem(400, f"{tenant} has no limit {key!r}.", did_you_mean(key, names))
     rest = sorted(name for name in open_now if name > after)
     page = rest[:limit]
     states = await plane.registers.read([(tenant, name) for name in page])
@@ -110,10 +115,15 @@ async def list_quotas(
         "untouched": [
             {"limit": name, "amount": amount}
             for name, amount in sorted(mark.amounts.items())
-            if name not in touched and "#" not in name and (not key or name == key)
+            if name not in touched and "#" not in name and _is_of(name, key)
         ],
         "next": page[-1] if len(rest) > len(page) else None,
     }
+
+
+def _is_of(limit_key: str, key: str) -> bool:
+    """Whether it is the limit that was asked for (``""``: all), or a grant on top of it."""
+    return not key or limit_key == key or limit_key.startswith(f"{key}+")
 
 
 class ReclaimOrder(BaseModel):
@@ -136,13 +146,12 @@ async def reclaim(
     known = plane.fleet.sidecars.get(name)
     now_s = plane.now_s()
     wait_s = math.ceil(reclaim_wait_s(known, watched_s=plane.fleet.watched_s(now_s), now_s=now_s))
+    why_not = _why_not(known, plane.fleet.watched_s(now_s), now_s) if wait_s else ""
     if wait_s and not body.dry_run:
-        heard = f"was heard of {now_s - known.last_heard_s:.0f} s ago" if known else "may have been heard of"
         raise Problem(
             409,
-            f"Sidecar {name} {heard}: it may still spend what it holds.",
-            "Stop it: one that ends in order returns everything by itself. If it is dead, ask again in"
-            f" {wait_s} s, when it has been silent for {SILENT_S_MIN} s.",
+            f"Sidecar {name} cannot be reclaimed yet: {why_not}.",
+            f"If it is dead, ask again in {wait_s} s. If not, stop it: one that ends in order returns all by itself.",
         )
     catalog = plane.publisher.catalog
     if body.tenant is not None:
@@ -163,10 +172,21 @@ async def reclaim(
         "sidecar": name,
         "dry_run": body.dry_run,
         "wait_s": wait_s,
+        "why_not": why_not,
         "items": [_outcome(outcome) for outcome in done.outcomes],
         "skipped": done.skipped,
         "next": done.after,
     }
+
+
+def _why_not(known: Sidecar | None, watched_s: float, now_s: float) -> str:
+    """Why a sidecar may still spend what it holds."""
+    if known is not None and now_s - known.last_heard_s < SILENT_S_MIN:
+        return f"it was heard of {now_s - known.last_heard_s:.0f} s ago, and may still spend what it holds"
+    return (
+        f"nobody listened until {watched_s:.0f} s ago, as Redis or the control plane was away, so that it may have been"
+        f" alive meanwhile; it must be silent for {SILENT_S_MIN} s while somebody listens"
+    )
 
 
 async def _pages(plane: ControlPlane, sidecar: str, body: ReclaimOrder, *, by: str) -> Reclaimed:

@@ -21,7 +21,9 @@ _RATE_SCALE: Final = 1_000
 
 def show(
     tenant: Annotated[str, typer.Argument(help="The customer account.", metavar="TENANT")],
-    limit: Annotated[str | None, typer.Option("--limit", help="Only this limit, FEATURE:NAME.", metavar="KEY")] = None,
+    limit: Annotated[
+        str | None, typer.Option("--limit", help="Only this limit, FEATURE:NAME, and its grants.", metavar="KEY")
+    ] = None,
     as_json: JsonOption = False,
     server: ServerOption = None,
     api_key: ApiKeyOption = None,
@@ -98,7 +100,7 @@ def reclaim(
         columns = ("tenant", "quota", "status", "granted", "used", "reserved", "in_ledger", "counted", "freed")
         table(columns, ([item[name] for name in columns] for item in items), numeric=columns[3:])
         if dry_run and page["wait_s"]:
-            note(f"it cannot be reclaimed yet: it was heard of lately. Ask again in {page['wait_s']} s")
+            note(f"it cannot be reclaimed yet: {page['why_not']}. Ask again in {page['wait_s']} s")
     reserved = sum(item["reserved"] > 0 for item in items)
     if reserved:
         note(f"{reserved} registers have open reservations, which stay counted until their windows end")

@@ -12,7 +12,7 @@ from licet_control_plane.cli.arguments import JsonOption, SidecarOption, bad, co
 from licet_control_plane.cli.ask import decision_as_json, print_decision
 from licet_control_plane.cli.context import sidecar_targets
 from licet_control_plane.cli.failure import EXIT_NO, EXIT_UNREACHABLE, EXIT_USAGE, CliError
-from licet_control_plane.cli.output import emit_json, say
+from licet_control_plane.cli.output import emit_json, note, say
 
 if TYPE_CHECKING:
     import licet
@@ -90,6 +90,8 @@ def commit(
     Example:
       licet reservation commit acme 6c1e… --meter input=812 --meter output=1377
     """
+    import licet
+
     with _client(sidecar) as client:
         settlement = client.commit_reservation(
             tenant, reservation_id, quantity=quantity, quantities=counts(meter, "--meter") or None
@@ -110,6 +112,7 @@ def commit(
                 say(f"  {word:9} {count:,} of {feature}")
         if settlement.decision:
             print_decision(settlement.decision)
+    _explain(settlement.state, licet.ReservationState.COMMITTED)
     if not settlement:
         raise typer.Exit(EXIT_NO)
 
@@ -158,8 +161,24 @@ def _print_state(
         emit_json({"state": state.name, "expires_at": expires_at})
     else:
         say(f"{state.name} until {expires_at}" if expires_at else state.name)
+    _explain(state, wanted)
     if state is not wanted:
         raise typer.Exit(EXIT_NO)
+
+
+def _explain(state: licet.ReservationState, wanted: licet.ReservationState) -> None:
+    """Why a reservation could not be settled as was wanted, and what to do."""
+    if state is wanted:
+        return
+    why = {
+        "HELD": "nothing was settled, it is still held: its sidecar could not record it. Try again",
+        "COMMITTED": "it was committed before, and its units are spent. A new one has to be made for more",
+        "CANCELED": "it was canceled before, and nothing of it was used. Make a new one for what was used meanwhile",
+        "EXPIRED": "nobody settled it in time. Make a new one, with a longer --expires-after, or extend it in time",
+        "UNKNOWN": "this sidecar does not know it: another one made it, or it was settled more than ten minutes ago."
+        " Settle it with the sidecar that made it: --sidecar, or LICET_SIDECAR",
+    }
+    note(f"{state.name}: {why[state.name]}")
 
 
 def _seconds(expires_after: str | None) -> float | None:

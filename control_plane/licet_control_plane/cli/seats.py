@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from licet.domain.ids import NAME_PATTERN
 from licet_control_plane.cli.arguments import JsonOption, SidecarOption, bad, context_values
 from licet_control_plane.cli.ask import client_of, decision_as_json, print_decision
 from licet_control_plane.cli.context import sidecar_targets
 from licet_control_plane.cli.failure import EXIT_NO
-from licet_control_plane.cli.output import emit_json, say
+from licet_control_plane.cli.output import emit_json, note, say
+
+if TYPE_CHECKING:
+    import licet
+
+_SEAT_ID: Final = re.compile(rf"{NAME_PATTERN.pattern}:[0-9a-f]{{32}}")
 
 TenantArgument = Annotated[str, typer.Argument(help="The customer account.", metavar="TENANT")]
 SeatArgument = Annotated[str, typer.Argument(help="What `licet seat acquire` answered.", metavar="SEAT")]
@@ -88,6 +95,7 @@ def renew(
     as_json: JsonOption = False,
 ) -> None:
     """Keep a seat, at any sidecar. Exits with 0 when it is held, with 1 when not."""
+    _verify(seat)
     target = sidecar_targets(sidecar)[0]
     with client_of(target, timeout) as client:
         renewal = client.renew_seat(tenant, seat)
@@ -103,6 +111,7 @@ def renew(
         until = f"  until {renewal.expires_at:%Y-%m-%d %H:%M:%S} UTC" if renewal.expires_at else ""
         say(f"{renewal.state.name}{'  degraded' if renewal.degraded else ''}{until}")
     if not renewal:
+        _explain(renewal.state)
         raise typer.Exit(EXIT_NO)
 
 
@@ -116,6 +125,7 @@ def release(
     """Give a seat back, at any sidecar. Exits with 0 when it is free, with 1 when it was lost before or never was."""
     import licet
 
+    _verify(seat)
     target = sidecar_targets(sidecar)[0]
     with client_of(target, timeout) as client:
         state = client.release_seat(tenant, seat)
@@ -124,7 +134,26 @@ def release(
     else:
         say(state.name)
     if state is not licet.SeatState.RELEASED:
+        _explain(state)
         raise typer.Exit(EXIT_NO)
+
+
+def _verify(seat: str) -> None:
+    if not _SEAT_ID.fullmatch(seat):
+        raise bad(f"{seat!r} is not the id of a seat.", "give what `licet seat acquire` printed behind `seat`")
+
+
+def _explain(state: licet.SeatState) -> None:
+    """Why a seat was not kept or given back, and what to do."""
+    why = {
+        "HELD": "it is still held: its sidecar has not heard yet that it is given back. Try again",
+        "RELEASED": "it was given back before. Acquire one: `licet seat acquire`",
+        "RECLAIMED": "its holder was silent for two heartbeats, or nobody could vouch for it any more; another may have"
+        " it. Acquire one: `licet seat acquire`",
+        "UNKNOWN": "nobody has it: it was never acquired, or its hold has ended. Look at the tenant, and acquire one:"
+        " `licet seat acquire`",
+    }
+    note(f"{state.name}: {why[state.name]}")
 
 
 def _iso(at: datetime | None) -> str | None:

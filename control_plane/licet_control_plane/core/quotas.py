@@ -43,8 +43,9 @@ class QuotaView:
         return max(0, amount - self.sum)
 
     def overage(self, amount: int) -> int:
-        """What is counted beyond the limit: a soft limit, one that was lowered, or one learned after a loss."""
-        return max(0, self.sum - amount)
+        """What was used beyond the limit: a soft limit, one that was lowered, or one learned after a loss. Units that
+        are leased and may never be used are not."""
+        return max(0, self.used - amount)
 
 
 SEALED = "sealed"

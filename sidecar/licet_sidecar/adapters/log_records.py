@@ -102,6 +102,16 @@ def records(data: bytes, offset: int = 0) -> Iterator[Record]:
         yield Record(kind, payload, offset)
 
 
+def readable(data: bytes) -> Iterator[Record]:
+    """Each whole record, through all damage."""
+    offset = 0
+    while 0 <= offset < len(data):
+        for record in records(data, offset):
+            yield record
+            offset = record.end
+        offset = next_record(data, offset + 1)
+
+
 def is_broken(data: bytes) -> bool:
     """Whether no record can begin with ``data``, however it goes on."""
     if len(data) < FRAME.size:

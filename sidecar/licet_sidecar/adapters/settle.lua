@@ -21,8 +21,9 @@
 --         OK:     for each quota  g, granted by this call, u, amount, sum, used, wanted (1 when others lack units)
 --         else:   the number of the quota it is about (1…), or 0
 -- Status: OK | LEARN (no mark, or a quota hash is lost) | STALE (the pair is not the mark's) | UNPUBLISHED (the mark is
---         older than the caller's revision, so nothing can be granted) | CLOSED (the window is over) | EARLY (the
---         caller's clock is ahead) | SEALED (take a new sidecar id) | FENCED (a newer call was seen)
+--         older than the caller's revision, so nothing can be granted) | OUTDATED (the reverse: the mark is newer, and
+--         the limit that units are asked of is not in it any more) | CLOSED (the window is over) | EARLY (the caller's
+--         clock is ahead) | SEALED (take a new sidecar id) | FENCED (a newer call was seen)
 --
 -- Units are integers in [0, 2^53). Invariants: sum = base + Σ g; used = base + Σ (u + h); u + h <= g for each
 -- register; a grant of a hard limit or a rate implies sum <= amount.
@@ -90,6 +91,9 @@ for i = 2, #KEYS do
   end
   if now_s >= q.ends + grace_s then return answer('CLOSED', i - 1) end
   if q.starts > now_s + grace_s then return answer('EARLY', i - 1) end
+  -- Replaced or removed, and the caller does not know yet: "there is nothing left" would be wrong.
+  if phase == 'open' and mark_revision > revision and (q.want > 0 or q.min > 0)
+    and redis.call('HEXISTS', mark_key, 'l|' .. q.limit) == 0 then return answer('OUTDATED', i - 1) end
 
   local state = redis.call('HMGET', q.key, 'base', 'sum', 'used', 'wanted', 'r|' .. sidecar)
   q.exists = state[2] and true or false

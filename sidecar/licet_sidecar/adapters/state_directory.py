@@ -30,11 +30,16 @@ class StateDirectoryError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who this process is. ``previous`` is the incarnation before, whose leases may be taken up; 0 for none."""
+    """Who this process is. ``previous`` is the incarnation before, whose leases may be taken up; 0 for none.
+
+    ``moved``: what else lies in the directory was not, for certain, left by the last process that used this very one.
+    A copy of it may be in use elsewhere.
+    """
 
     sidecar: SidecarId
     incarnation: int
     previous: int
+    moved: bool = False
 
 
 class StateDirectory:
@@ -78,18 +83,30 @@ class StateDirectory:
         """
         place = self._place()
         recorded = self._recorded()
-        if recorded is not None and recorded[2] == place:
+        moved = recorded is None or recorded[2] != place
+        if recorded is not None and not moved and recorded[0]:
             sidecar, previous = SidecarId(recorded[0]), recorded[1]
         else:
             sidecar, previous = SidecarId(secrets.token_hex(16)), 0
         self._record(sidecar, previous + 1, place)
-        return Identity(sidecar, previous + 1, previous)
+        return Identity(sidecar, previous + 1, previous, moved)
 
     def renounce_identity(self) -> None:
-        """Makes the next start take a new id: this one's registers were sealed, or a newer incarnation is at work."""
-        with contextlib.suppress(FileNotFoundError):
-            (self.path / IDENTITY_FILE).unlink()
-        self._sync()
+        """Makes the next start take a new id: this one's registers were sealed, or a newer incarnation is at work.
+
+        Raises:
+            StateDirectoryError: the directory cannot be written, and the id neither removed.
+        """
+        try:
+            self._record("", 0, self._place())
+        except StateDirectoryError:  # a full disk, say; nothing then tells the next start that this is the same place
+            try:
+                (self.path / IDENTITY_FILE).unlink(missing_ok=True)
+                self._sync()
+            except OSError as error:
+                raise StateDirectoryError(
+                    f"cannot remove {self.path / IDENTITY_FILE}: {error.strerror}; remove it before the next start"
+                ) from error
 
     def write_atomically(self, name: str, data: bytes) -> None:
         """Replaces the file ``name`` by ``data``, wholly or not at all, also across a power loss.

@@ -50,6 +50,7 @@ from licet_sidecar.adapters.log_records import (
     frame,
     is_broken,
     next_record,
+    readable,
     records,
 )
 from licet_sidecar.core.leases import Lease, Terms
@@ -139,6 +140,11 @@ class Recovered:
     """Newest (generation, revision) that was acted on."""
     reservations: dict[str, list[Any]] = field(default_factory=dict)
     """Open reservations as they were logged, by id. What they hold is not in ``leases`` yet."""
+    orphans: dict[str, list[Any]] = field(default_factory=dict)
+    """When nothing of this id is taken up: open reservations in the logs of others, by id, as ``reservations``. Their
+    leases are those others', so that they hold nothing any more."""
+    doubted: set[str] = field(default_factory=set)
+    """Those of ``orphans`` that may have been settled, or are open elsewhere too."""
     settled: list[tuple[bytes, bytes]] = field(default_factory=list)
     """(decision prefix, packed event) of reservations settled lately, by any incarnation; oldest first."""
     last_seq: int = 0
@@ -216,10 +222,11 @@ class UsageLog:
 
     # Starting
 
-    def recover(self, sidecar: str, incarnation: int) -> Recovered:
+    def recover(self, sidecar: str, incarnation: int, *, moved: bool = False) -> Recovered:
         """Reads what is there: older logs to ship, and the leases of the newest incarnation up to ``incarnation``.
 
-        Cuts torn tails off. ``incarnation`` 0: a new id, nothing is taken up.
+        Cuts torn tails off. ``incarnation`` 0: a new id, nothing is taken up but what others left to be settled.
+        ``moved``: a copy of this directory may be in use elsewhere.
 
         Raises:
             UsageLogError: a file cannot be read, or was written by a newer program.
@@ -235,7 +242,9 @@ class UsageLog:
             if mine and mine[-1].header.first_seq == newest[2] and not mine[-1].damage:
                 recovered.intact = True
                 self._recover_leases(mine[-1], recovered)
-        self._recover_settled(recovered)
+        settled = self._recover_settled(recovered)
+        if not recovered.intact:
+            self._recover_orphans(recovered, settled, moved)
         self._total_bytes = sum(segment.size for segment in self.segments)
         return recovered
 
@@ -684,13 +693,33 @@ class UsageLog:
         unfinished = usage.decision_id(segment.header.decision_prefix, segment.last_seq + 1)
         recovered.reservations.pop(unfinished, None)
 
-    def _recover_settled(self, recovered: Recovered) -> None:
+    def _recover_settled(self, recovered: Recovered) -> set[str]:
+        """Ids of all reservations that the events here settle."""
+        settled: set[str] = set()
         for segment in self.segments:
             prefix = segment.header.decision_prefix
             for data, _ in self._events(segment):
-                if usage.has_kind(data) and usage.unpack_event(data).kind in _SETTLED:
+                if usage.has_kind(data) and (event := usage.unpack_event(data)).kind in _SETTLED:
                     recovered.settled.append((prefix, data))
+                    settled.add(event.about)
             del recovered.settled[:-_SETTLED_MAX]
+        return settled
+
+    def _recover_orphans(self, recovered: Recovered, settled: set[str], moved: bool) -> None:
+        """What was reserved under ids that are used no more is still to be settled, by whoever has their logs."""
+        newest: dict[str, Segment] = {}
+        for segment in sorted(self.segments, key=lambda one: (one.log, one.header.first_seq)):
+            newest[segment.header.sidecar] = segment  # which alone tells what is open
+        for segment in newest.values():
+            unfinished = usage.decision_id(segment.header.decision_prefix, segment.last_seq + 1)
+            for kind, payload, _ in readable(segment.path.read_bytes()[: segment.size]):
+                if kind != RESERVATION:
+                    continue
+                wire = msgpack.unpackb(payload)
+                if wire[0] not in settled and wire[0] != unfinished:
+                    recovered.orphans[wire[0]] = wire
+                    if moved or segment.damage:
+                        recovered.doubted.add(wire[0])
 
 
 def _lease_of(wire: list[Any]) -> tuple[str, Lease]:

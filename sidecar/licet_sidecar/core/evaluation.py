@@ -83,7 +83,7 @@ class Evaluator:
         held = self._engine.leases.of(tenant)
         scope = scope_of(limit.scope, who, who.context) if limit.scope else ""
         window = limit.window_at(now_us // 1_000_000)
-        lease = self._engine.leases.lease(held, limit.key, scope, *window, limit.terms)
+        lease = self._engine.leases.lease(held, limit.key, scope, *window, limit.terms, now_us // 1_000)
         self._fill(lease, now_us // 1_000)
         if isinstance(lease, RateShare):
             lease.take(units, now_us // 1_000)

@@ -24,15 +24,17 @@ Owned by one event loop. No I/O, no clock: ``now_s`` is wall time (seconds since
 
 from __future__ import annotations
 
+import heapq
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
+from itertools import count, islice
 from typing import Final, NamedTuple
 
 from licet.domain.entitlements import RATE_SCALE
 from licet.domain.ids import UNITS_MAX, LimitKey
-from licet.wire.registers import HOLD_S, WINDOW_GRACE_S, Pair, marker_name, quota_name
+from licet.wire.registers import HOLD_S, WINDOW_GRACE_S, Pair, marker_name, parts_of_marker, quota_name
 
 HOLD_MS: Final = HOLD_S * 1_000
 KEEPALIVE_MS: Final = HOLD_MS // 3
@@ -57,11 +59,21 @@ DENIAL_KEPT_MS: Final = 250
 """How long "the quota has no more than this" is believed before Redis is asked again: bounds the calls of a tenant at
 its limit to four a second and sidecar, and the delay until returned units are found."""
 
+RATE_MIN: Final = 0.001
+"""Units a second; demand below it counts as none."""
+
 PREFETCH_S: Final = 2
 """How long before a window ends the next one's lease is taken, when there is demand."""
 
 QUOTAS_PER_CALL_MAX: Final = 64
-"""Quotas in one call. The script runs about 10 µs a quota, and blocks Redis meanwhile."""
+"""Quotas in a call that a check waits for. The script runs about 10 µs a quota, and blocks Redis meanwhile."""
+
+QUOTAS_PER_BULK_CALL_MAX: Final = 256
+"""Quotas in a call that no check waits for. With one call a round of upkeep, about 12,000 leases of one tenant are kept
+alive; what is more lapses, and is leased again when it is asked for."""
+
+EMPTY_KEPT_MS: Final = 10_000
+"""How long a lease that holds nothing, and of which nothing was spent, is kept for what was heard of its quota."""
 
 TOKENS_EACH: Final = RATE_SCALE * 1_000
 """A unit in a bucket that fills by thousandths of a unit a second each millisecond."""
@@ -111,14 +123,17 @@ class Lease:
     a call about it was not answered, or Redis lost something. ``heard_ms``: when ``remaining`` was (boot time; 0: not
     since the limit is what it is). ``logged`` once the log knows of this lease.
     ``pair`` is what the last call about it was answered under. ``within``: a soft limit that has grants left, so that
-    nothing past its amount is leased.
+    nothing past its amount is leased. ``said`` the units spent and reserved it told of.
+    ``aged`` while the tenant's leases by age list it, ``dropped`` once the book has let it go.
     """
 
     __slots__ = (
+        "aged",
         "amount",
         "asked_ms",
         "cap",
         "degraded",
+        "dropped",
         "durable",
         "end",
         "heard_ms",
@@ -136,6 +151,7 @@ class Lease:
         "rate",
         "remaining",
         "reserved",
+        "said",
         "scope",
         "short_until_ms",
         "spent_lately",
@@ -178,6 +194,8 @@ class Lease:
         self.unsure = False
         self.logged = False
         self.pair = NO_PAIR
+        self.said = 0
+        self.aged = self.dropped = False
         self.over = 0
         self.degraded = 0
 
@@ -219,6 +237,16 @@ class Lease:
     def free(self) -> int:
         """Units that can be spent while the hold lasts; negative after degraded approvals."""
         return self.cap - self.used - self.reserved
+
+    @property
+    def is_reported(self) -> bool:
+        """Whether Redis knows all of it and nothing is left of it: nothing is to be said until that is lost."""
+        return not (self.unsure or self.reserved or self.free > 0) and self.said == self.used
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is held or was spent, for all that is known here and in Redis."""
+        return not (self.cap or self.used or self.reserved or self.unsure)
 
     def overage(self, units: int) -> int:
         """How many of ``units``, if spent next, lie beyond the limit, as far as is known here."""
@@ -379,6 +407,7 @@ class Status(Enum):
     LEARN = auto()
     STALE = auto()
     UNPUBLISHED = auto()
+    OUTDATED = auto()
     CLOSED = auto()
     EARLY = auto()
     SEALED = auto()
@@ -422,6 +451,8 @@ class Outcome(Enum):
     """Others hold units idle: ask them to return some, then call again."""
     ASK_CONTROL_PLANE = auto()
     """The tenant's mark is missing, old or learning: ask the control plane, and call again shortly."""
+    SYNC = auto()
+    """The limit was replaced or removed, which this sidecar has not heard yet: decide again when it has."""
     CLOCK = auto()
     """This machine's clock and Redis' differ by more than the grace: nothing can be leased in that window."""
     REPLACED = auto()
@@ -442,12 +473,25 @@ class TenantLeases:
     others: dict[str, Lease] = field(default_factory=dict)
     outstanding: SettleCall | None = None
     needs: dict[Lease, int] = field(default_factory=dict)
+    """Units that checks wait for."""
+    due: dict[Lease, None] = field(default_factory=dict)
+    """Leases that the next calls are to speak of, in this order."""
+    by_age: list[tuple[int, int, Lease]] = field(default_factory=list)
+    """A heap of (when last asked about, a number, lease) of all that Redis has to know of. Entries may be outdated."""
+    lowered: list[tuple[Lease, int]] = field(default_factory=list)
+    """Leases whose cap the last ``begin_call`` lowered, and what it was."""
     why: str = ""
 
     def all(self) -> Iterator[Lease]:
         """Every lease, of whatever window."""
         yield from self.leases.values()
         yield from self.others.values()
+
+    def find(self, quota: str) -> Lease | None:
+        """The lease of a quota, by its name."""
+        if (lease := self.others.get(quota)) is None:
+            lease = self.leases.get(parts_of_marker(quota.rpartition(":")[0]))
+        return lease if lease is not None and lease.quota == quota else None
 
     @property
     def holds_units(self) -> bool:
@@ -467,6 +511,7 @@ class LeaseBook:
         self.heard_ms = 0
         """When Redis was last heard, boot time; 0 before that."""
         self.tenants: dict[str, TenantLeases] = {}
+        self._numbers = count()
 
     def of(self, tenant: str) -> TenantLeases:
         """The tenant's leases; made when there are none."""
@@ -558,7 +603,24 @@ class LeaseBook:
 
     def need(self, held: TenantLeases, lease: Lease, units: int) -> None:
         """A check waits for ``units`` of ``lease``: the next call has to bring them."""
+        if lease.dropped:  # while the check waited for something else
+            lease = self._taken_back(held, lease)
         held.needs[lease] = max(held.needs.get(lease, 0), units)
+
+    @staticmethod
+    def _taken_back(held: TenantLeases, lease: Lease) -> Lease:
+        """A dropped lease in the book again, or the one that took its place."""
+        if (present := held.find(lease.quota)) is not None:
+            return present
+        lease.dropped = lease.aged = False
+        if held.leases.setdefault((lease.limit_key, lease.scope), lease) is not lease:
+            held.others[lease.quota] = lease
+        return lease
+
+    def note(self, held: TenantLeases, lease: Lease) -> None:
+        """Redis has to be told of this lease, whatever was said of it before."""
+        held.due[lease] = None
+        self._age(held, lease)
 
     # Calls
 
@@ -570,10 +632,12 @@ class LeaseBook:
         boot_ms: int,
         giving_back: bool = False,
         retiring: bool = False,
+        since_ms: int = -1,
     ) -> SettleCall | None:
         """The next call for a tenant; ``None`` when one is outstanding or there is nothing to say.
 
-        Acquires what waiting checks need, refills what runs low, reports the rest of what is held. Units that are
+        Acquires what waiting checks need, refills what runs low, speaks of what is due and of what no call after
+        ``since_ms`` (boot time; a loss) was answered for. Units that are
         wanted elsewhere, idle, or (``giving_back``) all of them, are returned: their cap is lowered here, and the
         shell must log the leases whose cap was lowered, and those not logged yet, before it sends the call (rule 3).
         ``retiring`` also gives up the registers; the shell has made sure that this sidecar's id is never used again.
@@ -582,9 +646,9 @@ class LeaseBook:
             return None
         asks: list[Ask] = []
         durable = False
-        for lease in self._by_urgency(held, boot_ms):
-            if len(asks) == QUOTAS_PER_CALL_MAX:
-                break
+        held.lowered.clear()
+        for lease in self._by_urgency(held, boot_ms, since_ms, all_of_it=retiring):
+            cap = lease.cap
             need = held.needs.pop(lease, 0)
             if boot_ms >= lease.hold_until_ms:
                 self._lower(lease, boot_ms)  # rule 7
@@ -594,7 +658,10 @@ class LeaseBook:
                 want, least = self._units_asked(lease, need, boot_ms, giving_back or retiring)
             kind = Kind.HARD if lease.within and lease.kind is Kind.SOFT else lease.kind
             known = lease.pair == held.pair and (lease.cap > 0 or lease.used + lease.reserved > 0)
+            if lease.cap < cap:
+                held.lowered.append((lease, cap))
             lease.unsure = True
+            self._age(held, lease)
             durable |= lease.durable and want > 0
             asks.append(Ask(lease, lease.cap, lease.used, lease.reserved, want, least, lease.amount, kind, known))
         if not asks:
@@ -650,6 +717,8 @@ class LeaseBook:
             return None
         held.outstanding = None
         self.heard(answer.redis_ms, boot_ms)
+        if answer.status is not Status.OK:
+            self._still_due(held, call)
         match answer.status:
             case Status.OK if call.retiring:
                 for ask in call.asks:
@@ -670,6 +739,10 @@ class LeaseBook:
             case Status.UNPUBLISHED:
                 held.why = "unpublished"
                 return Outcome.ASK_CONTROL_PLANE
+            case Status.OUTDATED:
+                # No refill until a check needs it again: the tenant's other leases are to be kept alive meanwhile.
+                call.asks[answer.about].lease.low_water = 0
+                return Outcome.SYNC
             case Status.CLOSED:
                 ask = call.asks[answer.about]
                 expected = ask.min > 0 and held.leases.get((ask.lease.limit_key, ask.lease.scope)) is ask.lease
@@ -690,6 +763,12 @@ class LeaseBook:
         """Takes a call back that Redis refused as a whole without running it (out of memory, say)."""
         if held.outstanding is call:
             held.outstanding = None
+            self._still_due(held, call)
+
+    @staticmethod
+    def _still_due(held: TenantLeases, call: SettleCall) -> None:
+        """A call said nothing, so that what it was about is still to be said."""
+        held.due.update((ask.lease, None) for ask in call.asks)
 
     def unasserted(self, since_ms: int, boot_ms: int) -> list[str]:
         """Tenants that hold something no call begun after ``since_ms`` (boot time) was answered for.
@@ -700,18 +779,30 @@ class LeaseBook:
             tenant
             for tenant, held in self.tenants.items()
             if (held.outstanding is not None and held.outstanding.sent_boot_ms <= since_ms)
-            or any(lease.asked_ms <= since_ms for lease in held.all() if self._is_sayable(lease, boot_ms))
+            or self._oldest_ms(held, boot_ms, since_ms + 1) <= since_ms
         ]
 
     def has_returned(self, held: TenantLeases, boot_ms: int) -> bool:
         """Whether nothing is held of a tenant's quotas that could be spent."""
-        return held.outstanding is None and not any(
-            lease.free > 0 and self._is_sayable(lease, boot_ms) for lease in held.all()
-        )
+        return held.outstanding is None and not self.returnable(held, boot_ms)
 
     def is_told(self, held: TenantLeases, boot_ms: int) -> bool:
         """Whether Redis knows everything about a tenant's leases that it still takes."""
-        return held.outstanding is None and not any(self._is_sayable(lease, boot_ms) for lease in held.all())
+        return held.outstanding is None and not self.sayable(held, boot_ms)
+
+    def returnable(self, held: TenantLeases, boot_ms: int) -> list[Lease]:
+        """Leases with units that could be spent, those with most of them first."""
+        found = [lease for lease in held.all() if lease.free > 0 and self._is_sayable(lease, boot_ms)]
+        found.sort(key=lambda lease: -lease.free)
+        return found
+
+    def sayable(self, held: TenantLeases, boot_ms: int) -> list[Lease]:
+        """Leases that Redis still takes calls about, and has to know of."""
+        return [lease for lease in held.all() if self._is_sayable(lease, boot_ms)]
+
+    def is_unsaid(self, held: TenantLeases, boot_ms: int, since_ms: int) -> bool:
+        """Whether there is more to say: what is due, or what no call after ``since_ms`` was answered for."""
+        return bool(held.due) or self._oldest_ms(held, boot_ms, since_ms + 1) <= since_ms
 
     def heard(self, redis_ms: int, boot_ms: int) -> None:
         """The Redis clock showed ``redis_ms``, some time before ``boot_ms``."""
@@ -726,34 +817,53 @@ class LeaseBook:
         for held in self.tenants.values():
             if held.outstanding is not None:
                 after_ms = min(after_ms, held.outstanding.sent_boot_ms)
-            for lease in held.all():
-                if lease.asked_ms < after_ms and self._is_sayable(lease, boot_ms):
-                    after_ms = lease.asked_ms
+            after_ms = self._oldest_ms(held, boot_ms, after_ms)
         return max(0, after_ms + self._redis_ahead_ms)
 
     # Upkeep
 
     def tick(self, held: TenantLeases, now_s: int, boot_ms: int, elapsed_s: float) -> bool:
         """Once a second for each tenant held: measures demand, drops ended windows. Whether a call is due."""
-        due = False
-        for lease in list(held.all()):
+        self.tick_some(held, list(held.all()), now_s, boot_ms, elapsed_s)
+        return bool(held.due)
+
+    def tick_some(
+        self, held: TenantLeases, leases: Iterable[Lease], now_s: int, boot_ms: int, elapsed_s: float
+    ) -> None:
+        """``tick`` of a part of a tenant's leases, half a microsecond for each. What is due is in ``due``."""
+        for lease in leases:
             if isinstance(lease, RateShare):
-                due |= self._tick_share(lease, boot_ms, elapsed_s)
-                continue
-            if now_s >= lease.end:
+                if self._tick_share(lease, boot_ms, elapsed_s):
+                    held.due[lease] = None
+            elif now_s >= lease.end:
                 # What was spent is in the ledger; what was not lapsed with the window.
                 if not self._is_sayable(lease, boot_ms) and lease.reserved == 0 and not self._is_asked(held, lease):
                     self._drop(held, lease)
                 continue
-            lease.rate = (lease.rate + lease.spent_lately / elapsed_s) / 2
-            lease.spent_lately = 0
-            held_units = lease.free > 0 or lease.reserved > 0
-            due |= lease.wanted or lease.unsure or lease.free < lease.low_water
-            due |= held_units and (self._is_idle(lease, boot_ms) or boot_ms >= lease.asked_ms + lease.keepalive_ms)
-        return due
+            else:
+                if lease.rate or lease.spent_lately:
+                    lease.rate = _settling((lease.rate + lease.spent_lately / elapsed_s) / 2)
+                    lease.spent_lately = 0
+                free = lease.cap - lease.used - lease.reserved
+                if (
+                    lease.wanted
+                    or lease.unsure
+                    or free < lease.low_water
+                    or (free <= 0 and lease.said != lease.used + lease.reserved)
+                    or (
+                        (free > 0 or lease.reserved > 0)
+                        and (self._is_idle(lease, boot_ms) or boot_ms >= lease.asked_ms + lease.keepalive_ms)
+                    )
+                ):
+                    held.due[lease] = None
+            if lease.cap or lease.used or lease.unsure:
+                if not lease.aged:
+                    self._age(held, lease)
+            elif self._is_forgettable(lease, boot_ms) and not self._is_asked(held, lease):
+                self._drop(held, lease)
 
     def _tick_share(self, share: RateShare, boot_ms: int, elapsed_s: float) -> bool:
-        share.rate = (share.rate + share.spent_lately / elapsed_s) / 2
+        share.rate = _settling((share.rate + share.spent_lately / elapsed_s) / 2)
         share.spent_lately = 0
         if share.wanted or share.unsure or share.share_wanted() > share.cap:
             return True
@@ -773,7 +883,9 @@ class LeaseBook:
         lease.hold_until_ms = 0
         lease.spent_ms = boot_ms
         lease.unsure = lease.logged = True
-        self.of(tenant).others[lease.quota] = lease
+        held = self.of(tenant)
+        held.others[lease.quota] = lease
+        self.note(held, lease)
 
     def forget(self, tenant: str) -> None:
         """Drops a tenant whose units were all returned, or whose windows are over."""
@@ -789,17 +901,23 @@ class LeaseBook:
         for ask, granted in zip(call.asks, answer.granted, strict=True):
             lease = ask.lease
             self._take_grant(lease, ask, granted, call.sent_boot_ms + HOLD_MS, boot_ms)
+            lease.said = ask.used + ask.reserved
             lease.pair = call.pair
             lease.unsure = False
             if ask.min:
                 lease.spent_ms = boot_ms
-            lease.asked_ms = call.sent_boot_ms
+            if lease.asked_ms != call.sent_boot_ms:
+                lease.asked_ms, lease.aged = call.sent_boot_ms, False
+                self._age(held, lease)
             lease.remaining = max(0, granted.amount - granted.sum)
             lease.heard_ms = boot_ms if granted.amount == lease.amount else 0
             lease.held_elsewhere = max(0, granted.sum - granted.g)
             lease.used_elsewhere = max(0, granted.used - granted.u - ask.reserved)
             lease.idle_elsewhere = max(0, granted.sum - granted.used - (granted.g - ask.used - ask.reserved))
-            lease.wanted |= granted.wanted and not ask.want
+            if granted.wanted and not ask.want:
+                lease.wanted = True
+                if lease.free > 0:
+                    held.due[lease] = None
             if ask.min and granted.g < max(ask.cap, ask.used + ask.reserved) + ask.min:
                 missed.append((ask, granted))
         if not missed:
@@ -844,11 +962,47 @@ class LeaseBook:
                 ask.lease.idle_elsewhere = 0
                 ask.lease.short_until_ms = boot_ms + DENIAL_KEPT_MS
 
-    def _by_urgency(self, held: TenantLeases, boot_ms: int) -> list[Lease]:
-        """Leases that a check waits for first, then by how long nothing was said about them."""
-        kept = [lease for lease in held.all() if lease not in held.needs and self._is_sayable(lease, boot_ms)]
-        kept.sort(key=lambda lease: lease.asked_ms)
-        return [*held.needs, *kept]
+    def _by_urgency(self, held: TenantLeases, boot_ms: int, since_ms: int, *, all_of_it: bool) -> list[Lease]:
+        """Leases for the next call: those that a check waits for first, then what is due, then what is unsaid since
+        ``since_ms``. Where a tenant has few, all go along that have anything to say: one call keeps them all alive.
+        """
+        most = QUOTAS_PER_CALL_MAX if held.needs else QUOTAS_PER_BULK_CALL_MAX
+        chosen = dict.fromkeys(islice(held.needs, most))
+        for lease in list(islice(held.due, 2 * most)):
+            if len(chosen) == most:
+                break
+            del held.due[lease]
+            if not lease.dropped and self._is_sayable(lease, boot_ms):
+                chosen[lease] = None
+        while len(chosen) < most and self._oldest_ms(held, boot_ms, since_ms + 1) <= since_ms:
+            lease = heapq.heappop(held.by_age)[2]
+            lease.aged = False  # until it is in the call
+            chosen[lease] = None
+        if len(chosen) < most and len(held.leases) + len(held.others) <= QUOTAS_PER_CALL_MAX:
+            along = [
+                lease
+                for lease in held.all()
+                if lease not in chosen and self._is_sayable(lease, boot_ms) and (all_of_it or not lease.is_reported)
+            ]
+            along.sort(key=lambda lease: lease.asked_ms)
+            chosen.update(dict.fromkeys(along[: most - len(chosen)]))
+        return list(chosen)
+
+    def _age(self, held: TenantLeases, lease: Lease) -> None:
+        if not lease.aged:
+            lease.aged = True
+            heapq.heappush(held.by_age, (lease.asked_ms, next(self._numbers), lease))
+
+    def _oldest_ms(self, held: TenantLeases, boot_ms: int, at_most: int) -> int:
+        """When the lease was asked about that was not for longest, of those that Redis has to know; or ``at_most``."""
+        while held.by_age and held.by_age[0][0] < at_most:
+            asked_ms, _, lease = held.by_age[0]
+            if lease.asked_ms == asked_ms and lease.aged and not lease.dropped:
+                if self._is_sayable(lease, boot_ms):
+                    return asked_ms
+                lease.aged = False
+            heapq.heappop(held.by_age)
+        return at_most
 
     def _is_sayable(self, lease: Lease, boot_ms: int) -> bool:
         """Whether Redis has to know what is held of this lease, and still takes it."""
@@ -865,15 +1019,23 @@ class LeaseBook:
         return held.outstanding is not None and any(ask.lease is lease for ask in held.outstanding.asks)
 
     @staticmethod
+    def _is_forgettable(lease: Lease, boot_ms: int) -> bool:
+        """Whether nothing would be lost by dropping the lease, given that Redis has nothing of it."""
+        heard_ms = max(lease.asked_ms, lease.heard_ms, lease.short_until_ms)
+        return lease.is_empty and not lease.rate and boot_ms - heard_ms > EMPTY_KEPT_MS
+
+    @staticmethod
     def _is_idle(lease: Lease, boot_ms: int) -> bool:
         idle_ms = RATE_IDLE_MS if lease.kind is Kind.RATE else IDLE_MS
         return lease.free > 0 and lease.reserved == 0 and boot_ms - lease.spent_ms > idle_ms
 
-    @staticmethod
-    def _doubt(held: TenantLeases) -> None:
+    def _doubt(self, held: TenantLeases) -> None:
         """Redis lost something: also what was returned may be in a register again."""
         for lease in held.all():
             lease.unsure = True
+            if not lease.aged:
+                self._age(held, lease)
+        held.due = dict.fromkeys(held.all())
 
     @staticmethod
     def _drop(held: TenantLeases, lease: Lease) -> None:
@@ -882,8 +1044,15 @@ class LeaseBook:
             del held.leases[key]
         elif held.others.get(lease.quota) is lease:
             del held.others[lease.quota]
+        lease.dropped = True
+        held.due.pop(lease, None)
 
 
 def _room(ask: Ask, granted: Granted) -> int:
     """Units that nobody holds, and that may be granted on such a call."""
     return max(0, (UNITS_MAX if ask.kind is Kind.SOFT else granted.amount) - granted.sum)
+
+
+def _settling(rate: float) -> float:
+    """A demand that is as good as none is none."""
+    return rate if rate >= RATE_MIN else 0.0

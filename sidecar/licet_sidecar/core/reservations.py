@@ -360,6 +360,12 @@ _INQUIRY_FIELDS: Final = (
 _MAPPINGS: Final = ("subject_attributes", "resource_attributes", "context")
 
 
+_HOLDS: Final = 5
+_COMMITS_ON_EXPIRY: Final = 10
+_GIVEN_UP: Final = 17
+"""Positions of fields below."""
+
+
 def to_wire(reservation: Reservation) -> list[Any]:
     """The reservation as primitives that msgpack can carry. Append at the end; never reorder."""
     inquiry = reservation.inquiry
@@ -401,6 +407,19 @@ def to_wire(reservation: Reservation) -> list[Any]:
 def held_in(wire: list[Any]) -> list[tuple[tuple[str, str], int]]:
     """((tenant, quota), units) of what a reservation on the wire holds."""
     return [((wire[1], quota_name(key, scope, start)), units) for key, scope, start, *_, units, _, _ in wire[5]]
+
+
+def orphaned(wire: list[Any], *, doubted: bool) -> list[Any]:
+    """A reservation of another id, as ``to_wire`` wrote it, for whoever goes on in its place.
+
+    Its leases are not ours: what they held may be in others' hands, so that it is given up (rule 4), and a commit
+    decides anew. When it is ``doubted`` whether it is still open, or open here alone, it does not commit by itself.
+    """
+    wire = list(wire)
+    wire[_HOLDS], wire[_GIVEN_UP] = [], True
+    if doubted:
+        wire[_COMMITS_ON_EXPIRY] = False
+    return wire
 
 
 LeaseOf = Callable[[str, str], Lease | None]

@@ -90,7 +90,7 @@ class Answers:
 
     @staticmethod
     def _encode_quota(lease: Lease) -> bytes:
-        return quota_state(lease.terms, lease.limit_key.partition(":")[0], lease.end).SerializeToString()
+        return quota_state(lease.terms, lease.limit_key, lease.end).SerializeToString()
 
     def _cost(self, amount_nanos: int, currency: str) -> bytes:
         text = self._currencies.get(currency)
@@ -104,18 +104,18 @@ def remaining_of(lease: Lease) -> int:
     """Units left in the window as last known here; of a rate, those in the bucket."""
     if isinstance(lease, RateShare):
         return lease.tokens // TOKENS_EACH
-    return lease.remaining + lease.idle_elsewhere + max(0, lease.free)
+    return lease.left
 
 
-def quota_state(terms: Terms, feature: str, end: int) -> pb.QuotaState:
+def quota_state(terms: Terms, limit_key: str, end: int) -> pb.QuotaState:
     """What does not change from answer to answer. ``end`` of the window: seconds since the Unix epoch."""
     state = pb.QuotaState(
-        feature=feature,
+        feature=limit_key.partition(":")[0],
         window=terms.window,
         limit=terms.amount // RATE_SCALE if terms.kind is Kind.RATE else terms.amount,
         currency=terms.currency,
         grant=terms.grant,
-        limit_key=lease.limit_key.removesuffix(f"+{terms.grant}") if terms.grant else lease.limit_key,
+        limit_key=limit_key.removesuffix(f"+{terms.grant}") if terms.grant else limit_key,
         scope=terms.scope,
         burst=terms.burst,
     )

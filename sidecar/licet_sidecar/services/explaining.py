@@ -117,7 +117,7 @@ class ExplainingService:
         trace = pb.LimitTrace(
             limit=limit.key,
             asked=seen.asked,
-            quota=quota_state(limit.terms, limit.feature, seen.end),
+            quota=quota_state(limit.terms, limit.key, seen.end),
             on_exceeded=limit.on_exceeded.value,
         )
         if lease is not None and (lease.heard_ms or lease.cap or limit.is_rate):
@@ -277,7 +277,7 @@ class ExplainingService:
                     scope = scope_of(pool.scope, asked, context) if pool.scope else ""
                     lease = held.leases.get((pool.key, scope))
                     if (lease is None or lease.start != start) and not pool.is_rate:
-                        lease = book.lease(held, pool.key, scope, start, end, pool.terms)
+                        lease = book.lease(held, pool.key, scope, start, end, pool.terms, self._clock.boot_ms())
                     found.append((pool, lease))
         return found
 

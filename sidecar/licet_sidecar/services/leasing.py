@@ -24,6 +24,7 @@ from licet_sidecar.core.leases import (
     Outcome,
     SettleAnswer,
     SettleCall,
+    Status,
     TenantLeases,
 )
 from licet_sidecar.logs import Logger
@@ -37,9 +38,15 @@ RECALL_WAITS_S: Final = (0.002, 0.005, 0.01, 0.02, 0.04)
 ASK_WAIT_S: Final = 0.05
 """How long to wait for the control plane to look at a tenant before calling again."""
 
-RETRY_WAIT_S: Final = 0.2
-GIVE_BACK_ROUNDS_MAX: Final = 4
-"""An outstanding call, a learned pair, the return itself, and one to see that nothing is left."""
+SYNC_WAIT_S: Final = 0.05
+"""How long to wait for a published change to arrive before deciding, and calling, again. A check does so for as long as
+it waits for anything (``WAIT_S_MAX``); then nothing could be leased, and the action's ``on_unavailable`` decides."""
+
+GIVE_BACK_IDLE_ROUNDS_MAX: Final = 4
+"""Rounds in a row, when giving back, that told Redis nothing: a pair that has to be learned takes one, say."""
+
+TICKED_AT_ONCE: Final = 250
+"""Leases looked through without a pause: a quarter of a millisecond or so, in which no check is answered."""
 
 UPKEEP_TENANTS_MAX: Final = 512
 """Tenants settled in one round of upkeep: with a keepalive each 20 s, enough for 10,000 held tenants."""
@@ -107,10 +114,12 @@ class LeasingService:
         The log has to know of every lease that is spent from: after a restart, its events alone say what was spent.
         """
         boot_ms = self._clock.boot_ms()
-        self._logged(self._book.of(tenant), [lease for lease, _ in spends if not lease.logged])
+        held = self._book.of(tenant)
+        self._logged(held, [lease for lease, _ in spends if not lease.logged])
         for lease, units in spends:
             if not LeaseBook.can_spend(lease, units, boot_ms):
                 LeaseBook.overdraw(lease, units, boot_ms)
+                self._book.note(held, lease)
         self.refill_soon(tenant)
 
     def refill_soon(self, tenant: str) -> None:
@@ -124,11 +133,12 @@ class LeasingService:
         held = self._book.tenants.get(tenant)
         if held is None:
             return
-        wanted = set(quotas)
         found = False
-        for lease in held.all():
-            if lease.quota in wanted and lease.free > 0:
+        for quota in quotas:
+            lease = held.find(quota)
+            if lease is not None and lease.free > 0:
                 lease.wanted = True
+                held.due[lease] = None
                 found = True
         if found:
             self._start(tenant)
@@ -149,7 +159,7 @@ class LeasingService:
         due.update(dict.fromkeys(self._refills))
         self._refills.clear()
         if boot_ms - self._ticked_ms >= 1_000:
-            due.update(dict.fromkeys(self._tick(now_s, boot_ms)))
+            due.update(dict.fromkeys(await self._tick(now_s, boot_ms)))
         calls: list[tuple[TenantLeases, SettleCall]] = []
         for tenant in list(due)[:UPKEEP_TENANTS_MAX]:
             held = self._book.tenants.get(tenant)
@@ -158,7 +168,7 @@ class LeasingService:
             call = held.outstanding or self._begin(held, boot_ms)
             if call is not None:
                 calls.append((held, call))
-        await self._send_all(calls)
+        told = await self._send_all(calls)
         if asserting is None or self._to_assert != asserting:
             return
         # Not before every lease was answered for: one whose tenant was busy, that was not in its call, or that a call
@@ -166,15 +176,32 @@ class LeasingService:
         if not self._book.unasserted(since_ms, self._clock.boot_ms()):
             self.asserted, self._to_assert = asserting, None
             self.on_asserted()
+        elif told:
+            self.urgent.set()  # not all fitted in
 
-    async def give_back_all(self) -> int:
-        """Returns everything that is not spent or reserved. How many tenants could not be told."""
+    async def give_back_all(self, until_ms: int) -> int:
+        """Returns what is not spent or reserved, until ``until_ms`` (boot time). How many tenants still hold some."""
         await self.stop()
-        return await self._say_to_all(self._book.has_returned, retiring=False)
+        left = await self._say_to_all(self._book.returnable, until_ms, retiring=False)
+        if left:
+            units = sum(max(0, lease.free) for held in left for lease in held.all())
+            self._logger.warning(
+                "stopping with leases that could not be returned; they are taken up when a sidecar starts on this state"
+                " directory again, or reclaimed",
+                tenants=len(left),
+                units=units,
+            )
+        return len(left)
 
-    async def retire(self) -> int:
-        """Gives up all registers; this sidecar's id is never used again. How many tenants could not be told."""
-        return await self._say_to_all(self._book.is_told, retiring=True)
+    async def retire(self, until_ms: int) -> int:
+        """Gives up all registers; this sidecar's id is never used again. How many tenants could not be told all."""
+        left = await self._say_to_all(self._book.sayable, until_ms, retiring=True)
+        if left:
+            self._logger.warning(
+                "stopping with registers that could not be given up; what they say was spent stays counted",
+                tenants=len(left),
+            )
+        return len(left)
 
     def lease_records(self) -> list[bytes]:
         """Records of everything held, for the head of a new log segment."""
@@ -193,24 +220,30 @@ class LeasingService:
 
     # Inside
 
-    async def _say_to_all(self, is_done: Callable[[TenantLeases, int], bool], *, retiring: bool) -> int:
-        """Calls for every tenant until ``is_done``. How many are not."""
-
-        def unfinished() -> list[TenantLeases]:
-            boot_ms = self._clock.boot_ms()
-            return [held for held in self._book.tenants.values() if not is_done(held, boot_ms)]
-
-        for _ in range(GIVE_BACK_ROUNDS_MAX):
+    async def _say_to_all(
+        self, unsaid: Callable[[TenantLeases, int], list[Lease]], until_ms: int, *, retiring: bool
+    ) -> list[TenantLeases]:
+        """Calls for every tenant, as long as that brings anything. Those of which something is ``unsaid`` after all."""
+        left = list(self._book.tenants.values())
+        for held in left:
+            held.due.clear()
+        idle_rounds = 0
+        while left and idle_rounds < GIVE_BACK_IDLE_ROUNDS_MAX and self._clock.boot_ms() < until_ms and self._link.up:
             calls: list[tuple[TenantLeases, SettleCall]] = []
-            for held in unfinished():
+            for held in list(left):
+                boot_ms = self._clock.boot_ms()
                 held.needs.clear()
-                call = held.outstanding or self._begin(held, self._clock.boot_ms(), giving_back=True, retiring=retiring)
+                if not held.due:
+                    held.due = dict.fromkeys(unsaid(held, boot_ms))
+                call = held.outstanding or self._begin(held, boot_ms, giving_back=True, retiring=retiring)
                 if call is not None:
                     calls.append((held, call))
-            if not calls:
-                break
-            await self._send_all(calls)
-        return len(unfinished())
+                elif not unsaid(held, boot_ms):
+                    left.remove(held)
+            told = await self._send_all(calls)
+            idle_rounds = 0 if told else idle_rounds + 1
+        boot_ms = self._clock.boot_ms()
+        return [held for held in left if held.outstanding is not None or unsaid(held, boot_ms)]
 
     def _start(self, tenant: str) -> None:
         if tenant not in self._tasks:
@@ -254,7 +287,7 @@ class LeasingService:
             await self._follow(held, call, outcome)
             self._wake(tenant)
             await asyncio.sleep(0)  # woken checks decide, and say what they still need
-            if not held.needs and not any(lease.wanted and lease.free for lease in held.all()):
+            if not held.needs and not any(lease.wanted and lease.free for lease in held.due):
                 return
 
     async def _follow(self, held: TenantLeases, call: SettleCall, outcome: Outcome | None) -> None:
@@ -277,6 +310,8 @@ class LeasingService:
         if outcome is Outcome.ASK_CONTROL_PLANE:
             await self._quietly(self._store.ask(tenant, held.why))
             await asyncio.sleep(ASK_WAIT_S)
+        elif outcome is Outcome.SYNC:
+            await asyncio.sleep(SYNC_WAIT_S)
         elif outcome is Outcome.CLOCK:
             self._logger.error(
                 "the clocks of this machine and of Redis differ by more than the grace; no lease can be had",
@@ -296,15 +331,16 @@ class LeasingService:
             raise answer
         return self._take(held, call, answer)
 
-    async def _send_all(self, calls: Sequence[tuple[TenantLeases, SettleCall]]) -> None:
-        """Sends calls of upkeep."""
+    async def _send_all(self, calls: Sequence[tuple[TenantLeases, SettleCall]]) -> int:
+        """Sends calls of upkeep. How many said what they had to say."""
         if not calls:
-            return
+            return 0
         try:
             with self._marked_sending([held for held, _ in calls]):
                 answers = await self._settle([call for _, call in calls])
         except (LinkDown, LinkRefused):
-            return
+            return 0
+        told = 0
         for (held, call), answer in zip(calls, answers, strict=True):
             if isinstance(answer, Exception):
                 self._tally.settle_failures += 1
@@ -312,6 +348,7 @@ class LeasingService:
                     self._refused(held, call, answer)
                 continue
             outcome = self._take(held, call, answer)
+            told += answer.status is Status.OK
             if outcome is Outcome.REPLACED:
                 self._on_replaced(f"the registers of this sidecar for tenant {held.tenant} were sealed or taken over")
             elif outcome is Outcome.ASK_CONTROL_PLANE:
@@ -320,6 +357,7 @@ class LeasingService:
                 self._refills.add(held.tenant)
                 if self._to_assert is not None:
                     self.urgent.set()
+        return told
 
     @contextmanager
     def _marked_sending(self, tenants: Sequence[TenantLeases]) -> Iterator[None]:
@@ -354,17 +392,21 @@ class LeasingService:
     def _begin(
         self, held: TenantLeases, boot_ms: int, *, giving_back: bool = False, retiring: bool = False
     ) -> SettleCall | None:
-        caps = {lease: lease.cap for lease in held.all()}
         call = self._book.begin_call(
-            held, revision=self._engine.revision, boot_ms=boot_ms, giving_back=giving_back, retiring=retiring
+            held,
+            revision=self._engine.revision,
+            boot_ms=boot_ms,
+            giving_back=giving_back,
+            retiring=retiring,
+            since_ms=-1 if self._to_assert is None else self._to_assert_since_ms,
         )
         if call is not None:
-            first = [ask.lease for ask in call.asks if ask.cap < caps.get(ask.lease, 0) or not ask.lease.logged]
-            first = [lease for lease in first if lease.kind is not Kind.RATE]
-            if not self._logged(held, first):
+            first = dict.fromkeys(ask.lease for ask in call.asks if not ask.lease.logged)
+            first.update((lease, None) for lease, _ in held.lowered)
+            if not self._logged(held, [lease for lease in first if lease.kind is not Kind.RATE]):
                 # A return that is not in the log must not be sent: a restart would spend the units again.
-                for lease in first:
-                    lease.cap = caps.get(lease, lease.cap)
+                for lease, cap in held.lowered:
+                    lease.cap = cap
                 self._book.abandon_call(held, call)
                 return None
         return call
@@ -396,21 +438,34 @@ class LeasingService:
             lease.logged = True
         return True
 
-    def _tick(self, now_s: int, boot_ms: int) -> list[str]:
+    async def _tick(self, now_s: int, boot_ms: int) -> list[str]:
+        """Once a second. Checks are answered between two slices."""
         elapsed_s = max(1.0, (boot_ms - self._ticked_ms) / 1_000) if self._ticked_ms else 1.0
         self._ticked_ms = boot_ms
         due = []
+        ticked = 0
         for tenant, held in list(self._book.tenants.items()):
-            for lease in list(held.leases.values()):
-                if lease.end - PREFETCH_S <= now_s < lease.end and lease.rate > 0:
-                    following = self._engine.window_after(tenant, lease)
-                    if following is not None:
-                        self._book.prefetch(held, lease, *following)
-            if self._book.tick(held, now_s, boot_ms, elapsed_s) or held.outstanding is not None or held.needs:
+            leases = list(held.all())
+            for start in range(0, len(leases), TICKED_AT_ONCE):
+                some = leases[start : start + TICKED_AT_ONCE]
+                for lease in some:
+                    if lease.rate > 0 and lease.end - PREFETCH_S <= now_s < lease.end:
+                        self._prefetch(tenant, held, lease)
+                self._book.tick_some(held, some, now_s, boot_ms, elapsed_s)
+                ticked += len(some)
+                if ticked >= TICKED_AT_ONCE:
+                    ticked = 0
+                    await asyncio.sleep(0)
+            if held.due or held.outstanding is not None or held.needs:
                 due.append(tenant)
             elif not held.holds_units and tenant not in self._engine.tenants and tenant not in self._waiters:
                 self._book.forget(tenant)
         return due
+
+    def _prefetch(self, tenant: str, held: TenantLeases, lease: Lease) -> None:
+        following = self._engine.window_after(tenant, lease)
+        if following is not None and held.leases.get((lease.limit_key, lease.scope)) is lease:
+            self._book.prefetch(held, lease, *following)
 
     def _wake(self, tenant: str, error: Exception | None = None) -> None:
         for future in self._waiters.pop(tenant, ()):

@@ -10,7 +10,7 @@ from licet_sidecar.adapters.usage_log import Recovered, reservation_record
 from licet_sidecar.core.engine import Decision
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import Lease, LeaseBook
-from licet_sidecar.core.reservations import Outcome, ReservationBook, ReservationState, from_wire, to_wire
+from licet_sidecar.core.reservations import Outcome, ReservationBook, ReservationState, from_wire, orphaned, to_wire
 from licet_sidecar.services.events import flags_of
 from licet_sidecar.services.idempotency import answer_of
 
@@ -21,13 +21,17 @@ def records_of(book: ReservationBook) -> list[bytes]:
 
 
 def recover(book: ReservationBook, recovered: Recovered, leases: LeaseBook, now_us: int, boot_ms: int) -> None:
-    """Takes up what an earlier process left: open reservations, once its leases are in ``leases``, and outcomes."""
+    """Takes up what an earlier process left: open reservations, once its leases are in ``leases``, and outcomes.
+
+    Also those of an id that is used no more: nobody else knows of them, and they are to be committed, or to expire.
+    """
 
     def lease_of(tenant: str, quota: str) -> Lease | None:
         held = leases.tenants.get(tenant)
         return held.others.get(quota) if held else None
 
-    for wire in recovered.reservations.values():
+    orphans = [orphaned(wire, doubted=id_ in recovered.doubted) for id_, wire in recovered.orphans.items()]
+    for wire in [*recovered.reservations.values(), *orphans]:
         reservation = from_wire(wire, lease_of, boot_ms)
         reservation.size = len(reservation_record(wire))
         book.add(reservation)

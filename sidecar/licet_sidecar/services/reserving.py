@@ -212,6 +212,8 @@ class Reserving:
                 self._tally.log_failures += 1
                 decision = self._deciding.unlogged(inquiry, decision, str(error), give_back=unhold)
                 decision_id, reservation = "", None
+        if reservation is not None and not decision.message and self._has_seats(reservation):
+            decision.message = "The feature has seats, and a reservation takes none of them: AcquireSeat does."
         response = pb.ReserveResponse()
         response.decision.ParseFromString(self._answers.encode(decision, decision_id))
         if reservation is not None:
@@ -226,6 +228,10 @@ class Reserving:
         self._tally.answered(decision.effect, decision.reason, took_us)
         self._tally.stale_answers += decision.stale
         return answer
+
+    def _has_seats(self, reservation: Reservation) -> bool:
+        granted = (self._engine.entitlement(reservation.tenant, feature) for feature in reservation.meters.values())
+        return any(entitlement is not None and entitlement.seats for entitlement in granted)
 
     def _refused(self, decision: Decision) -> Decision:
         for lease, units in decision.spends:

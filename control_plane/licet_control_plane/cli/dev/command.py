@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Final
@@ -84,8 +85,6 @@ def dev(
 
 
 def _run(stack: Stack, stop: _StopSignals, *, as_json: bool) -> None:
-    from licet_control_plane.cli.dev.stack import ended_by_itself
-
     for moved in stack.ports.moved:
         note(f"licet dev: {moved}")
     try:
@@ -111,8 +110,8 @@ def _run(stack: Stack, stop: _StopSignals, *, as_json: bool) -> None:
                 )
             _announce(stack, context, as_json=as_json)
         while not stop.wait(_WATCH_S):
-            if (dead := stack.dead()) is not None:
-                raise ended_by_itself(dead)
+            for told in stack.tend(time.monotonic()):
+                note(f"licet dev: {told}")
     finally:
         remove_context(os.getpid())
         note("licet dev: stopping (once more to stop at once)" if stop.asked else "licet dev: stopping")

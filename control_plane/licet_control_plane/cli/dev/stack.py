@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +27,23 @@ READY_S_MAX: Final = 30.0
 LEARNING_S_MAX: Final = 20.0
 """With all sidecars back it takes about three seconds; longer is worth a note, not a failure."""
 
+RESTART_S: Final = 1.0
+"""Before a sidecar that ended is started again; twice as long each time that it ended at once."""
+
+ENDED_AT_ONCE_S: Final = 10.0
+ENDED_AT_ONCE_MAX: Final = 4
+"""So often in a row: something is wrong that another start does not mend."""
+
 _POLL_S: Final = 0.05
+
+
+@dataclass(slots=True)
+class Restarts:
+    """Of one sidecar; times are of ``time.monotonic``. ``due_s``: when it is started again, while it has ended."""
+
+    started_s: float
+    at_once: int = 0
+    due_s: float | None = None
 
 
 class Stack:
@@ -45,6 +62,7 @@ class Stack:
         self._redis: list[Child] = []
         self._server: list[Child] = []
         self._sidecars: list[Child] = []
+        self._restarts: list[Restarts] = []
         self._lock: int | None = None
 
     @property
@@ -91,6 +109,36 @@ class Stack:
     def dead(self) -> Child | None:
         """A process that has ended although nobody asked it to."""
         return next((child for child in self.children() if child.exit_code is not None), None)
+
+    def tend(self, now_s: float) -> list[str]:
+        """Starts sidecars again that have ended, as a supervisor does. What is to be told of it.
+
+        To be called again and again once everything was ready.
+
+        Raises:
+            CliError: another process ended, or a sidecar ended at once several times.
+        """
+        if (
+            dead := next((one for one in (*self._redis, *self._server) if one.exit_code is not None), None)
+        ) is not None:
+            raise ended_by_itself(dead)
+        self._restarts += [Restarts(now_s) for _ in self._sidecars[len(self._restarts) :]]
+        told: list[str] = []
+        for index, (child, restarts) in enumerate(zip(self._sidecars, self._restarts, strict=True)):
+            if child.exit_code is None:
+                continue
+            if restarts.due_s is None:
+                restarts.at_once = restarts.at_once + 1 if now_s - restarts.started_s < ENDED_AT_ONCE_S else 0
+                if restarts.at_once >= ENDED_AT_ONCE_MAX:
+                    raise ended_by_itself(child)
+                wait_s = RESTART_S * 2**restarts.at_once
+                restarts.due_s = now_s + wait_s
+                told.append(f"{child.name} ended {how_it_ended(child)}; it is started again in {wait_s:g} s")
+            elif now_s >= restarts.due_s:
+                self._sidecars[index] = self._sidecar(index)
+                restarts.started_s, restarts.due_s = now_s, None
+                told.append(f"{child.name} was started again (process {self._sidecars[index].pid})")
+        return told
 
     def stop(self, *, hurry: Callable[[], bool]) -> list[str]:
         """End everything: sidecars first, so that they can ship their logs, then the control plane, then Valkey.
@@ -194,11 +242,16 @@ class Stack:
 
 def ended_by_itself(child: Child) -> CliError:
     """The error for a process that ended although nobody asked it to."""
-    code = child.exit_code
-    how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
     return CliError(
-        f"{child.name} ended {how}. The end of its log:\n{child.end_of_log()}", fix=f"read {child.log_path}"
+        f"{child.name} ended {how_it_ended(child)}. The end of its log:\n{child.end_of_log()}",
+        fix=f"read {child.log_path}",
     )
+
+
+def how_it_ended(child: Child) -> str:
+    """In words."""
+    code = child.exit_code
+    return f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
 
 
 def valkey_binary() -> str:

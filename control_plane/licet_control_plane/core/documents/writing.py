@@ -13,6 +13,7 @@ from typing import Any, Final
 import yaml
 
 from licet.domain.catalog import (
+    RATE_SUFFIX,
     Action,
     ApprovalChain,
     ApprovalStage,
@@ -184,6 +185,8 @@ def _limit(feature: str, limit: Limit) -> dict[str, Any]:
     name = limit.key.removeprefix(f"{feature}:")
     if limit.currency:
         name = name.removesuffix(f".{limit.currency.lower()}")
+    elif limit.is_rate:
+        name = name.removesuffix(RATE_SUFFIX)
     derived = f"{limit.per.value}@{'+'.join(sorted(limit.scope))}" if limit.scope else limit.per.value
     if name != derived:
         body["name"] = name
