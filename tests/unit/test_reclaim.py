@@ -125,4 +125,5 @@ def test_a_view_adds_up() -> None:
     assert (seen.used, seen.reserved, seen.unspent, seen.unspent_dead, seen.folded) == (37, 5, 45, 30, 7)
     assert [(one.sidecar, one.state) for one in seen.holders] == [("dead", "dead"), ("live", "live"), ("old", "sealed")]
     assert (seen.remaining(100), seen.overage(100)) == (13, 0)
-    assert (seen.remaining(80), seen.overage(80)) == (0, 7)
+    assert (seen.remaining(80), seen.overage(80)) == (0, 0), "what is leased is not used"
+    assert seen.overage(30) == 7
