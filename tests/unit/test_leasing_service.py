@@ -224,3 +224,21 @@ async def test_subjects_that_were_only_asked_about_leave_nothing(tmp_path: Path)
         world.advance(60)
         await sidecar.leasing.upkeep()
         assert not list(held.all())
+
+
+async def test_thousands_of_leases_of_one_tenant_are_kept_alive_with_one_call_a_round(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    sidecar = _with_leases(world, 5_000, cap=5, used=2)
+    try:
+        await _assert_all(sidecar)
+        before, rounds = sidecar.tally.settle_calls, 80
+        for _ in range(rounds):  # 100 s, more than a hold
+            world.advance(1.25)
+            await sidecar.leasing.upkeep()
+        assert sidecar.tally.settle_calls - before <= rounds
+        assert not sidecar.leasing.urgent.is_set()
+        held = sidecar.leases.of("acme")
+        assert all(lease.hold_until_ms > world.clock.ms and lease.free == 3 for lease in held.all())
+        assert len(held.by_age) == 5_000, "each once"
+    finally:
+        await sidecar.stop()

@@ -477,7 +477,8 @@ class TenantLeases:
     due: dict[Lease, None] = field(default_factory=dict)
     """Leases that the next calls are to speak of, in this order."""
     by_age: list[tuple[int, int, Lease]] = field(default_factory=list)
-    """A heap of (when last asked about, a number, lease) of all that Redis has to know of. Entries may be outdated."""
+    """A heap of (when last asked about, a number, lease) of all that Redis has to know of, once each. What was asked
+    about since is found further down when it comes to the top."""
     lowered: list[tuple[Lease, int]] = field(default_factory=list)
     """Leases whose cap the last ``begin_call`` lowered, and what it was."""
     why: str = ""
@@ -612,7 +613,7 @@ class LeaseBook:
         """A dropped lease in the book again, or the one that took its place."""
         if (present := held.find(lease.quota)) is not None:
             return present
-        lease.dropped = lease.aged = False
+        lease.dropped = False
         if held.leases.setdefault((lease.limit_key, lease.scope), lease) is not lease:
             held.others[lease.quota] = lease
         return lease
@@ -906,9 +907,7 @@ class LeaseBook:
             lease.unsure = False
             if ask.min:
                 lease.spent_ms = boot_ms
-            if lease.asked_ms != call.sent_boot_ms:
-                lease.asked_ms, lease.aged = call.sent_boot_ms, False
-                self._age(held, lease)
+            lease.asked_ms = call.sent_boot_ms
             lease.remaining = max(0, granted.amount - granted.sum)
             lease.heard_ms = boot_ms if granted.amount == lease.amount else 0
             lease.held_elsewhere = max(0, granted.sum - granted.g)
@@ -996,12 +995,14 @@ class LeaseBook:
     def _oldest_ms(self, held: TenantLeases, boot_ms: int, at_most: int) -> int:
         """When the lease was asked about that was not for longest, of those that Redis has to know; or ``at_most``."""
         while held.by_age and held.by_age[0][0] < at_most:
-            asked_ms, _, lease = held.by_age[0]
-            if lease.asked_ms == asked_ms and lease.aged and not lease.dropped:
-                if self._is_sayable(lease, boot_ms):
-                    return asked_ms
+            asked_ms, number, lease = held.by_age[0]
+            if lease.dropped or not self._is_sayable(lease, boot_ms):
+                heapq.heappop(held.by_age)
                 lease.aged = False
-            heapq.heappop(held.by_age)
+            elif lease.asked_ms != asked_ms:
+                heapq.heapreplace(held.by_age, (lease.asked_ms, number, lease))
+            else:
+                return asked_ms
         return at_most
 
     def _is_sayable(self, lease: Lease, boot_ms: int) -> bool:
