@@ -18,10 +18,11 @@ from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.store import ledger, licenses, marks, meta, publisher_lease, revisions
 from licet_control_plane.store.database import Database, DatabaseUnavailable
-from licet_control_plane.store.schema import events, metadata, ranges
+from licet_control_plane.store.schema import events, metadata, ranges, rollups
 from licet_control_plane.store.schema import licenses as licenses_table
 from licet_control_plane.store.schema import publisher_lease as publisher_lease_table
 from licet_control_plane.store.subjects import SubjectKeys
+from tests.support.ledger import verification_of
 from tests.support.usage import batch
 
 KEYS = SubjectKeys(LedgerKey(bytes(32)))
@@ -214,3 +215,11 @@ def test_of_many_that_want_the_lease_at_once_one_has_it(database: Database, data
         thread.join()
     assert len({holder for _, holder in answers}) == 1
     assert sum(who == holder for who, holder in answers) == 1
+
+
+def test_sums_of_what_was_asked_in_vain_end_at_the_largest_number(database: Database) -> None:
+    for seq in range(1, 4):
+        asked = DecodedBatch.of(batch(seq, seq, units={"reports": 2**62}, effect=2, spends=[]).pack())
+        database.write_now(ledger.record, 0, [asked], keys=KEYS, now_us=1)
+    assert database.read_now(lambda connection: connection.execute(select(rollups.c.units)).scalar_one()) == 2**63 - 1
+    assert verification_of(database, KEYS.ledger_key).rollups_match

@@ -83,13 +83,10 @@ async def retry_dead_letter(
 async def drop_dead_letter(
     request: Request, number: int, caller: Annotated[Caller, Depends(authenticate)]
 ) -> dict[str, Any]:
-    """Give it up: its bytes are discarded, its digest and reason stay."""
+    """Give it up: its bytes are discarded, its digest and reason stay; its events are declared lost."""
     plane = plane_of(request)
     row = await _waiting(request, number)
-    await plane.database.write(
-        dead_letters.settle, number, dead_letters.DROPPED, by=caller.name, now_us=int(plane.now_s() * 1_000_000)
-    )
-    await plane.workers[row.shard].count_kept()
+    await plane.workers[row.shard].drop(number, bytes(row.body), by=caller.name)
     return {"number": number, "outcome": dead_letters.DROPPED}
 
 

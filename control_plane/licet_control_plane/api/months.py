@@ -229,10 +229,11 @@ def _json(value: Any) -> Any:
 
 
 def _behind(plane: ControlPlane) -> None:
-    """Refuses while the archive, or the receiver of events, lacks anything that the ledger has."""
-    if plane.archive is not None and any(plane.archive.counts.lag.values()):
+    """Refuses while the archive, or the receiver of events, lacks anything that the ledger has, or may lack it."""
+    archive, sender = plane.archive, plane.sender
+    if archive is not None and (not archive.counts.lag or any(archive.counts.lag.values())):
         raise Problem(409, "The archive does not have everything yet.", "See licet_archive_lag_blocks; then try again.")
-    if plane.sender is not None and any(plane.sender.counts.lag_blocks.values()):
+    if sender is not None and (not sender.counts.lag_blocks or any(sender.counts.lag_blocks.values())):
         raise Problem(
             409, "The receiver of events does not have everything yet.", "See licet_events_lag_blocks; then try again."
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -23,6 +23,7 @@ from licet.wire.documents import ACK, AckPayload
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import RedisNames
 from licet.wire.signing import SigningKey, Statement
+from licet.wire.usage import LostRange, UsageBatch
 from licet_control_plane.archive.files import ArchiveDamaged, ArchiveUnavailable
 from licet_control_plane.archive.follower import Archive
 from licet_control_plane.core.accounting import DecodedBatch
@@ -320,6 +321,39 @@ class ShardWorker:
             log.warning("a dead letter is recorded, its sidecar not told yet", letter=number, reason=str(error))
             return done, False
         return done, True
+
+    async def drop(self, number: int, body: bytes, *, by: str) -> bool:
+        """Give a dead letter up. Its events, as far as its numbers can be read, are declared lost in its sidecar's
+        name: else that would keep them for ever, and before long all that comes after them.
+
+        Raises:
+            DatabaseUnavailable: nothing was changed.
+        """
+        try:
+            batch = await asyncio.to_thread(UsageBatch.unpack, body)
+        except EnvelopeError:
+            batch = None  # nobody can say what it was about
+        settled, done = await self._database.write(self._drop_letter, number, batch, by=by)
+        self._count(done, batches=0)
+        try:
+            await self._acknowledge(done)
+        except (RedisUnavailable, RedisRefused, ArchiveUnavailable, ArchiveDamaged) as error:
+            log.warning("a dead letter is dropped, its sidecar not told yet", letter=number, reason=str(error))
+        await self.count_kept()
+        return settled
+
+    def _drop_letter(
+        self, connection: Connection, number: int, batch: UsageBatch | None, *, by: str
+    ) -> tuple[bool, Recorded]:
+        now_us = int(self._now_s() * 1_000_000)
+        settled = dead_letters.settle(connection, number, dead_letters.DROPPED, by=by, now_us=now_us)
+        if not settled or batch is None:
+            return settled, Recorded()
+        lost = LostRange(batch.first_seq, batch.last_seq, f"dead letter {number} was dropped by {by}")
+        empty = replace(batch, last_seq=batch.first_seq - 1, events=(), lost=(lost,))
+        return settled, ledger.record(
+            connection, self._shard, [DecodedBatch(empty, [])], keys=self._subject_keys, now_us=now_us
+        )
 
     def _record_letter(self, connection: Connection, number: int, decoded: DecodedBatch, *, by: str) -> Recorded:
         now_us = int(self._now_s() * 1_000_000)

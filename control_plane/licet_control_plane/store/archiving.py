@@ -11,12 +11,14 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, insert, select, update
 
+from licet_control_plane.archive.files import ArchiveDamaged
 from licet_control_plane.archive.records import ArchivedBlock, ArchivedLog
 from licet_control_plane.archive.subject_keys import ArchivedSubject
 from licet_control_plane.core import chain
 from licet_control_plane.core.chain import Block
 from licet_control_plane.core.sealed_events import Sealed
 from licet_control_plane.store import access, meta
+from licet_control_plane.store.database import POSTGRESQL
 from licet_control_plane.store.schema import blocks, events, logs, shards, subjects
 
 _ASK_MAX: Final = 500
@@ -90,6 +92,11 @@ def _archived(connection: Connection, block: Block) -> FoundBlock:
         for subject, *sealed in rows:
             about.add(subject)
             held.append(Sealed(*sealed))
+    if len(held) != block.events:
+        raise ArchiveDamaged(
+            f"block {block.number} of shard {block.shard} has {block.events} events, and the ledger {len(held)} of"
+            " them: a month that was dropped before it was archived cannot be"
+        )
     headers = [
         ArchivedLog(
             log.log_id,
@@ -148,8 +155,19 @@ def put_subjects(connection: Connection, archived: Collection[ArchivedSubject]) 
         some = numbers[start : start + _ASK_MAX]
         known |= set(connection.scalars(select(subjects.c.number).where(subjects.c.number.in_(some))))
     new = [subject._asdict() for subject in archived if subject.number not in known]
+    gone = [subject.number for subject in archived if subject.erased_at is not None and subject.number in known]
+    for start in range(0, len(gone), _ASK_MAX):  # somebody who came back since has the same tag under another number
+        some = gone[start : start + _ASK_MAX]
+        erased = update(subjects).where(subjects.c.number.in_(some)).values(tag=None, principal=None, key=None)
+        connection.execute(erased)
     if new:
         connection.execute(insert(subjects), new)
+    if connection.dialect.name == POSTGRESQL:
+        # Numbers that were given explicitly do not move what the next one is taken from.
+        connection.exec_driver_sql(
+            "SELECT setval(pg_get_serial_sequence('ledger_subjects', 'number'),"
+            " greatest((SELECT max(number) FROM ledger_subjects), 1))"
+        )
 
 
 def erase_subjects(connection: Connection, numbers: Sequence[int], *, at: int) -> None:

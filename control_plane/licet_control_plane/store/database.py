@@ -19,13 +19,15 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, Table, create_engine, event, func, literal_column, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InternalError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
 
 POSTGRESQL: Final = "postgresql"
+SUM_MAX: Final = 2**63 - 1
+"""Largest number that a column of a sum holds."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -232,16 +234,19 @@ def read_only_engine(url: str) -> Engine:
 def upsert_sql(
     dialect: str, table: Table, columns: tuple[str, ...], *, key: tuple[str, ...], added: tuple[str, ...]
 ) -> str:
-    """``insert_sql`` that, where there is a row with the same ``key``, adds the ``added`` columns to it.
+    """``insert_sql`` that, where there is a row with the same ``key``, adds the ``added`` columns to it, up to
+    ``SUM_MAX``: what was asked in vain may be any number, any number of times, and must not stop what comes with it.
 
     Like there, ``columns`` are in the order of the table.
     """
     dialects: Any = postgresql if dialect == POSTGRESQL else sqlite
     positional = dialects.dialect(paramstyle="format" if dialect == POSTGRESQL else "qmark")
     statement = dialects.insert(table)
+    least = func.least if dialect == POSTGRESQL else func.min
+    most: Any = literal_column(str(SUM_MAX))  # no parameter: those are the row's
     statement = statement.on_conflict_do_update(
         index_elements=[table.c[name] for name in key],
-        set_={name: table.c[name] + statement.excluded[name] for name in added},
+        set_={name: least(table.c[name], most - statement.excluded[name]) + statement.excluded[name] for name in added},
     )
     return str(statement.compile(dialect=positional, column_keys=list(columns)))
 

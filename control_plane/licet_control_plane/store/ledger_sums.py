@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection, Table, select
 
 from licet_control_plane.core.accounting import Account, BilledKey, ExposureKey, RollupKey, RollupSums, Sums
-from licet_control_plane.store.database import upsert_sql
+from licet_control_plane.store.database import SUM_MAX, upsert_sql
 from licet_control_plane.store.schema import billed, exposures, rollup_days, rollups
 
 _SUMS: Final = RollupSums._fields
@@ -42,7 +42,7 @@ def add(connection: Connection, account: Account) -> None:
             # naming each value costs as much as adding the row.
             connection.exec_driver_sql(
                 upsert_sql(connection.dialect.name, kept.table, columns, key=kept.key, added=kept.sums),
-                [in_order((*key, *sums[key])) for key in sorted(sums)],
+                [in_order((*key, *map(_bounded, sums[key]))) for key in sorted(sums)],
             )
 
 
@@ -65,8 +65,12 @@ def contents_of(account: Account) -> Contents:
     found = []
     for kept, sums in _of(account):
         which = [_SUMS.index(name) for name in kept.sums]
-        found.append({key: [row[index] for index in which] for key, row in sums.items()})
+        found.append({key: [_bounded(row[index]) for index in which] for key, row in sums.items()})
     return found
+
+
+def _bounded(number: int) -> int:
+    return min(number, SUM_MAX)
 
 
 def _of(account: Account) -> list[tuple[_Kept, Sums]]:

@@ -110,7 +110,7 @@ class SubjectKeys:
             for fresh, (tag, subject) in zip(made, sorted(new.items()), strict=True)
         ]
         statement = insert_sql(connection.dialect.name, subjects, _MADE_COLUMNS)
-        connection.exec_driver_sql(f"{statement} ON CONFLICT DO NOTHING", rows)
+        connection.exec_driver_sql(f"{statement} ON CONFLICT (tag) DO NOTHING", rows)
         return self._stored(connection, new)  # another worker's key, where that one was first
 
     def _stored(self, connection: Connection, tags: dict[bytes, Subject]) -> dict[Subject, SubjectKey]:
