@@ -53,7 +53,9 @@ class Answers:
         number = effect * _REASONS + decision.reason
         outcome = self._outcomes.get(number)
         if outcome is None:
-            outcome = pb.CheckResponse(effect=int(effect), reason=int(decision.reason)).SerializeToString()  # type: ignore[arg-type]  # same numbers
+            outcome = pb.CheckResponse(
+                effect=pb.Effect.ValueType(effect), reason=pb.Reason.ValueType(decision.reason)
+            ).SerializeToString()
             self._outcomes[number] = outcome
         parts = [outcome, self._state]
         if decision_id:

@@ -179,7 +179,7 @@ class DurabilityGate:
             decision.message = f"{decision.message} {said}".strip()
             return
         decision.effect = pb.EFFECT_DENIED
-        decision.reason = int(_REASONS[level])  # type: ignore[assignment]  # same numbers
+        decision.reason = pb.Reason.ValueType(_REASONS[level])
         decision.message = f"{said} Repeat the call with the same idempotency key to be answered when it is."
         decision.retry_after.seconds = RETRY_AFTER_S
         decision.ClearField("decision_id")

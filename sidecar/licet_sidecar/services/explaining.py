@@ -226,8 +226,8 @@ class ExplainingService:
                 response.actions.append(
                     pb.ActionState(
                         action=name,
-                        effect=int(effect),  # type: ignore[arg-type]  # same numbers
-                        reason=int(outcome.reason),  # type: ignore[arg-type]  # same numbers
+                        effect=pb.Effect.ValueType(effect),
+                        reason=pb.Reason.ValueType(outcome.reason),
                         message=outcome.message,
                         rule=outcome.rule,
                     )

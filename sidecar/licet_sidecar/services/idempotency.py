@@ -166,8 +166,8 @@ def answer_of(prefix: bytes, event: usage.UsageEvent) -> pb.CheckResponse:
     observed = event.flags & usage.FLAG_OBSERVED
     response = pb.CheckResponse(
         decision_id=usage.decision_id(prefix, event.seq),
-        effect=int(Effect.APPROVED) if observed else event.effect,  # type: ignore[arg-type]  # same numbers
-        reason=int(Reason(event.reason)),  # type: ignore[arg-type]  # same numbers
+        effect=pb.Effect.ValueType(Effect.APPROVED if observed else event.effect),
+        reason=pb.Reason.ValueType(Reason(event.reason)),
         rule=event.rule,
         revision=event.revision,
         stale=bool(event.flags & usage.FLAG_STALE),

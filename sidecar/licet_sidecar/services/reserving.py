@@ -724,7 +724,7 @@ class Reserving:
         state = ReservationState.UNKNOWN if found is None else found.state
         message = f"The reservation is {state.name.lower()}: nothing was committed."
         return pb.CommitReservationResponse(
-            state=int(state),  # type: ignore[arg-type]  # same numbers
+            state=pb.ReservationState.ValueType(state),
             decision=pb.CheckResponse(effect=pb.EFFECT_DENIED, message=message, revision=self._engine.revision),
         ).SerializeToString()
 
@@ -758,17 +758,17 @@ def _expires_after_us(duration: Duration) -> int:
 
 
 def _cancel_answer(found: Found) -> bytes:
-    return pb.CancelReservationResponse(state=_state_of(found)).SerializeToString()  # type: ignore[arg-type]  # same numbers
+    return pb.CancelReservationResponse(state=_state_of(found)).SerializeToString()
 
 
 def _extend_answer(found: Found) -> bytes:
-    response = pb.ExtendReservationResponse(state=_state_of(found))  # type: ignore[arg-type]  # same numbers
+    response = pb.ExtendReservationResponse(state=_state_of(found))
     if isinstance(found, Reservation):
         response.expires_at.FromMicroseconds(found.expires_us)
     return response.SerializeToString()
 
 
-def _state_of(found: Found) -> int:
+def _state_of(found: Found) -> pb.ReservationState.ValueType:
     if isinstance(found, Reservation):
-        return ReservationState.HELD
-    return ReservationState.UNKNOWN if found is None else found.state
+        return pb.RESERVATION_STATE_HELD
+    return pb.RESERVATION_STATE_UNKNOWN if found is None else pb.ReservationState.ValueType(found.state)
