@@ -299,7 +299,7 @@ async def test_nothing_is_acknowledged_while_the_database_is_away(
     assert await running.redis.hgetall(NAMES.acked()) == {}
     monkeypatch.setattr(database, "write_now", works)
     await acked(running, 10)
-    assert not running.plane.drain.trouble
+    await until(lambda: is_out_of_trouble(running))
 
 
 async def test_spends_of_approved_events_fill_the_register_spend(running: Deployment) -> None:
@@ -400,6 +400,10 @@ async def has_events(running: Deployment, count: int) -> bool:
 
 async def is_in_trouble(running: Deployment) -> bool:
     return bool(running.plane.drain.trouble)
+
+
+async def is_out_of_trouble(running: Deployment) -> bool:
+    return not running.plane.drain.trouble
 
 
 async def has_group(running: Deployment) -> bool:

@@ -223,11 +223,11 @@ class ShardWorker:
                 done = await self._record([batch for _, batch in decoded])
             except _MISFIT:
                 done = await self._record_singly(decoded, poison)
+        self._count(done, batches=len(decoded))  # it is done, whether or not Redis hears of it
         await self._acknowledge(done)
         self._held.difference_update(gone)
         await self._remove([*(entry for entry, _ in decoded), *gone])
         await self._set_aside(poison)
-        self._count(done, batches=len(decoded))
 
     def _count(self, done: Recorded, *, batches: int) -> None:
         counts = self._counts
