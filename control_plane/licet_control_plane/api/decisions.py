@@ -6,13 +6,14 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request
 
-from licet.domain.outcomes import Effect, Reason
-from licet.wire.usage import FLAG_DEGRADED, FLAG_OBSERVED, FLAG_STALE, EventKind
+from licet.wire.usage import FLAG_DEGRADED, FLAG_OBSERVED, FLAG_STALE
 from licet_control_plane.api.auth import plane_of
 from licet_control_plane.api.problems import Problem
-from licet_control_plane.api.times import format_us, parse_us
+from licet_control_plane.api.times import parse_us
+from licet_control_plane.core.event_view import event_json
 from licet_control_plane.store import decisions
-from licet_control_plane.store.decisions import Cursor, Recorded
+from licet_control_plane.store.decisions import Cursor
+from licet_control_plane.store.event_reports import Recorded
 
 router = APIRouter()
 
@@ -62,31 +63,10 @@ def _cursor(text: str) -> Cursor | None:
 
 def _described(recorded: Recorded) -> dict[str, Any]:
     event = recorded.event
-    return {
-        "decision_id": recorded.decision_id,
-        "kind": _name(EventKind, event.kind),
-        "at": format_us(event.at_us),
+    return event_json(recorded.log_id, recorded.decision_prefix, event) | {
         "at_us": event.at_us,
-        "tenant": event.tenant,
-        "subject": {"type": event.subject_type, "id": event.subject_id, "on_behalf_of": event.on_behalf_of},
-        "action": event.action,
-        "resource": {"type": event.resource_type, "id": event.resource_id},
-        "context": event.context,
-        "units": event.units,
-        "effect": _name(Effect, event.effect),
-        "reason": _name(Reason, event.reason),
-        "rule": event.rule,
-        "revision": event.revision,
         "cost": {"amount_nanos": event.cost_nanos, "currency": event.currency} if event.currency else None,
         "stale": bool(event.flags & FLAG_STALE),
         "degraded": bool(event.flags & FLAG_DEGRADED),
         "observed": bool(event.flags & FLAG_OBSERVED),
-        "shadow": list(event.shadow),
     }
-
-
-def _name(kind: type[EventKind] | type[Effect] | type[Reason], number: int) -> str:
-    try:
-        return kind(number).name
-    except ValueError:  # a newer sidecar's
-        return str(number)

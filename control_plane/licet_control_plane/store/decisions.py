@@ -9,8 +9,8 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, func, select, tuple_
 
-from licet.wire.usage import UsageEvent, decision_id
 from licet_control_plane.core.subject_keys import LedgerKey
+from licet_control_plane.store.event_reports import Recorded
 from licet_control_plane.store.ledger import READABLE
 from licet_control_plane.store.schema import events, logs
 from licet_control_plane.store.subjects import EventReader
@@ -26,13 +26,6 @@ class Cursor(NamedTuple):
     at_us: int
     log: int
     seq: int
-
-
-class Recorded(NamedTuple):
-    """A decision and its id (32 hex digits)."""
-
-    decision_id: str
-    event: UsageEvent
 
 
 def page(
@@ -61,7 +54,7 @@ def page(
             cursor = Cursor(name, from_us, 0, 0)
         wanted = limit - len(found)
         rows: Any = connection.execute(
-            select(*READABLE, events.c.at, events.c.seq, logs.c.decision_prefix)
+            select(*READABLE, events.c.at, events.c.seq, logs.c.log_id, logs.c.decision_prefix)
             .join(logs, logs.c.log == events.c.log)
             .where(
                 events.c.tenant == cursor.tenant,
@@ -74,8 +67,7 @@ def page(
         ).all()
         opened = reader.read([row[: len(READABLE)] for row in rows])
         found += [
-            Recorded(decision_id(bytes(row.decision_prefix), row.seq), event)
-            for row, event in zip(rows, opened, strict=True)
+            Recorded(row.log_id, bytes(row.decision_prefix), event) for row, event in zip(rows, opened, strict=True)
         ]
         if len(rows) == wanted:
             return found, Cursor(cursor.tenant, rows[-1].at, rows[-1].log, rows[-1].seq)
