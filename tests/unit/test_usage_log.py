@@ -615,6 +615,8 @@ def test_events_larger_than_one_reading_are_read(tmp_path: Path, monkeypatch: py
 
 def test_events_of_several_ids_and_incarnations_are_apart(tmp_path: Path) -> None:
     written(tmp_path, 3, sidecar=OTHER, incarnation=1)
+    for path in tmp_path.glob("usage-*.log"):
+        os.utime(path, (0, 0))  # clearly the older: file systems keep times as coarse as a tick of the kernel
     written(tmp_path, 2, incarnation=1)
     written(tmp_path, 4, incarnation=2)
     log = started(tmp_path, 3)
