@@ -172,14 +172,16 @@ async def test_what_is_personal_is_sent_when_asked_for_and_not_once_it_was_erase
     await running.start()
     await send(running, batch(1, 1), batch(2, 2, subject_id="bob"))
     await until(lambda: failed(running, 1))
-    # The request that was made before the erasure is not kept over a restart.
-    await running.plane.database.write(ledger.erase, running.ledger_key, "acme", "user", "bob", now_us=1)
-    await running.stop()
+    assert running.plane.sender is not None
+    assert b'"ada"' in receiver.received[-1].body
+    await running.plane.database.write(ledger.erase, running.ledger_key, "acme", "user", "ada", now_us=1)
+    tries = running.plane.sender.counts.failures
+    await until(lambda: failed(running, tries + 2))  # the one under way was read before
     receiver.answer = lambda _request: 200
-    await running.start()
     ada, bob = await taken(receiver, 2)
-    assert (ada["data"]["subject"]["id"], ada["data"]["context"]) == ("ada", {"region": "eu"})
-    assert (bob["data"]["subject"]["id"], bob["data"]["context"]) == ("(erased)", {})
+    assert (ada["data"]["subject"]["id"], ada["data"]["context"]) == ("(erased)", {})
+    assert (bob["data"]["subject"]["id"], bob["data"]["context"]) == ("bob", {"region": "eu"})
+    assert receiver.taken[0].headers["webhook-id"] == receiver.received[0].headers["webhook-id"]
 
 
 async def test_a_receiver_that_fails_and_hangs_up_gets_everything_in_the_end_and_holds_up_nobody(

@@ -2,7 +2,8 @@
 
 One task a shard. It reads what comes next from the ledger, posts it, and notes in the database how far it is once the
 receiver has answered 2xx: after a restart, or days without a receiver, it goes on from there. A request that is sent
-again is the same, its ``webhook-id`` too; after a restart it may be cut otherwise, and the ids of events are the same.
+again has the same ``webhook-id`` and the same events, read again: of who was erased meanwhile it says nothing any more.
+After a restart it may be cut otherwise, and the ids of events are the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from licet_control_plane.core.cloud_events import body_of, cloud_event, signed_h
 from licet_control_plane.core.sealed_events import Damaged
 from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.redis_link import backoff_s
-from licet_control_plane.store import sinks
+from licet_control_plane.store import meta, sinks
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.store.sinks import EventsGone, NextEvent, Place
 
@@ -60,12 +61,11 @@ class SinkCounts:
 
 
 class _Request(NamedTuple):
-    """The events from ``place`` up to ``after``, ready to be sent."""
+    """How the events from ``place`` on were cut. What is in them is read for each attempt: it may be erased."""
 
     place: Place
-    after: Place
     events: int
-    body: bytes
+    id: str
 
 
 class EventSender:
@@ -130,25 +130,31 @@ class EventSender:
             return False
         self.counts.oldest_at[shard] = behind.oldest_at
         request = self._requests.get(shard)
-        if request is None or request.place != place:
-            found, after = await self._database.read(
-                sinks.events_from, shard, place, limit=EVENTS_MAX, ledger_key=self._ledger_key
-            )
-            request = _Request(place, after, len(found), await asyncio.to_thread(self._body, found))
-            self._requests[shard] = request
-        if request.events:
-            await self._post(shard, request)
-        await self._database.write(sinks.move, NAME, shard, request.after, now_us=int(self._now_s() * 1_000_000))
+        if request is not None and request.place != place:
+            request = None
+        found, after = await self._database.read(
+            sinks.events_from,
+            shard,
+            place,
+            limit=request.events if request else EVENTS_MAX,
+            ledger_key=self._ledger_key,
+        )
+        if request is None:
+            about = await self._database.read(meta.read)
+            where = f"{place.block}.{place.events}-{after.block}.{after.events}"
+            id_ = f"{self._deployment}-{about.ledger_generation}-{shard}-{where}"
+            request = self._requests[shard] = _Request(place, len(found), id_)
+        if found:
+            await self._post(request.id, await asyncio.to_thread(self._body, found))
+        await self._database.write(sinks.move, NAME, shard, after, now_us=int(self._now_s() * 1_000_000))
         del self._requests[shard]
-        self.counts.events += request.events
-        return request.after != place
+        self.counts.events += len(found)
+        return after != place
 
-    async def _post(self, shard: int, request: _Request) -> None:
-        place, after = request.place, request.after
-        id_ = f"{self._deployment}-{shard}-{place.block}.{place.events}-{after.block}.{after.events}"
-        headers = signed_headers(self._secret, id_, int(self._now_s()), request.body)
+    async def _post(self, id_: str, body: bytes) -> None:
+        headers = signed_headers(self._secret, id_, int(self._now_s()), body)
         try:
-            answer = await self._http.post(self._url, content=request.body, headers=headers)
+            answer = await self._http.post(self._url, content=body, headers=headers)
         except httpx.HTTPError as error:
             raise NotTaken(f"the receiver cannot be reached: {type(error).__name__}: {error}") from error
         if not answer.is_success:
