@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgpack
 import pytest
 from sqlalchemy import Connection, select
 
@@ -586,6 +587,15 @@ async def test_a_batch_that_does_not_fit_the_ledger_is_not_acknowledged(api: Api
     wrong = batch(1, 2, sidecar="f" * 32, at_us="yesterday")
     acks = await _usage(sidecar, wrong, batch(1, 3))
     assert list(acks) == [f"{'a' * 32}:1"]
+
+
+async def test_an_event_that_cannot_be_read_holds_up_only_its_own_batch(api: Api, sidecar: httpx.AsyncClient) -> None:
+    newer = replace(batch(1, 2, sidecar="f" * 32), events=(msgpack.packb([1]), msgpack.packb([2])))
+    for _ in range(2):
+        assert list(await _usage(sidecar, newer, batch(1, 3))) == [f"{'a' * 32}:1"]
+    (letter,) = (await api.get("/v1/usage/dead-letters")).json()["items"]
+    assert (letter["log_id"], letter["first_seq"], letter["last_seq"], letter["times"]) == (newer.log_id, 1, 2, 2)
+    assert "damaged event" in letter["reason"]
 
 
 async def test_more_than_a_body_may_have_is_refused(api: Api, sidecar: httpx.AsyncClient) -> None:

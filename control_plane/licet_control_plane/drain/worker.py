@@ -134,17 +134,14 @@ class ShardWorker:
     async def take(self, raws: Sequence[bytes]) -> dict[str, bytes]:
         """Commits packed batches that came by another way than the stream. Signed acknowledgements, by log id.
 
-        May be repeated, also with what came through the stream: the ledger takes each event once. A batch that does not
-        fit the ledger is not acknowledged.
+        May be repeated, also with what came through the stream: the ledger takes each event once. A batch that cannot
+        be read or does not fit the ledger becomes a dead letter, and is not acknowledged.
 
         Raises:
-            EnvelopeError: what was sent is not a batch; nothing was committed.
             DatabaseUnavailable: nothing is known of what was committed: send it again.
         """
         entries: list[Entry] = [(b"-", {FIELD: raw}) for raw in raws]
         decoded, poison, _ = await asyncio.to_thread(_decode, entries)
-        if poison:
-            raise EnvelopeError(poison[0].reason)
         done = Recorded()
         try:
             done = await self._record([batch for _, batch in decoded])
@@ -421,8 +418,17 @@ def acknowledgement(
 
 
 def _misfit(entry: bytes, decoded: DecodedBatch, error: BaseException) -> Letter:
-    batch = decoded.batch
-    reason = f"does not fit the ledger: {type(error).__name__}: {error}"
+    return _letter(entry, decoded.batch, f"does not fit the ledger: {type(error).__name__}: {error}")
+
+
+def _unread(entry: bytes, raw: bytes, error: EnvelopeError) -> Letter:
+    try:
+        return _letter(entry, UsageBatch.unpack(raw), str(error))  # only an event of it cannot be read
+    except EnvelopeError:
+        return Letter(entry.decode(), raw, str(error))
+
+
+def _letter(entry: bytes, batch: UsageBatch, reason: str) -> Letter:
     return Letter(entry.decode(), batch.pack(), reason, batch.log_id, batch.first_seq, batch.last_seq)
 
 
@@ -441,5 +447,5 @@ def _decode(
         try:
             decoded.append((entry, DecodedBatch.of(raw)))
         except EnvelopeError as error:
-            poison.append(Letter(entry.decode(), raw, str(error)))
+            poison.append(_unread(entry, raw, error))
     return decoded, poison, gone
