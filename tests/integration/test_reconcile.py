@@ -15,6 +15,7 @@ import pytest
 
 from licet.domain.windows import Period, window_at
 from licet.wire.names import usage_shard
+from licet.wire.usage import LostRange
 from licet_control_plane import reconciliation
 from licet_control_plane.api.app import make_app
 from licet_control_plane.archive import comparing
@@ -64,6 +65,11 @@ async def spends(running: Running, first: int, last: int, *, sidecar: str = ONE,
 async def recorded(running: Running, count: int) -> bool:
     await asyncio.sleep(0)
     return running.plane.drain.events >= count
+
+
+async def declared(running: Running, count: int) -> bool:
+    await asyncio.sleep(0)
+    return running.plane.drain.declared_lost >= count
 
 
 async def reconciled(running: Running, **order: Any) -> dict[str, Any]:
@@ -131,7 +137,7 @@ async def test_an_archive_that_is_damaged_or_of_another_ledger_is_named(running:
     assert running.archive_dir is not None
     for number in range(3):
         await spends(running, number * 10 + 1, number * 10 + 10)
-    await running.holds({ONE: register(50, 30)})
+    await running.holds({ONE: register(50, 32)})
     shard, deployment_id = usage_shard(ONE), running.plane.deployment
 
     def differences() -> list[str]:
@@ -139,6 +145,11 @@ async def test_an_archive_that_is_damaged_or_of_another_ledger_is_named(running:
         compared = comparing.compare(running.plane.database, running.archive_dir, deployment_id)
         return [one.what for each in compared for one in each.differences]
 
+    await running.redis.xadd(
+        NAMES.usage(shard), {"b": batch(31, 30, sidecar=ONE, lost=(LostRange(31, 34, "torn"),)).pack()}
+    )
+    await until(lambda: declared(running, 4))
+    await spends(running, 35, 36)
     assert differences() == []
     records = [one.data for one in read(running.archive_dir, shard, deployment_id)]
     shutil.rmtree(running.archive_dir / f"shard-{shard}")

@@ -77,6 +77,9 @@ def _compare(database: Database, directory: Path, deployment: str, shard: int) -
                 what = f"events {gap[0]} to {gap[1]} are in the archive and not in the ledger"
                 found.append(ArchiveDifference(shard, log_id, what))
     if head is not None and head.blocks == blocks:  # else what it lacks is what it has not archived yet
+        declared = database.read_now(lambda connection: list(reconciling.declared_lost(connection, shard)))
+        for log_id, first, last in declared:
+            archived.setdefault(log_id, RecordedSeqs()).add(first, last)
         for log_id, seqs in recorded.items():
             in_archive = archived.get(log_id, RecordedSeqs())
             for first, last in (*([(1, seqs.watermark)] if seqs.watermark else []), *seqs.ranges):
