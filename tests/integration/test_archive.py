@@ -209,6 +209,21 @@ async def test_what_was_altered_in_the_archive_is_named_and_nothing_after_it_is_
     assert empty.read_now(contents)["ledger_events"] == []
 
 
+async def test_without_the_keys_of_subjects_nothing_is_rebuilt_whose_numbers_would_be_given_again(
+    book: Book, empty: Database
+) -> None:
+    await book.fill()
+    book.archive.close()
+    away = book.archive_dir.with_name("away")
+    (book.archive_dir / "subject-keys").rename(away)
+    with pytest.raises(ArchiveDamaged, match=r"record 1: subject 1, who is in it, is not in subject-keys"):
+        list(rebuild(empty, book.archive_dir, DEPLOYMENT, LEDGER_KEY, now_us=9))
+    assert empty.read_now(contents)["ledger_events"] == []
+    away.rename(book.archive_dir / "subject-keys")
+    list(rebuild(empty, book.archive_dir, DEPLOYMENT, LEDGER_KEY, now_us=9))
+    assert empty.read_now(contents) == book.database.read_now(contents)
+
+
 async def test_erasing_somebody_destroys_their_keys_in_the_archive_too(book: Book, empty: Database) -> None:
     await book.fill()
     stored = book.database.read_now(lambda connection: connection.execute(select(subjects)).all())

@@ -177,7 +177,8 @@ def restore(
 
     Raises:
         Damaged: an event cannot be read.
-        ValueError: an event is not where the block says.
+        ValueError: an event is not where the block says, or is of a subject that is not there: its number would be
+            given to somebody else.
     """
     block = archived.block
     _lock(connection, block.shard)
@@ -186,6 +187,7 @@ def restore(
     about = {log.log_id: log for log in archived.logs}
     sealed = iter(archived.events)
     known: dict[str, _Log] = {}
+    numbers: set[int] = set()
     for log_id, first, last in chain.ranges_of(block):
         log = known.get(log_id)
         if log is None:
@@ -204,10 +206,13 @@ def restore(
             )
             readable.append(_Readable(log.number, subject, event.public, event.commitment, personal))
         insert_rows(connection, events, _EVENT_COLUMNS, rows)
+        numbers.update(row.subject for row in readable)
         read = reader.read(readable)
         account.add(about[log_id].sidecar, read)
         log.numbers.add(first, last)
         log.last_at = max(log.last_at, read[-1].at_us)
+    if missing := subjects.unknown(connection, numbers):
+        raise ValueError(f"subject {missing[0]}, who is in it, is not in subject-keys: put the whole folder back")
     for log in known.values():
         _save_log(connection, log)
     ledger_sums.add(connection, account)

@@ -193,6 +193,14 @@ class EventReader:
         return known
 
 
+def unknown(connection: Connection, numbers: Collection[int]) -> list[int]:
+    """Those of ``numbers`` that no subject has, neither a living nor an erased one."""
+    known: set[int] = set()
+    for some in _parts(list(numbers)):
+        known |= set(connection.scalars(select(subjects.c.number).where(subjects.c.number.in_(some))))
+    return sorted(set(numbers) - known)
+
+
 def is_about(ledger_key: LedgerKey, tenant: str, type: str, id: str) -> ColumnElement[bool]:
     """The condition on ``subjects`` for whatever concerns somebody: as the one who acts, or on whose behalf.
 
