@@ -32,7 +32,8 @@ def watermarks(connection: Connection, log_ids: Collection[str]) -> dict[str, in
 def declared_lost(connection: Connection, shard: int) -> list[tuple[str, int, int]]:
     """(log id, first, last) of what sidecars declared lost: it counts as recorded, and nothing of it is in a block."""
     query = select(logs.c.log_id, gaps.c.first_seq, gaps.c.last_seq).join(logs, logs.c.log == gaps.c.log)
-    return [row.tuple() for row in connection.execute(query.where(logs.c.shard == shard))]
+    rows = connection.execute(query.where(logs.c.shard == shard))
+    return [(log_id, first, last) for log_id, first, last in rows]
 
 
 def recorded_logs(connection: Connection, shard: int) -> Iterator[tuple[str, RecordedSeqs]]:
