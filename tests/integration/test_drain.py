@@ -309,8 +309,8 @@ async def test_spends_of_approved_events_fill_the_register_spend(running: Deploy
     await send(running, batch(7, 7, effect=Effect.DENIED.value, flags=FLAG_OBSERVED, spends=[(quota, 3)]))
     await acked(running, 7)
     rows = await running.plane.database.read(lambda connection: connection.execute(register_spend.select()).all())
-    assert [(row.quota, row.sidecar, row.window_start, row.units) for row in rows] == [
-        (quota, SIDECAR, 1_788_220_800, 15)
+    assert [(row.quota, row.sidecar, row.window_start, row.units, row.observed) for row in rows] == [
+        (quota, SIDECAR, 1_788_220_800, 15, 3)
     ]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from sqlalchemy import text, update
 
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import Period, window_at
-from licet.wire.usage import EventKind, UsageBatch
+from licet.wire.usage import FLAG_OBSERVED, EventKind, UsageBatch
 from licet_control_plane.api.app import make_app
 from licet_control_plane.core.accounting import DecodedBatch
-from licet_control_plane.core.fleet import Sidecar
+from licet_control_plane.core.fleet import heard
 from licet_control_plane.store import event_reports, ledger, usage_reports
 from licet_control_plane.store.schema import revisions
 from tests.support.control_plane import Deployment, deployment, heartbeat
@@ -453,8 +454,8 @@ async def test_fees_and_the_open_month_are_provisional(served: Served) -> None:
     share = (month.end - now) / (month.end - month.start)
     assert abs(pro["share_of_month"] - share) < 0.001
     assert [one["why"] for one in made["provisional"]] == ["month_open"]
-    served.running.plane.fleet.sidecars["a" * 32] = Sidecar(heartbeat("a" * 32), now)
-    served.running.plane.fleet.sidecars["b" * 32] = Sidecar(heartbeat("b" * 32), now - 60)
+    served.running.plane.fleet.sidecars["a" * 32] = heard(None, heartbeat("a" * 32), now)
+    served.running.plane.fleet.sidecars["b" * 32] = heard(None, heartbeat("b" * 32), now - 60)
     made = await served.get(f"/v1/tenants/acme/invoices/{_month(now)}")
     assert [one.get("sidecars") for one in made["provisional"]] == [None, ["b" * 32]]
 
@@ -464,20 +465,39 @@ async def test_an_invoice_says_what_is_still_on_its_way(served: Served) -> None:
     await served.record(2, at_us=START_US)
     fleet = served.running.plane.fleet
     now_s = served.running.plane.now_s()
-    behind = heartbeat("a" * 32, log_last_seq=3)
-    fleet.sidecars["a" * 32] = Sidecar(behind, now_s)
-    made = await served.get("/v1/tenants/acme/invoices/2026-09")
-    assert [(one["why"], one.get("sidecars")) for one in made["provisional"]] == [("sidecars_undrained", ["a" * 32])]
-    # Once the ledger has an event after the month, what is on its way is not of the month.
+
+    async def provisional() -> list[tuple[str, Any]]:
+        made = await served.get("/v1/tenants/acme/invoices/2026-09")
+        return [(one["why"], one.get("sidecars") or one.get("gaps")) for one in made["provisional"]]
+
+    fleet.sidecars["a" * 32] = first = heard(None, heartbeat("a" * 32, log_last_seq=3), now_s)
+    assert await provisional() == [("sidecars_undrained", ["a" * 32])]
+    # Its clock was ahead: that an event of after the month arrived says nothing about what comes next.
     await served.record(1, at_us=SEPTEMBER.end * 10**6)
-    fleet.sidecars["a" * 32] = Sidecar(heartbeat("a" * 32, log_last_seq=9), now_s)
-    assert (await served.get("/v1/tenants/acme/invoices/2026-09"))["provisional"] == []
+    assert await provisional() == [("sidecars_undrained", ["a" * 32])]
+    # The ledger is where the log ended after the month, by both clocks.
+    fleet.sidecars["a" * 32] = heard(first, heartbeat("a" * 32, log_last_seq=9, log_acked_seq=3), now_s)
+    assert await provisional() == []
     served._seq += 3
     await served.record(1, at_us=SEPTEMBER.end * 10**6)
+    assert await provisional() == [("gaps", [{"log_id": f"{'a' * 32}:1", "from_seq": 4, "to_seq": 6}])]
+    # One that left, and had more than the ledger has.
+    fleet.sidecars["a" * 32] = replace(fleet.sidecars["a" * 32], gone=True)
+    assert ("sidecars_undrained", ["a" * 32]) in await provisional()
+
+
+async def test_what_only_observe_mode_let_through_is_no_overage(served: Served) -> None:
+    revision = await served.publish(at_us=START_US)
+    september = f"reports:month:{SEPTEMBER.start}"
+    taken = {"at_us": START_US, "units": {"reports": 70}, "revision": revision, "spends": [(september, 70)]}
+    await served.record(2, **taken)
+    await served.record(1, **{**DENIED, **taken}, flags=FLAG_OBSERVED)
     made = await served.get("/v1/tenants/acme/invoices/2026-09")
-    whys = {one["why"]: one for one in made["provisional"]}
-    assert whys["gaps"]["gaps"] == [{"log_id": f"{'a' * 32}:1", "from_seq": 4, "to_seq": 6}]
-    assert "sidecars_undrained" in whys
+    assert amounts(made) == [
+        ("fee", "pro", "", 1, 0, "30.00"),
+        ("fee", "pack", "", 2, 0, "10.00"),
+        ("usage", "reports", "", 140, 20, "12.00"),
+    ]
 
 
 async def test_what_has_no_invoice_is_a_problem(served: Served) -> None:

@@ -13,7 +13,7 @@ from licet.domain.ids import LimitKey
 from licet.domain.money import NANOS, Fee, Price, Step, TierMode, Tiers, minor_digits
 from licet.domain.outcomes import Effect
 from licet.domain.windows import Anchor, Period, Window, window_at
-from licet.wire.usage import UsageEvent
+from licet.wire.usage import FLAG_OBSERVED, UsageEvent
 from licet_control_plane.core.accounting import Account
 from licet_control_plane.core.billing import Billed, Invoice, Terms, WindowSpend, invoice, window_spends
 from tests.support.invoice_oracle import MINOR_DIGITS, Change, owed
@@ -35,7 +35,8 @@ def invoiced(month: Window, changes: list[Change], events: list[UsageEvent]) -> 
         if start == month.start
     ]
     spends = window_spends(
-        (quota.rpartition(":")[0].partition("@")[0], quota, units) for (_, quota, _), units in account.spend.items()
+        (quota.rpartition(":")[0].partition("@")[0], quota, units - account.observed.get((tenant, quota, sidecar), 0))
+        for (tenant, quota, sidecar), units in account.spend.items()
     )
     terms = [Terms(one.revision, one.at_us, one.license, Catalog(plans=one.plans)) for one in changes]
     return invoice("acme", month, terms, billed, spends)
@@ -127,6 +128,7 @@ def some_events(rng: random.Random, changes: list[Change]) -> list[UsageEvent]:
                 seq,
                 at_us=at_s * 10**6 + rng.randrange(10**6),
                 effect=rng.choice((Effect.APPROVED, Effect.APPROVED, Effect.APPROVED, Effect.DENIED)).value,
+                flags=rng.choice((0, FLAG_OBSERVED)),  # an observed denial takes units, and none of them is owed
                 revision=rng.randrange(changes[-1].revision + 2),
                 units=units,
                 priced_as={name: value for name in units if (value := rng.choice(VALUES))},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from licet_control_plane.core.fleet import GONE_S_MIN, Rollout, Sidecar, State, rollout
+from licet_control_plane.core.fleet import GONE_S_MIN, LIVE_S_MAX, Rollout, Sidecar, State, heard, is_undrained, rollout
 from tests.support.control_plane import heartbeat
 
 NOW_S = 100_000.0
@@ -52,3 +52,54 @@ def test_a_sidecar_that_left_is_in_no_list() -> None:
 )
 def test_state_by_silence(silent_s: float, state: State) -> None:
     assert sidecar("a", silent_s=silent_s).state(NOW_S) is state
+
+
+# How far the ledger surely is
+
+
+def said(before: Sidecar | None, seconds: float, last: int, acked: int, *, ahead: float = 0.0, **more: int) -> Sidecar:
+    """After a heartbeat that arrived so many seconds after ``NOW_S``, from a clock so far ahead."""
+    at_us = int((NOW_S + seconds + ahead) * 1_000_000)
+    beat = heartbeat("a", at_us=at_us, log_last_seq=last, log_acked_seq=acked, **more)
+    return heard(before, beat, NOW_S + seconds)
+
+
+def undrained(sidecar: Sidecar, seconds: float, watermark: int) -> bool:
+    return is_undrained(sidecar, watermark, at_s=NOW_S + seconds - LIVE_S_MAX)
+
+
+def test_a_log_that_is_in_the_ledger_is_drained_up_to_its_heartbeat_and_no_further() -> None:
+    one = said(None, 0, 7, 7)
+    assert not undrained(one, 0, 7)
+    assert undrained(one, 0.1, 7)
+    assert undrained(one, 0, 6), "the sidecar says so, and this ledger does not have it"
+
+
+def test_a_busy_log_is_drained_up_to_where_it_ended_a_moment_ago() -> None:
+    one = said(None, 0, 10, 4)
+    assert undrained(one, 0, 4)
+    one = said(one, 1, 20, 9)
+    assert undrained(one, 0, 9)
+    one = said(one, 2, 30, 11)
+    assert not undrained(one, 0, 11)
+    assert undrained(one, 1, 11)
+    one = said(said(one, 3, 40, 29), 4, 50, 30)
+    assert not undrained(one, 2, 30)
+
+
+def test_a_clock_that_is_ahead_settles_nothing_and_one_that_is_behind_only_what_it_is_past() -> None:
+    assert undrained(said(None, 0, 7, 7, ahead=3_600), 1, 7)
+    late = said(None, 0, 7, 7, ahead=-60)
+    assert undrained(late, 0, 7)
+    assert not is_undrained(late, 7, at_s=NOW_S - 60)
+
+
+def test_another_incarnation_begins_anew() -> None:
+    one = said(said(None, 0, 7, 7), 1, 3, 0, incarnation=2)
+    assert undrained(one, 0, 0)
+
+
+def test_who_left_holds_what_the_ledger_does_not_have() -> None:
+    gone = Sidecar(heartbeat("a", log_last_seq=7, log_acked_seq=6), NOW_S, gone=True)
+    assert is_undrained(gone, 6, at_s=0.0)
+    assert not is_undrained(gone, 7, at_s=NOW_S + 1)

@@ -16,8 +16,8 @@ from licet_control_plane.api.times import format_s, parse_s
 from licet_control_plane.changes import LicenseUnknown
 from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.core.billing import Line
-from licet_control_plane.core.fleet import LIVE_S_MAX
-from licet_control_plane.store import billing
+from licet_control_plane.core.fleet import LIVE_S_MAX, is_undrained
+from licet_control_plane.store import billing, reconciling
 
 router = APIRouter()
 
@@ -93,15 +93,12 @@ async def _provisional(plane: ControlPlane, month: Window) -> list[dict[str, Any
     now_s = plane.now_s()
     if now_s < month.end:
         reasons.append({"why": "month_open", "detail": f"The month ends at {format_s(month.end)}."})
-    known = [one for one in plane.fleet.sidecars.values() if not one.gone]
-    logs = {log_id(one.heartbeat.sidecar, one.heartbeat.incarnation): one for one in known}
-    ends = await plane.database.read(billing.log_ends, list(logs))
+    logs = {log_id(one.heartbeat.sidecar, one.heartbeat.incarnation): one for one in plane.fleet.sidecars.values()}
+    watermarks = await plane.database.read(reconciling.watermarks, list(logs))
     late = sorted(
         one.heartbeat.sidecar
         for name, one in logs.items()
-        # Of a sidecar that fell silent before the month ended, nobody knows how far its log goes.
-        if one.last_heard_s < min(month.end, now_s - LIVE_S_MAX)
-        or billing.undrained(ends, name, one.heartbeat.log_last_seq, month=month)
+        if is_undrained(one, watermarks.get(name, 0), at_s=min(month.end, now_s - 2 * LIVE_S_MAX))
     )
     if late:
         reasons.append(

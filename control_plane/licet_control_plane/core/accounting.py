@@ -101,6 +101,7 @@ class Account:
     exposed: Sums = field(default_factory=dict)
     billed: Sums = field(default_factory=dict)
     _spend: defaultdict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
+    _observed: defaultdict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, sidecar: str, events: Iterable[UsageEvent]) -> None:
         """Count events of a log of ``sidecar``, which must be counted here only once."""
@@ -127,6 +128,9 @@ class Account:
             if event.spends and spends_count(event):
                 for quota, count in event.spends:
                     spend[tenant, quota, sidecar] += count
+                if event.effect != _APPROVED:
+                    for quota, count in event.spends:
+                        self._observed[tenant, quota, sidecar] += count
 
     def merge(self, hours: Sums, exposed: Sums, billed: Sums) -> None:
         """Add what another account counted, of other events."""
@@ -150,6 +154,11 @@ class Account:
     def spend(self) -> dict[tuple[str, str, str], int]:
         """Units by (tenant, quota, sidecar)."""
         return dict(self._spend)
+
+    @property
+    def observed(self) -> dict[tuple[str, str, str], int]:
+        """Those of ``spend`` that only observe mode let through: taken from registers, and not billed."""
+        return dict(self._observed)
 
 
 def _parts(event: UsageEvent, features: Mapping[str, int]) -> Sequence[tuple[str, int, int, int, int]]:

@@ -12,8 +12,14 @@ from licet.wire.documents import Heartbeat
 LIVE_S_MAX: Final = 5.0
 """Heartbeats come each second; five missed are a sidecar that is silent, not slow."""
 
+_US: Final = 1_000_000
+
 GONE_S_MIN: Final = 86_400.0
 """A sidecar silent for a day is not coming back; its unshipped log may, and its registers stay counted."""
+
+
+SETTLED_S_MARGIN: Final = LIVE_S_MAX
+"""How long before its arrival a heartbeat may have been sent, at most, so that its sidecar is still taken for live."""
 
 
 class State(StrEnum):
@@ -25,12 +31,30 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class LogMark:
+    """A log ended at ``seq`` at ``at_s``, by the sidecar's clock and by this server's, whichever was earlier."""
+
+    seq: int
+    at_s: float
+
+
+UNMARKED: Final = LogMark(0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
 class Sidecar:
-    """A sidecar's newest heartbeat, and when it arrived by this server's clock. ``gone``: it deregistered itself."""
+    """A sidecar's newest heartbeat, and when it arrived by this server's clock. ``gone``: it deregistered itself.
+
+    ``settled`` is the newest mark of this incarnation's log that its sidecar knows to be in the ledger, ``pending`` the
+    next that will be. What is later than ``settled.at_s`` may still be on its way; what is earlier is not, unless the
+    sidecar's clock is set back. Times of events say less: a clock may have been ahead, and was put right since.
+    """
 
     heartbeat: Heartbeat
     last_heard_s: float
     gone: bool = False
+    settled: LogMark = UNMARKED
+    pending: LogMark | None = None
 
     def state(self, now_s: float) -> State:
         """Live, silent or gone at ``now_s``."""
@@ -42,6 +66,29 @@ class Sidecar:
     def has_confirmed(self, generation: int, revision: int) -> bool:
         """Whether it acts on ``revision`` of ``generation``, or on a newer one."""
         return (self.heartbeat.generation, self.heartbeat.revision) >= (generation, revision)
+
+
+def heard(before: Sidecar | None, heartbeat: Heartbeat, now_s: float) -> Sidecar:
+    """The sidecar after a heartbeat that arrived at ``now_s``. ``before``: ``None`` when it was never heard of."""
+    settled, pending = UNMARKED, None
+    if before is not None and before.heartbeat.incarnation == heartbeat.incarnation:
+        settled, pending = before.settled, before.pending
+    mark = LogMark(heartbeat.log_last_seq, min(now_s - SETTLED_S_MARGIN, heartbeat.at_us / _US))
+    # A busy log never ends where the ledger is; but the ledger gets to where it ended a moment ago.
+    if pending is not None and heartbeat.log_acked_seq >= pending.seq:
+        settled, pending = pending, None
+    if heartbeat.log_acked_seq >= mark.seq:
+        settled, pending = mark, None
+    return Sidecar(heartbeat, now_s, gone=heartbeat.retired, settled=settled, pending=pending or mark)
+
+
+def is_undrained(sidecar: Sidecar, watermark: int, *, at_s: float) -> bool:
+    """Whether a sidecar may hold events of before ``at_s`` that are not in the ledger, which has its log up to
+    ``watermark``. Of one that fell silent before, nobody knows how far its log goes; one that left said so.
+    """
+    if sidecar.gone:
+        return watermark < sidecar.heartbeat.log_last_seq
+    return sidecar.settled.at_s < at_s or watermark < sidecar.settled.seq
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Final
 
 from licet.wire.documents import Heartbeat
 from licet.wire.registers import HOLD_MARGIN_S, Pair
-from licet_control_plane.core.fleet import GONE_S_MIN, Sidecar, State
+from licet_control_plane.core.fleet import GONE_S_MIN, Sidecar, State, heard
 from licet_control_plane.core.learning import Holder
 from licet_control_plane.core.reclaim import HolderState, holder_state
 from licet_control_plane.store import sidecars as store
@@ -104,7 +104,7 @@ class Fleet:
                 continue  # nothing was heard since: the hash keeps what a dead sidecar said last
             news = news or old is None or old.gone or old.heartbeat.incarnation != heartbeat.incarnation
             news = news or heartbeat.retired
-            self.sidecars[name] = Sidecar(heartbeat, now_s, gone=heartbeat.retired)
+            self.sidecars[name] = heard(old, heartbeat, now_s)
             self._unsaved.add(name)
         for name, seen_under in list(self._seen_under.items()):
             if name in heartbeats:

@@ -44,16 +44,6 @@ class Missing:
     to_seq: int
 
 
-@dataclass(frozen=True, slots=True)
-class LogEnd:
-    """How far the ledger has a log. ``last_at_us``: time of its newest event; ``whole``: nothing before is missing."""
-
-    log_id: str
-    watermark: int
-    last_at_us: int
-    whole: bool
-
-
 def invoice_of(connection: Connection, tenant: str, month: Window) -> Invoice | None:
     """The invoice of a tenant; ``None`` for one that never had a license and used nothing."""
     units = [
@@ -85,13 +75,6 @@ def missing(connection: Connection, *, since_us: int) -> list[Missing]:
     return found
 
 
-def log_ends(connection: Connection, log_ids: Collection[str]) -> dict[str, LogEnd]:
-    """How far the ledger has each of some logs; those it never heard of are left out."""
-    above = _ranges(connection)
-    rows = connection.execute(select(logs).where(logs.c.log_id.in_(list(log_ids))))
-    return {row.log_id: LogEnd(row.log_id, row.watermark, row.last_at, whole=row.log not in above) for row in rows}
-
-
 def _ranges(connection: Connection) -> dict[int, list[tuple[int, int]]]:
     found: dict[int, list[tuple[int, int]]] = {}
     for log, first, last in connection.execute(select(ranges)):
@@ -102,12 +85,12 @@ def _ranges(connection: Connection) -> dict[int, list[tuple[int, int]]]:
 def _spends(
     connection: Connection, tenant: str, month: Window, keys: Collection[str], window_s_max: int
 ) -> Iterator[tuple[str, str, int]]:
-    """Limit, quota and units of each sidecar, of windows that may end in the month, of limits whose key is one of
-    ``keys``."""
+    """Limit, quota and billable units of each sidecar, of windows that may end in the month, of limits whose key is one
+    of ``keys``."""
     if not keys:
         return
     rows = connection.execute(
-        select(register_spend.c.quota, register_spend.c.units).where(
+        select(register_spend.c.quota, register_spend.c.units - register_spend.c.observed).where(
             register_spend.c.tenant == tenant,
             register_spend.c.window_start >= month.start - window_s_max,
             register_spend.c.window_start < month.end,
@@ -189,14 +172,3 @@ def _catalogs(
     for revision, chunks in changed:
         catalog = bundle_store.catalog_of(connection, chunks)
         yield revision, Catalog(plans={name: catalog.plans[name] for name in names if name in catalog.plans})
-
-
-def undrained(ends: Mapping[str, LogEnd], log_id: str, last_seq: int, *, month: Window) -> bool:
-    """Whether a log that its sidecar says to end at ``last_seq`` may hold events of the month that are not here.
-
-    Not when the ledger has an event after the month, and nothing before it is missing: a log is in order.
-    """
-    end = ends.get(log_id)
-    if end is None:
-        return last_seq > 0
-    return end.watermark < last_seq and not (end.whole and end.last_at_us >= month.end * _US)

@@ -33,7 +33,7 @@ from licet_control_plane.core.recorded import Gap, LogNumbers, RecordedSeqs
 from licet_control_plane.core.sealed_events import RANDOM_BYTES, UNITS, Sealed, fields_of, is_same, leaf_hash, seal
 from licet_control_plane.core.subject_keys import LedgerKey, Subject
 from licet_control_plane.store import ledger_sums, meta, subjects
-from licet_control_plane.store.database import insert_rows, upsert
+from licet_control_plane.store.database import SUM_MAX, insert_rows, upsert, upsert_sql
 from licet_control_plane.store.schema import (
     blocks,
     conflicts,
@@ -562,23 +562,16 @@ def _compare(
 
 
 def _add_spend(connection: Connection, account: Account) -> None:
+    observed = account.observed
     rows = [
-        {
-            "tenant": tenant,
-            "quota": quota,
-            "sidecar": sidecar,
-            "window_start": window_start_of(quota),
-            "units": units,
-        }
-        for (tenant, quota, sidecar), units in sorted(account.spend.items())
+        (tenant, quota, sidecar, window_start_of(quota), min(units, SUM_MAX), min(observed.get(key, 0), SUM_MAX))
+        for key, units in sorted(account.spend.items())
+        for tenant, quota, sidecar in (key,)
     ]
-    if not rows:
-        return
-    statement = upsert(connection, register_spend)
-    connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=list(register_spend.primary_key.columns),
-            set_={"units": register_spend.c.units + statement.excluded.units},
-        ),
-        rows,
-    )
+    if rows:
+        columns = tuple(column.name for column in register_spend.columns)
+        key = tuple(column.name for column in register_spend.primary_key.columns)
+        connection.exec_driver_sql(
+            upsert_sql(connection.dialect.name, register_spend, columns, key=key, added=("units", "observed")),
+            rows,
+        )

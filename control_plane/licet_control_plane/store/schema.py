@@ -136,6 +136,8 @@ sidecars: Final = Table(
     Column("last_heard_at", BigInteger, nullable=False),  # this server's clock
     Column("gone", Boolean, nullable=False),  # deregistered itself
     Column("heartbeat", LargeBinary, nullable=False),
+    Column("settled_seq", BigInteger, nullable=False),  # what its log had by settled_at is in the ledger
+    Column("settled_at", BigInteger, nullable=False),
 )
 
 audit: Final = Table(
@@ -373,6 +375,7 @@ register_spend: Final = Table(
     Column("sidecar", String(64), primary_key=True),
     Column("window_start", BigInteger, nullable=False),  # seconds since the Unix epoch
     Column("units", BigInteger, nullable=False),
+    Column("observed", BigInteger, nullable=False),  # of them; only observe mode let these through: not billed
 )
 
 # --- bill and insight -------------------------------------------------------------------------------------------------

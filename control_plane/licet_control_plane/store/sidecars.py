@@ -8,7 +8,7 @@ from sqlalchemy import Connection, delete, select
 
 from licet.wire.documents import Heartbeat
 from licet.wire.envelope import EnvelopeError
-from licet_control_plane.core.fleet import Sidecar
+from licet_control_plane.core.fleet import LogMark, Sidecar
 from licet_control_plane.store.database import upsert
 from licet_control_plane.store.schema import sidecars
 
@@ -21,9 +21,11 @@ def load(connection: Connection) -> list[Sidecar]:
     found: list[Sidecar] = []
     for row in connection.execute(select(sidecars)):
         try:
-            found.append(Sidecar(Heartbeat.unpack(row.heartbeat), row.last_heard_at / _US, row.gone))
+            heartbeat = Heartbeat.unpack(row.heartbeat)
         except EnvelopeError:
             continue
+        settled = LogMark(row.settled_seq, row.settled_at / _US)
+        found.append(Sidecar(heartbeat, row.last_heard_at / _US, row.gone, settled))
     return found
 
 
@@ -41,6 +43,8 @@ def save(connection: Connection, changed: Collection[Sidecar]) -> None:
             "last_heard_at": int(sidecar.last_heard_s * _US),
             "gone": sidecar.gone,
             "heartbeat": sidecar.heartbeat.pack(),
+            "settled_seq": sidecar.settled.seq,
+            "settled_at": int(sidecar.settled.at_s * _US),
         }
         statement = upsert(connection, sidecars).values(sidecar=sidecar.heartbeat.sidecar, **values)
         connection.execute(statement.on_conflict_do_update(index_elements=["sidecar"], set_=values))

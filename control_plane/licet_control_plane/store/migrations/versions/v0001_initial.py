@@ -287,6 +287,7 @@ def upgrade() -> None:
         sa.Column("sidecar", sa.String(length=64), nullable=False),
         sa.Column("window_start", sa.BigInteger(), nullable=False),
         sa.Column("units", sa.BigInteger(), nullable=False),
+        sa.Column("observed", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("tenant", "quota", "sidecar", name=op.f("pk_register_spend")),
     )
     op.create_table(
@@ -311,6 +312,8 @@ def upgrade() -> None:
         sa.Column("last_heard_at", sa.BigInteger(), nullable=False),
         sa.Column("gone", sa.Boolean(), nullable=False),
         sa.Column("heartbeat", sa.LargeBinary(), nullable=False),
+        sa.Column("settled_seq", sa.BigInteger(), nullable=False),
+        sa.Column("settled_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("sidecar", name=op.f("pk_sidecars")),
     )
     op.create_table(
