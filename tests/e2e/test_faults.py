@@ -12,7 +12,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ import pytest
 from tests.support.fleet import Fleet, wait_until
 from tests.support.ledger import recorded_decisions
 from tests.support.load import Record, drive, spend_the_rest
+from tests.support.postgres import PostgresProcess
 
 LIMIT = 40_000
 CATALOG = f"""\
@@ -62,7 +63,12 @@ AWAY_S = 10
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    fleet = Fleet(tmp_path)
+    with started(Fleet(tmp_path)) as fleet:
+        yield fleet
+
+
+@contextmanager
+def started(fleet: Fleet) -> Iterator[Fleet]:
     try:
         fleet.start()
         fleet.push(CATALOG)
@@ -70,6 +76,9 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
         yield fleet
     finally:
         fleet.stop()
+
+
+Fault = Callable[[Fleet, random.Random], None]
 
 
 def kill_a_sidecar(fleet: Fleet, chance: random.Random) -> None:
@@ -116,7 +125,22 @@ def pause_redis(fleet: Fleet, _: random.Random) -> None:
         ),
     ],
 )
-def test_answers_hold_under(fleet: Fleet, faults: list[Callable[[Fleet, random.Random], None]], count: int) -> None:
+def test_answers_hold_under(fleet: Fleet, faults: list[Fault], count: int) -> None:
+    holds_under(fleet, faults, count)
+
+
+@pytest.mark.timeout(240)
+def test_answers_hold_under_a_killed_postgresql(tmp_path: Path, postgres_process: PostgresProcess) -> None:
+    def kill_the_database(*_: object) -> None:
+        postgres_process.kill()
+        postgres_process.start()
+
+    with started(Fleet(tmp_path, database_url=postgres_process.url())) as fleet:
+        holds_under(fleet, [kill_the_database, kill_a_sidecar, kill_the_server], 6)
+
+
+def holds_under(fleet: Fleet, faults: list[Fault], count: int) -> None:
+    """``count`` faults hit a fleet at work, in turn; then everything that clients were told holds."""
     record = Record()
     chance = random.Random(count)
 

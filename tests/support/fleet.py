@@ -105,11 +105,14 @@ class Fleet:
         redis_url: str = "",
         prelude: str = "",
         second_route: bool = False,
+        database_url: str = "",
     ) -> None:
         """``redis_url``: where all of them reach ``valkey``, when not directly. ``prelude``: Python that each process
         runs before anything of ours is imported. ``second_route``: sidecars ask the control plane while Redis is away.
+        ``database_url``: of another database than SQLite in the control plane's directory.
         """
         self.directory = directory
+        self.database_url = database_url or f"sqlite:///{directory / 'server' / 'licet.db'}"
         self.valkey = valkey or ValkeyProcess(directory / "valkey")
         self.redis_url = redis_url or self.valkey.url
         self.sidecar_flags = sidecar_flags
@@ -123,6 +126,7 @@ class Fleet:
                 "server",
                 *("--listen", self.server_url.removeprefix("http://")),
                 *("--state-dir", str(directory / "server"), "--redis-url", self.redis_url),
+                *("--database-url", self.database_url),
                 *server_flags,
             ],
             directory,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
-from contextlib import closing
+
+from sqlalchemy import NullPool, create_engine, text
 
 from licet.domain.outcomes import Effect
 from licet.wire.signing import Verifier
@@ -23,17 +23,21 @@ _QUERY = """
 
 def recorded_decisions(fleet: Fleet) -> dict[str, tuple[int, int]]:
     """(effect, units) of every recorded decision, by its id."""
-    path = fleet.directory / "server" / "licet.db"
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database:
-        return {decision_id(prefix, seq): (effect, units) for prefix, seq, effect, units in database.execute(_QUERY)}
+    return {name: (effect, units) for name, effect, units in _recorded(fleet, _QUERY)}
 
 
 def approved_units(fleet: Fleet, tenant: str) -> dict[str, int]:
     """Units of every recorded approval of a tenant, by its decision id."""
-    path = fleet.directory / "server" / "licet.db"
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database:
-        found = database.execute(f"{_QUERY} WHERE events.tenant = ? AND events.effect = ?", (tenant, Effect.APPROVED))
-        return {decision_id(prefix, seq): units for prefix, seq, _, units in found}
+    query = f"{_QUERY} WHERE events.tenant = :tenant AND events.effect = :effect"
+    found = _recorded(fleet, query, tenant=tenant, effect=int(Effect.APPROVED))
+    return {name: units for name, _, units in found}
+
+
+def _recorded(fleet: Fleet, query: str, **values: object) -> list[tuple[str, int, int]]:
+    engine = create_engine(fleet.database_url, poolclass=NullPool)
+    with engine.connect() as connection:
+        rows = connection.execute(text(query), values)
+        return [(decision_id(bytes(prefix), seq), effect, units) for prefix, seq, effect, units in rows]
 
 
 def verification_of(

@@ -20,7 +20,11 @@ def server(
     ] = None,
     database_url: Annotated[
         str | None,
-        typer.Option("--database-url", help="Another SQLite file. [default: licet.db in the state directory]"),
+        typer.Option(
+            "--database-url",
+            help="Another SQLite file, or PostgreSQL: postgresql+psycopg://user@host/licet."
+            " [default: licet.db in the state directory]",
+        ),
     ] = None,
     redis_url: Annotated[
         str | None, typer.Option("--redis-url", help="Redis or Valkey. [default: redis://127.0.0.1:6379/0]")
