@@ -28,11 +28,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args()
     out = sys.stderr if arguments.json else sys.stdout
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"yardstick": {"echo_us": _yardstick(out)}}
     if arguments.part in (None, "service"):
         from bench import service
 
-        print("Service layer in process, log included, no transport: CPU each", file=out)
+        print("\nService layer in process, log included, no transport: CPU each", file=out)
         costs = service.run()
         for name, cost in costs.items():
             print(f"  {name:48} {cost}", file=out)
@@ -96,6 +96,20 @@ def main() -> None:
         print(f"  promised: at least {DRAINED_PER_S_MIN:,} events/s", file=out)
     if arguments.json:
         print(json.dumps(found))
+
+
+def _yardstick(out: Any) -> float:
+    """What an echo costs here, microseconds: how slow this machine is, and how busy."""
+    from bench import yardstick
+
+    echo_us = yardstick.echo_us()
+    slower = echo_us / yardstick.PROMISED_ECHO_US
+    print(
+        f"A bare gRPC echo costs {echo_us:.0f} µs of server CPU here. Promises in microseconds, and in operations a\n"
+        f"second, are for where it costs {yardstick.PROMISED_ECHO_US:.0f}: here, allow for {slower:.2f} times as much.",
+        file=out,
+    )
+    return echo_us
 
 
 def _print_ledger(results: Any, out: Any) -> None:

@@ -92,7 +92,7 @@ class Results:
 
 def run() -> Results:
     """Measures with one sidecar, a real control plane and a real Valkey."""
-    with tempfile.TemporaryDirectory() as directory, _echo_server() as (echo_address, echo_pid):
+    with tempfile.TemporaryDirectory() as directory, echo_server() as (echo_address, echo_pid):
         fleet = Fleet(Path(directory), count=1)
         try:
             fleet.start()
@@ -119,13 +119,13 @@ def run() -> Results:
 async def _measure(
     address: str, pid: int, echo_address: str, echo_pid: int, singles: list[bytes], batches: list[bytes]
 ) -> tuple[Transported, Transported, Transported, Transported, Transported]:
-    await _closed_loop(address, CHECK, singles[-500:], pid)  # warm: license, lease, code
+    await closed_loop(address, CHECK, singles[-500:], pid)  # warm: license, lease, code
     echo, check = [], []
     for turn in range(3):  # round and round, so that what the machine does meanwhile falls on both
         part = singles[turn * 8_000 : (turn + 1) * 8_000]
-        echo.append(await _closed_loop(echo_address, CHECK, part, echo_pid))
-        check.append(await _closed_loop(address, CHECK, part, pid))
-    batch = await _closed_loop(address, CHECK_BATCH, batches, pid)
+        echo.append(await closed_loop(echo_address, CHECK, part, echo_pid))
+        check.append(await closed_loop(address, CHECK, part, pid))
+    batch = await closed_loop(address, CHECK_BATCH, batches, pid)
     open_echo = await _open_loop(echo_address, singles[30_000:40_000], echo_pid, per_s=2_000)
     open_check = await _open_loop(address, singles[30_000:40_000], pid, per_s=2_000)
     return _quietest(echo), _quietest(check), batch, open_check, open_echo
@@ -205,7 +205,7 @@ def _pid(fleet: Fleet) -> int:
     return fleet.sidecars[0].pid
 
 
-async def _closed_loop(address: str, method: str, requests: list[bytes], pid: int) -> Transported:
+async def closed_loop(address: str, method: str, requests: list[bytes], pid: int) -> Transported:
     """``CLIENTS`` callers, each with its next call as soon as the last was answered."""
     latencies_ms: list[float] = []
     pending = iter(requests)
@@ -259,7 +259,7 @@ def _transported(latencies_ms: list[float], cpu_s: float, took_s: float, failed:
 
 
 @contextmanager
-def _echo_server() -> Iterator[tuple[str, int]]:
+def echo_server() -> Iterator[tuple[str, int]]:
     port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "bench.peer", str(port)])
     try:
