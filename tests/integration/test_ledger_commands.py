@@ -90,7 +90,7 @@ async def test_verify_says_that_all_is_well_and_what_is_not(served: Served) -> N
 
 async def test_an_auditor_verifies_from_a_database_and_a_checkpoint_alone(served: Served, tmp_path: Path) -> None:
     kept = tmp_path / "checkpoint.json"
-    ended = await served.licet("ledger", "checkpoint", "--out", kept)
+    ended = await served.licet("ledger", "checkpoint", "--output", kept)
     assert ended.code == 0
     key = served.running.key.public_key
     arguments = ("ledger", "verify", "--database", served.database, "--checkpoint", kept)
@@ -109,7 +109,7 @@ async def test_an_auditor_verifies_from_a_database_and_a_checkpoint_alone(served
 
 async def test_a_server_holds_its_ledger_to_a_checkpoint(served: Served, tmp_path: Path) -> None:
     kept = tmp_path / "checkpoint.json"
-    await served.licet("ledger", "checkpoint", "--out", kept)
+    await served.licet("ledger", "checkpoint", "--output", kept)
     ended = await served.licet("ledger", "verify", "--checkpoint", kept, "--json")
     assert (ended.code, ended.json["checkpoints"]) == (0, 2)
     spoiled = json.loads(kept.read_text())

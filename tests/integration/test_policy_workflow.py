@@ -89,7 +89,7 @@ def test_what_is_exported_and_pushed_again_changes_nothing(licet: Licet, catalog
     revision = pushed(licet, catalog)
     for place, flags in (("as-pushed", []), ("canonical", ["--canonical"])):
         out = tmp_path / place
-        ended = licet("policy", "export", "--out", out, *flags, "--json")
+        ended = licet("policy", "export", "--output", out, *flags, "--json")
         assert ended.code == 0, ended.err
         assert ended.json["revision"] == revision
         texts = {path: (out / path).read_text() for path in ended.json["files"]}
@@ -108,10 +108,10 @@ def test_an_export_does_not_mix_with_what_is_there(licet: Licet, catalog: Path, 
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.yaml").write_text("kept")
-    ended = licet("policy", "export", "--out", out)
+    ended = licet("policy", "export", "--output", out)
     assert (ended.code, "--force" in ended.err) == (2, True)
     assert [path.name for path in out.iterdir()] == ["mine.yaml"]
-    assert licet("policy", "export", "--out", out, "--force").code == 0
+    assert licet("policy", "export", "--output", out, "--force").code == 0
     assert (out / "mine.yaml").read_text() == "kept"
     assert licet("policy", "export").code == 2
 

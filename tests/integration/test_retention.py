@@ -67,7 +67,7 @@ class Stack:
         return (await self.database.read(usage_reports.summary, by=["tenant"]))[0]
 
     async def export(self, month: Month, name: str = "out.gz") -> Ended:
-        return await self("ledger", "export", "--month", month, "--out", self.directory / name, "--json")
+        return await self("ledger", "export", "--month", month, "--output", self.directory / name, "--json")
 
     async def drop(self, month: Month) -> Ended:
         return await self("ledger", "drop", "--month", month, "--yes", "--json")

@@ -78,7 +78,8 @@ def verify(
 
 def checkpoint(
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write it to this file, to be kept where the server cannot reach.")
+        Path | None,
+        typer.Option("--output", "-o", help="Write it to this file, to be kept where the server cannot reach."),
     ] = None,
     as_json: JsonOption = False,
     server: ServerOption = None,
@@ -91,7 +92,7 @@ def checkpoint(
 
     \b
     Example:
-      licet ledger checkpoint --out monday.json
+      licet ledger checkpoint --output monday.json
     """
     from licet_control_plane.cli.rest import ControlPlane
 
@@ -102,7 +103,9 @@ def checkpoint(
             out.write_text(json.dumps(result, indent=2) + "\n")
         except OSError as error:
             raise CliError(
-                f"{out} cannot be written: {error.strerror}.", fix="name another file with --out", exit_code=EXIT_USAGE
+                f"{out} cannot be written: {error.strerror}.",
+                fix="name another file with --output",
+                exit_code=EXIT_USAGE,
             ) from error
     if as_json:
         emit_json(result)
@@ -277,7 +280,7 @@ def _document(path: Path) -> str:
     except OSError as error:
         raise bad(f"--checkpoint {path} cannot be read: {error.strerror}.", "name the file of a checkpoint") from error
     except ValueError as error:
-        raise bad(f"--checkpoint {path}: {error}.", "make one with: licet ledger checkpoint --out FILE") from error
+        raise bad(f"--checkpoint {path}: {error}.", "make one with: licet ledger checkpoint --output FILE") from error
 
 
 def _by_server(

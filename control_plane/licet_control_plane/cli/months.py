@@ -37,7 +37,7 @@ def months(as_json: JsonOption = False, server: ServerOption = None, api_key: Ap
 
 def export(
     month: MonthOption,
-    out: Annotated[Path, typer.Option("--out", help="The file to write, gzipped JSON Lines.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="The file to write, gzipped JSON Lines.", metavar="FILE")],
     as_json: JsonOption = False,
     server: ServerOption = None,
     api_key: ApiKeyOption = None,
@@ -48,7 +48,7 @@ def export(
 
     \b
     Example:
-      licet ledger export --month 2026-05 --out ledger-2026-05.jsonl.gz
+      licet ledger export --month 2026-05 --output ledger-2026-05.jsonl.gz
     """
     from licet_control_plane.cli.export_file import receive
     from licet_control_plane.cli.rest import ControlPlane

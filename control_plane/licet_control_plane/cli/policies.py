@@ -126,7 +126,9 @@ def export(
     revision: Annotated[
         int | None, typer.Argument(metavar="[REV]", help="A revision; without it, what is in force.", min=1)
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Directory to write to; made when it is not there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write to; made when it is not there.")
+    ] = None,
     canonical: Annotated[
         bool, typer.Option("--canonical", help="Written anew, one file for each kind, without comments.")
     ] = False,
@@ -141,18 +143,18 @@ def export(
 
     \b
     Examples:
-      licet policy export --out catalog/
-      licet policy export 12 --canonical --out /tmp/revision-12
+      licet policy export --output catalog/
+      licet policy export 12 --canonical --output /tmp/revision-12
     """
     from licet_control_plane.cli.rest import ControlPlane
 
     if out is None:
-        raise bad("--out is missing.", "name a directory to write to: --out catalog/")
+        raise bad("--output is missing.", "name a directory to write to: --output catalog/")
     if out.exists() and not out.is_dir():
-        raise bad(f"--out {out}: it is a file.", "name a directory")
+        raise bad(f"--output {out}: it is a file.", "name a directory")
     if not force and out.is_dir() and any(out.iterdir()):
         raise bad(
-            f"--out {out}: the directory is not empty.",
+            f"--output {out}: the directory is not empty.",
             "name another one, or write over files of the same names with --force",
         )
     with ControlPlane(server_target(server, api_key)) as control_plane:
@@ -273,7 +275,7 @@ def rollback(
             print_errors(problem.errors, None)
             raise CliError(
                 f"revision {revision} is not valid any more; nothing was published.",
-                fix=f"licet policy export {revision} --out DIR, mend it there, and push it",
+                fix=f"licet policy export {revision} --output DIR, mend it there, and push it",
             ) from problem
         new = int(result["revision"])
         if not as_json:

@@ -157,6 +157,8 @@ def denied(
     table(columns, ([item[name] for name in columns] for item in result["items"]), numeric=columns[3:])
     if result["next"]:
         note(f"there are more than {limit}: raise --limit to see them")
+    if not reason:
+        note("denials for any other reason: licet usage summary --by reason")
 
 
 def tail(

@@ -271,13 +271,13 @@ def _droppable(
     export = connection.execute(newest.with_for_update() if locked else newest).first()
     if export is None or export.dropped_at is not None:
         again = " since it was dropped" if export else ""
-        raise MonthRefused(f"{month} was not exported{again}", f"licet ledger export --month {month} --out FILE")
+        raise MonthRefused(f"{month} was not exported{again}", f"licet ledger export --month {month} --output FILE")
     here = count(connection, month) if exact else 0
     if exact and here + export.dropped != export.events:
         more = here + export.dropped - export.events
         raise MonthRefused(
             f"{month} has {more:,} events that came after it was exported",
-            f"Export it again: licet ledger export --month {month} --out FILE",
+            f"Export it again: licet ledger export --month {month} --output FILE",
         )
     return export
 
