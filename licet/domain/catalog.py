@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final, Self
 
+from licet.domain.approvals import RequestEntry
 from licet.domain.ids import LimitKey
 from licet.domain.money import Fee, Price, Step, TierMode, Tiers
 from licet.domain.redaction import RecordMode
@@ -312,7 +313,8 @@ class License:
 
     ``starts_s`` and ``ends_s`` are seconds since the Unix epoch, ``ends_s`` exclusive and 0 for open-ended.
     ``addons`` maps plan names to counts, whose limit amounts are added that many times.
-    ``overrides`` maps limit keys to amounts that replace the plan's. ``grants`` are top-ups.
+    ``overrides`` maps limit keys to amounts that replace the plan's. ``grants`` are top-ups. ``requests`` are the
+    access requests of the tenant's subjects, the latest change last.
     """
 
     tenant: str
@@ -323,6 +325,7 @@ class License:
     addons: Mapping[str, int] = field(default_factory=dict)
     overrides: Mapping[str, int] = field(default_factory=dict)
     grants: tuple[Grant, ...] = ()
+    requests: tuple[RequestEntry, ...] = ()
 
 
 _FIELD_OF_KIND: dict[type[Document], str] = {
@@ -495,7 +498,7 @@ def document_from_wire(wire: Wire) -> Document:
 
 def license_to_wire(license_: License) -> Wire:
     """The license as primitives that msgpack can carry; ``license_from_wire`` is its inverse."""
-    return {
+    wire: Wire = {
         "tenant": license_.tenant,
         "plan": license_.plan,
         "status": license_.status.value,
@@ -505,6 +508,9 @@ def license_to_wire(license_: License) -> Wire:
         "overrides": dict(license_.overrides),
         "grants": grants_to_wire(license_.grants),
     }
+    if license_.requests:
+        wire["requests"] = [entry.to_wire() for entry in license_.requests]
+    return wire
 
 
 def license_from_wire(wire: Wire) -> License:
@@ -523,6 +529,7 @@ def license_from_wire(wire: Wire) -> License:
         addons=wire["addons"],
         overrides=wire["overrides"],
         grants=grants_from_wire(wire.get("grants", ())),
+        requests=tuple(RequestEntry.from_wire(entry) for entry in wire.get("requests", ())),
     )
 
 

@@ -247,6 +247,39 @@ RULE_MATCH_FAILED: RuleMatch.ValueType  # 3
 """its condition cannot be evaluated; an enforced rule then denies"""
 Global___RuleMatch: _TypeAlias = RuleMatch  # noqa: Y015
 
+class _AccessRequestState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AccessRequestStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AccessRequestState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ACCESS_REQUEST_STATE_UNSPECIFIED: _AccessRequestState.ValueType  # 0
+    ACCESS_REQUEST_STATE_PENDING: _AccessRequestState.ValueType  # 1
+    ACCESS_REQUEST_STATE_APPROVED: _AccessRequestState.ValueType  # 2
+    """it may have ended since: see ends_at"""
+    ACCESS_REQUEST_STATE_DENIED: _AccessRequestState.ValueType  # 3
+    ACCESS_REQUEST_STATE_EXPIRED: _AccessRequestState.ValueType  # 4
+    """nobody decided in time"""
+    ACCESS_REQUEST_STATE_REVOKED: _AccessRequestState.ValueType  # 5
+    """approved, and taken back"""
+    ACCESS_REQUEST_STATE_UNKNOWN: _AccessRequestState.ValueType  # 6
+    """this sidecar knows of none: never made, or decided more than a day ago"""
+
+class AccessRequestState(_AccessRequestState, metaclass=_AccessRequestStateEnumTypeWrapper): ...
+
+ACCESS_REQUEST_STATE_UNSPECIFIED: AccessRequestState.ValueType  # 0
+ACCESS_REQUEST_STATE_PENDING: AccessRequestState.ValueType  # 1
+ACCESS_REQUEST_STATE_APPROVED: AccessRequestState.ValueType  # 2
+"""it may have ended since: see ends_at"""
+ACCESS_REQUEST_STATE_DENIED: AccessRequestState.ValueType  # 3
+ACCESS_REQUEST_STATE_EXPIRED: AccessRequestState.ValueType  # 4
+"""nobody decided in time"""
+ACCESS_REQUEST_STATE_REVOKED: AccessRequestState.ValueType  # 5
+"""approved, and taken back"""
+ACCESS_REQUEST_STATE_UNKNOWN: AccessRequestState.ValueType  # 6
+"""this sidecar knows of none: never made, or decided more than a day ago"""
+Global___AccessRequestState: _TypeAlias = AccessRequestState  # noqa: Y015
+
 @_typing.final
 class Value(_message.Message):
     """A typed attribute value. Kept small on purpose: what a condition can compare."""
@@ -644,7 +677,9 @@ class CheckResponse(_message.Message):
     message: _builtins.str
     """One sentence for people. Not stable; match on `reason`."""
     rule: _builtins.str
-    """The policy rule, limit or flag that decided, as "policy/rule", "feature:limit" or "flag"; empty when none did."""
+    """The policy rule, limit, flag or override that decided, as "policy/rule", "feature:limit", "flag" or "override/id";
+    empty when none did.
+    """
     revision: _builtins.int
     """The revision of the published state this answer comes from."""
     stale: _builtins.bool
@@ -652,6 +687,9 @@ class CheckResponse(_message.Message):
     degraded: _builtins.bool
     """Redis could not be reached when this was decided."""
     access_request_id: _builtins.str
+    """PENDING: the request that people have to decide; empty for one that was not made (a PEEK makes none). Otherwise the
+    request that they denied, or whose approval allowed this.
+    """
     @_builtins.property
     def as_of(self) -> _timestamp_pb2.Timestamp:
         """Until when the state behind this answer is known to have been current."""
@@ -1209,7 +1247,9 @@ class ExplainStep(_message.Message):
     RULES_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     step: _builtins.str
-    """"license", "action", "freshness", "entitlement", "flags", "roles", "policies", "quotas"."""
+    """"override" (only when there is one), "license", "action", "freshness", "entitlement", "flags", "roles", "policies",
+    "quotas".
+    """
     outcome: Global___StepOutcome.ValueType
     @_builtins.property
     def found(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1582,3 +1622,149 @@ class ListEntitlementsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListEntitlementsResponse: _TypeAlias = ListEntitlementsResponse  # noqa: Y015
+
+@_typing.final
+class RequestAccessRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECK_FIELD_NUMBER: _builtins.int
+    JUSTIFICATION_FIELD_NUMBER: _builtins.int
+    justification: _builtins.str
+    """For whoever decides; at most 300 characters."""
+    @_builtins.property
+    def check(self) -> Global___CheckRequest:
+        """What would be checked; its quantity is what is asked for. Takes nothing, and its mode means nothing here."""
+
+    def __init__(
+        self,
+        *,
+        check: Global___CheckRequest | None = ...,
+        justification: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "justification", b"justification"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestAccessRequest: _TypeAlias = RequestAccessRequest  # noqa: Y015
+
+@_typing.final
+class RequestAccessResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def decision(self) -> Global___CheckResponse:
+        """As a check would be answered now. Only PENDING has a request: nothing else needs one, or would be helped by one."""
+
+    @_builtins.property
+    def request(self) -> Global___AccessRequest:
+        """Absent without one."""
+
+    def __init__(
+        self,
+        *,
+        decision: Global___CheckResponse | None = ...,
+        request: Global___AccessRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestAccessResponse: _TypeAlias = RequestAccessResponse  # noqa: Y015
+
+@_typing.final
+class GetAccessRequestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    ACCESS_REQUEST_ID_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    access_request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        access_request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_request_id", b"access_request_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAccessRequestRequest: _TypeAlias = GetAccessRequestRequest  # noqa: Y015
+
+@_typing.final
+class AccessRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    CONFIRMED_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    APPROVED_AT_FIELD_NUMBER: _builtins.int
+    ENDS_AT_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    DECIDED_BY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    tenant: _builtins.str
+    state: Global___AccessRequestState.ValueType
+    confirmed: _builtins.bool
+    """PENDING: people can see it. Otherwise it is still on its way to the control plane."""
+    units: _builtins.int
+    """APPROVED: units it is for, in all; 0: any number."""
+    decided_by: _builtins.str
+    """Who decided, and why."""
+    reason: _builtins.str
+    revision: _builtins.int
+    """The published state this comes from, as in CheckResponse: a decision that was made later is not in it."""
+    stale: _builtins.bool
+    degraded: _builtins.bool
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """PENDING: when it expires."""
+
+    @_builtins.property
+    def approved_at(self) -> _timestamp_pb2.Timestamp:
+        """APPROVED: when the approval began, and the first instant after it."""
+
+    @_builtins.property
+    def ends_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def as_of(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        state: Global___AccessRequestState.ValueType = ...,
+        confirmed: _builtins.bool = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        approved_at: _timestamp_pb2.Timestamp | None = ...,
+        ends_at: _timestamp_pb2.Timestamp | None = ...,
+        units: _builtins.int = ...,
+        decided_by: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        revision: _builtins.int = ...,
+        as_of: _timestamp_pb2.Timestamp | None = ...,
+        stale: _builtins.bool = ...,
+        degraded: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["approved_at", b"approved_at", "as_of", b"as_of", "ends_at", b"ends_at", "expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approved_at", b"approved_at", "as_of", b"as_of", "confirmed", b"confirmed", "decided_by", b"decided_by", "degraded", b"degraded", "ends_at", b"ends_at", "expires_at", b"expires_at", "id", b"id", "reason", b"reason", "revision", b"revision", "stale", b"stale", "state", b"state", "tenant", b"tenant", "units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccessRequest: _TypeAlias = AccessRequest  # noqa: Y015

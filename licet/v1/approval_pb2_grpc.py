@@ -94,6 +94,21 @@ class ApprovalServiceStub:
                 request_serializer=licet_dot_v1_dot_approval__pb2.ListEntitlementsRequest.SerializeToString,
                 response_deserializer=licet_dot_v1_dot_approval__pb2.ListEntitlementsResponse.FromString,
                 _registered_method=True)
+        self.RequestAccess = channel.unary_unary(
+                '/licet.v1.ApprovalService/RequestAccess',
+                request_serializer=licet_dot_v1_dot_approval__pb2.RequestAccessRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.RequestAccessResponse.FromString,
+                _registered_method=True)
+        self.GetAccessRequest = channel.unary_unary(
+                '/licet.v1.ApprovalService/GetAccessRequest',
+                request_serializer=licet_dot_v1_dot_approval__pb2.GetAccessRequestRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.AccessRequest.FromString,
+                _registered_method=True)
+        self.WatchAccessRequest = channel.unary_stream(
+                '/licet.v1.ApprovalService/WatchAccessRequest',
+                request_serializer=licet_dot_v1_dot_approval__pb2.GetAccessRequestRequest.SerializeToString,
+                response_deserializer=licet_dot_v1_dot_approval__pb2.AccessRequest.FromString,
+                _registered_method=True)
 
 
 class ApprovalServiceServicer:
@@ -187,6 +202,28 @@ class ApprovalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RequestAccess(self, request, context):
+        """Asks people to approve what a check would answer PENDING, and says why. A check that is answered PENDING has asked
+        already; this adds words to it. Asking again while the request is open gives the same request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAccessRequest(self, request, context):
+        """What became of an access request, as far as this sidecar knows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchAccessRequest(self, request, context):
+        """The same, now and at each change. Ends by itself only after a message with a state other than PENDING.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ApprovalServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -249,6 +286,21 @@ def add_ApprovalServiceServicer_to_server(servicer, server):
                     servicer.ListEntitlements,
                     request_deserializer=licet_dot_v1_dot_approval__pb2.ListEntitlementsRequest.FromString,
                     response_serializer=licet_dot_v1_dot_approval__pb2.ListEntitlementsResponse.SerializeToString,
+            ),
+            'RequestAccess': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestAccess,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.RequestAccessRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.RequestAccessResponse.SerializeToString,
+            ),
+            'GetAccessRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAccessRequest,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.GetAccessRequestRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.AccessRequest.SerializeToString,
+            ),
+            'WatchAccessRequest': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAccessRequest,
+                    request_deserializer=licet_dot_v1_dot_approval__pb2.GetAccessRequestRequest.FromString,
+                    response_serializer=licet_dot_v1_dot_approval__pb2.AccessRequest.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -575,6 +627,87 @@ class ApprovalService:
             '/licet.v1.ApprovalService/ListEntitlements',
             licet_dot_v1_dot_approval__pb2.ListEntitlementsRequest.SerializeToString,
             licet_dot_v1_dot_approval__pb2.ListEntitlementsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestAccess(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/licet.v1.ApprovalService/RequestAccess',
+            licet_dot_v1_dot_approval__pb2.RequestAccessRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.RequestAccessResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAccessRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/licet.v1.ApprovalService/GetAccessRequest',
+            licet_dot_v1_dot_approval__pb2.GetAccessRequestRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.AccessRequest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAccessRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/licet.v1.ApprovalService/WatchAccessRequest',
+            licet_dot_v1_dot_approval__pb2.GetAccessRequestRequest.SerializeToString,
+            licet_dot_v1_dot_approval__pb2.AccessRequest.FromString,
             options,
             channel_credentials,
             insecure,

@@ -71,6 +71,14 @@ class ApprovalServiceStub:
     """What a subject of a tenant may do now, and what remains, for pages that customers see. Takes nothing, records
     nothing.
     """
+    RequestAccess: _grpc.UnaryUnaryMultiCallable[_approval_pb2.RequestAccessRequest, _approval_pb2.RequestAccessResponse]
+    """Asks people to approve what a check would answer PENDING, and says why. A check that is answered PENDING has asked
+    already; this adds words to it. Asking again while the request is open gives the same request.
+    """
+    GetAccessRequest: _grpc.UnaryUnaryMultiCallable[_approval_pb2.GetAccessRequestRequest, _approval_pb2.AccessRequest]
+    """What became of an access request, as far as this sidecar knows."""
+    WatchAccessRequest: _grpc.UnaryStreamMultiCallable[_approval_pb2.GetAccessRequestRequest, _approval_pb2.AccessRequest]
+    """The same, now and at each change. Ends by itself only after a message with a state other than PENDING."""
 
 @_typing.type_check_only
 class ApprovalServiceAsyncStub(ApprovalServiceStub):
@@ -107,6 +115,14 @@ class ApprovalServiceAsyncStub(ApprovalServiceStub):
     """What a subject of a tenant may do now, and what remains, for pages that customers see. Takes nothing, records
     nothing.
     """
+    RequestAccess: _aio.UnaryUnaryMultiCallable[_approval_pb2.RequestAccessRequest, _approval_pb2.RequestAccessResponse]  # type: ignore[assignment]
+    """Asks people to approve what a check would answer PENDING, and says why. A check that is answered PENDING has asked
+    already; this adds words to it. Asking again while the request is open gives the same request.
+    """
+    GetAccessRequest: _aio.UnaryUnaryMultiCallable[_approval_pb2.GetAccessRequestRequest, _approval_pb2.AccessRequest]  # type: ignore[assignment]
+    """What became of an access request, as far as this sidecar knows."""
+    WatchAccessRequest: _aio.UnaryStreamMultiCallable[_approval_pb2.GetAccessRequestRequest, _approval_pb2.AccessRequest]  # type: ignore[assignment]
+    """The same, now and at each change. Ends by itself only after a message with a state other than PENDING."""
 
 class ApprovalServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -212,5 +228,31 @@ class ApprovalServiceServicer(metaclass=_abc_1.ABCMeta):
         """What a subject of a tenant may do now, and what remains, for pages that customers see. Takes nothing, records
         nothing.
         """
+
+    @_abc_1.abstractmethod
+    def RequestAccess(
+        self,
+        request: _approval_pb2.RequestAccessRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_approval_pb2.RequestAccessResponse, _abc.Awaitable[_approval_pb2.RequestAccessResponse]]:
+        """Asks people to approve what a check would answer PENDING, and says why. A check that is answered PENDING has asked
+        already; this adds words to it. Asking again while the request is open gives the same request.
+        """
+
+    @_abc_1.abstractmethod
+    def GetAccessRequest(
+        self,
+        request: _approval_pb2.GetAccessRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_approval_pb2.AccessRequest, _abc.Awaitable[_approval_pb2.AccessRequest]]:
+        """What became of an access request, as far as this sidecar knows."""
+
+    @_abc_1.abstractmethod
+    def WatchAccessRequest(
+        self,
+        request: _approval_pb2.GetAccessRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_approval_pb2.AccessRequest], _abc.AsyncIterator[_approval_pb2.AccessRequest]]:
+        """The same, now and at each change. Ends by itself only after a message with a state other than PENDING."""
 
 def add_ApprovalServiceServicer_to_server(servicer: ApprovalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
 
+from licet.domain.approvals import Override
 from licet.domain.catalog import Catalog, Document, document_from_wire, document_to_wire
 from licet.wire import envelope
 
@@ -40,6 +41,7 @@ class Manifest:
     """What a bundle consists of: the SHA-256 (hex) of each chunk, in order. ``observe`` answers everything APPROVED.
 
     ``salt`` keys the hashes of attributes that are recorded hashed; the same in every bundle of a deployment.
+    ``overrides`` are those in force when it was signed: with the bundle they are as hard to take out or to bring back.
     """
 
     chunks: tuple[str, ...]
@@ -47,10 +49,18 @@ class Manifest:
     message: str = ""
     published_us: int = 0
     salt: bytes = b""
+    overrides: tuple[Override, ...] = ()
+
+    def has_content_of(self, other: Manifest) -> bool:
+        """Whether both say the same but for their overrides, and for when and why."""
+        return (self.chunks, self.observe, self.salt) == (other.chunks, other.observe, other.salt)
 
     def to_payload(self) -> dict[str, Any]:
         """As msgpack-able primitives."""
-        return asdict(self)
+        payload = {name: getattr(self, name) for name in ("chunks", "observe", "message", "published_us", "salt")}
+        if self.overrides:
+            payload["overrides"] = [override.to_wire() for override in self.overrides]
+        return payload
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
@@ -58,6 +68,7 @@ class Manifest:
 
         Raises:
             KeyError: the chunks are missing.
+            ValueError: an override does what this program does not know.
         """
         return cls(
             tuple(payload["chunks"]),
@@ -65,6 +76,7 @@ class Manifest:
             payload["message"],
             int(payload["published_us"]),
             payload.get("salt", b""),
+            tuple(Override.from_wire(one) for one in payload.get("overrides", ())),
         )
 
 

@@ -43,6 +43,8 @@ class EventKind(IntEnum):
     SEAT_ACQUIRE = 6
     SEAT_RELEASE = 7
     SEAT_RECLAIM = 8
+    REQUEST_ACCESS = 9
+    """Somebody asked for an approval in so many words: ``units_held`` is what they would take. No decision."""
 
 
 BATCH_EVENTS_MAX: Final = 4_096
@@ -74,6 +76,9 @@ class UsageEvent(NamedTuple):
     ``priced_as`` names, for each feature that is priced by an attribute, the value that picked its price; a feature
     whose value has no price of its own is left out. ``exposures`` are the feature flags the decision was subject to,
     by name, with the variant that applied: ``on`` or ``off``.
+
+    ``access_request_id`` is the request that a PENDING decision waits for, that people denied, or whose approval
+    allowed this; ``justification`` what a REQUEST_ACCESS says to them.
     """
 
     seq: int
@@ -107,6 +112,8 @@ class UsageEvent(NamedTuple):
     expires_us: int = 0
     priced_as: Mapping[str, str] = MappingProxyType({})
     exposures: Mapping[str, str] = MappingProxyType({})
+    access_request_id: str = ""
+    justification: str = ""
 
 
 class LostRange(NamedTuple):

@@ -35,6 +35,7 @@ from licet_sidecar.core.seats import SeatBook
 from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown, LinkRefused, PulseReport
 from licet_sidecar.services import reservation_records
+from licet_sidecar.services.access import AccessService
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.durability import DurabilityGate
 from licet_sidecar.services.explaining import ExplainingService
@@ -207,6 +208,9 @@ class Sidecar:
         self.service.register(seats.methods())
         explaining = ExplainingService(self.service, self.engine, self.clock, self.link, self.leasing, self.sync)
         self.service.register(explaining.methods())
+        self.access = AccessService(self.service, self.engine, self.log, self.clock, self.link, self.sync)
+        self.service.register(self.access.methods())
+        self.service.register_streams(self.access.streams())
         self._address = ""
         self._draining = False
         self._turned_ms = boot_ms
@@ -405,6 +409,7 @@ class Sidecar:
         self._logger.info("draining", grace_s=self.config.drain_grace_s)
         deadline = time.monotonic() + self.config.drain_grace_s
         until_ms = self.clock.boot_ms() + int(1_000 * self.config.drain_grace_s)
+        self.access.stop()
         await edge.stop(min(2.0, self.config.drain_grace_s / 2))
         for task in tasks:
             task.cancel()

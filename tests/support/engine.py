@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from licet.domain.approvals import Override
 from licet.domain.catalog import Catalog, License
 from licet_sidecar.core.engine import Decision, Engine, Tenant
 from licet_sidecar.core.inquiry import Inquiry
@@ -19,11 +20,16 @@ STALENESS_US_MAX = 300_000_000
 
 
 def engine_with(
-    content: Catalog, *licenses: License, observe: bool = False, as_of_us: int = NOW_US, tenants_max: int = 100
+    content: Catalog,
+    *licenses: License,
+    observe: bool = False,
+    as_of_us: int = NOW_US,
+    tenants_max: int = 100,
+    overrides: tuple[Override, ...] = (),
 ) -> Engine:
     """Everything in force, confirmed a moment ago."""
     engine = Engine(LeaseBook(1), tenants_max=tenants_max, staleness_us_max=STALENESS_US_MAX)
-    engine.install_bundle(Rulebook(content, generation=1, revision=1, observe=observe))
+    engine.install_bundle(Rulebook(content, generation=1, revision=1, observe=observe, overrides=overrides))
     for license_ in licenses:
         engine.install_license(Tenant(license_, generation=1, revision=1, document=b""))
     engine.as_of_us = as_of_us

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
+from licet.domain.approvals import Override
 from licet.domain.catalog import Catalog, License
 from licet.wire import documents
 from licet.wire.registers import Pair
@@ -109,10 +110,17 @@ class FakePublisher:
         self.signer = signer or Signer()
         self.revision = revision
 
-    def push(self, content: Catalog, *, observe: bool = False, announce: bool = True) -> int:
+    def push(
+        self,
+        content: Catalog,
+        *,
+        observe: bool = False,
+        announce: bool = True,
+        overrides: tuple[Override, ...] = (),
+    ) -> int:
         """A bundle. Its revision."""
         self.revision += 1
-        self.source.manifest, chunks = self.signer.bundle(content, self.revision, observe=observe)
+        self.source.manifest, chunks = self.signer.bundle(content, self.revision, observe=observe, overrides=overrides)
         self.source.chunks.update(chunks)
         return self._announce(documents.BUNDLE, documents.BUNDLE_KEY, announce)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
+from licet.domain.approvals import Override
 from licet.domain.catalog import (
     Action,
     Catalog,
@@ -64,10 +65,12 @@ class Signer:
     salt = b"salt" * 8
     """Of hashed attributes."""
 
-    def bundle(self, content: Catalog, revision: int, *, observe: bool = False) -> tuple[bytes, dict[str, bytes]]:
+    def bundle(
+        self, content: Catalog, revision: int, *, observe: bool = False, overrides: tuple[Override, ...] = ()
+    ) -> tuple[bytes, dict[str, bytes]]:
         """Manifest, and chunks by digest."""
         chunks = {digest_of(chunk): chunk for chunk in chunk_catalog(content)}
-        manifest = Manifest(tuple(chunks), observe=observe, salt=self.salt)
+        manifest = Manifest(tuple(chunks), observe=observe, salt=self.salt, overrides=overrides)
         return self.document(documents.BUNDLE, documents.BUNDLE_KEY, revision, manifest.to_payload()), chunks
 
     def license(self, license_: License, revision: int) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from licet.domain.approvals import Override, counted_limits
 from licet.domain.catalog import Catalog, License
 from licet.domain.entitlements import entitlements_of, limits_of
 from licet.v1 import approval_pb2 as pb
@@ -24,6 +25,7 @@ from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.core.seats import SeatBook
 from licet_sidecar.ports import LinkDown, PulseReport
 from licet_sidecar.services import reservation_records, syncing
+from licet_sidecar.services.access import AccessService
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.durability import DurabilityGate
 from licet_sidecar.services.explaining import ExplainingService
@@ -70,10 +72,10 @@ class World:
         self._catalog = Catalog()
         self._licenses: dict[str, License] = {}
 
-    def push(self, content: Catalog, *, observe: bool = False) -> int:
+    def push(self, content: Catalog, *, observe: bool = False, overrides: tuple[Override, ...] = ()) -> int:
         """Publishes a bundle, the limits that follow from it, and a head."""
         self._catalog = content
-        return self._marked(self.publisher.push(content, observe=observe))
+        return self._marked(self.publisher.push(content, observe=observe, overrides=overrides))
 
     def license(self, tenant: str, plan: str = "pro", **fields: Any) -> int:
         """Publishes a license, its limits, and a head."""
@@ -87,7 +89,7 @@ class World:
 
     def _marked(self, revision: int) -> int:
         for tenant, license_ in self._licenses.items():
-            amounts = limits_of(entitlements_of(license_, self._catalog))
+            amounts = limits_of(entitlements_of(license_, self._catalog)) | counted_limits(license_.requests)
             if self.registers.begin(tenant, EPOCH):
                 pair = self.registers.contents.marks[tenant].pair
                 self.registers.open(tenant, pair, revision, amounts)
@@ -197,6 +199,9 @@ class FakeSidecar:
         self.service.register(seats.methods())
         explaining = ExplainingService(self.service, self.engine, clock, self.link, self.leasing, self.sync)
         self.service.register(explaining.methods())
+        self.access = AccessService(self.service, self.engine, self.log, clock, self.link, self.sync)
+        self.service.register(self.access.methods())
+        self.service.register_streams(self.access.streams())
         self._syncing: asyncio.Task[None] | None = None
         self._ended = False
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from enum import Enum, auto
 from typing import Any, Final
 
+from licet.domain.approvals import QUIET_US, Override, OverrideEffect, RequestEntry
 from licet.domain.catalog import (
     AttributeValue,
     Entitlement,
@@ -30,10 +31,11 @@ from licet.domain.money import AMOUNT_NANOS_MAX, Price, format_nanos
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import FOREVER_S, Period, Window, window_of
 from licet.wire.names import scope_digest, subject_value
+from licet_sidecar.core.access_requests import NO_REQUESTS, RequestBook, TenantRequests, key_for
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, check_units, declared_context, meter_units
 from licet_sidecar.core.leases import TOKENS_EACH, Kind, Lease, LeaseBook, RateShare, TenantLeases, Terms
 from licet_sidecar.core.rulebook import BoundAction, Rulebook, rollout_includes
-from licet_sidecar.core.rules import rule_on
+from licet_sidecar.core.rules import approval_wanted, rule_on
 
 ABSENT_MS: Final = 30_000
 """How long "this tenant has no license" is believed without asking again; the change stream ends it sooner."""
@@ -50,6 +52,11 @@ BOUND_ACTIONS_MAX: Final = 1_000
 ON: Final = "on"
 OFF: Final = "off"
 """The variants of a flag."""
+
+OVERRIDABLE: Final = frozenset(
+    (Reason.FEATURE_OFF, Reason.ROLE_REQUIRED, Reason.POLICY_DENIED, Reason.POLICY_ERROR, Reason.APPROVAL_REQUIRED)
+)
+"""What an override can allow all the same: never what is not licensed, nor units beyond a limit."""
 
 _NEVER_US: Final = 2**63
 _APPROVED: Final = Effect.APPROVED
@@ -68,6 +75,7 @@ class Decision:
     """
 
     __slots__ = (
+        "access_request_id",
         "context",
         "cost_nanos",
         "currency",
@@ -78,6 +86,7 @@ class Decision:
         "message",
         "observed",
         "overage",
+        "overridden",
         "priced_as",
         "prices",
         "rates",
@@ -115,6 +124,10 @@ class Decision:
         """By quota, how much of a spend lies beyond a soft limit, as far as is known here."""
         self.shadow: Sequence[str] = ()
         self.retry_after_s: float = 0
+        self.access_request_id = ""
+        """The request that waits for people, that they denied, or whose approval allowed this."""
+        self.overridden = False
+        """Denied by an override, which also holds where everything else is only observed."""
         self.observed = False
         self.stale = False
         self.degraded = False
@@ -218,6 +231,14 @@ class BoundLimit:
         pool.terms = pool.terms._replace(window=limit.per.value, grant=grant.id)
         return pool
 
+    @classmethod
+    def of_approval(cls, entry: RequestEntry) -> BoundLimit:
+        """The units that an approval is for, counted like those of any limit."""
+        limit = Limit(entry.limit_key, entry.units, Period.TERM, on_exceeded=OnExceeded.REQUIRE_APPROVAL)
+        ends_s = -(-entry.until_us // 1_000_000)
+        term = License("", "", starts_s=entry.at_us // 1_000_000, ends_s=ends_s)
+        return cls(entry.feature, limit, Entitlement(), term)
+
     def window_at(self, now_s: int) -> Window:
         """The window that holds ``now_s``."""
         window = self.window
@@ -266,6 +287,7 @@ class Tenant:
     """A loaded license, and what follows from it under the present bundle."""
 
     __slots__ = (
+        "_counted",
         "_from_us",
         "_until_us",
         "actions",
@@ -274,6 +296,7 @@ class Tenant:
         "generation",
         "held",
         "license",
+        "requests",
         "revision",
         "rulebook",
     )
@@ -288,12 +311,31 @@ class Tenant:
         self.entitlements: dict[str, Entitlement] = {}
         self.actions: dict[str, TenantAction] = {}
         self.held: TenantLeases | None = None
+        self.requests = TenantRequests(license_.requests) if license_.requests else NO_REQUESTS
+        self._counted: dict[str, BoundLimit] = {}
         self._from_us = license_.starts_s * 1_000_000 if license_.status is LicenseStatus.ACTIVE else _NEVER_US
         self._until_us = license_.ends_s * 1_000_000 or _NEVER_US
 
     def in_term(self, now_us: int) -> bool:
         """Whether the license is active and its term covers the instant."""
         return self._from_us <= now_us < self._until_us
+
+    def lifted(self, inquiry: Inquiry, rules: Sequence[str], now_us: int) -> tuple[str, list[tuple[str, RequestEntry]]]:
+        """The first of ``rules`` that still wants an approval, empty when all have one; and the approvals, by rule."""
+        approvals: list[tuple[str, RequestEntry]] = []
+        for rule in rules:
+            entry = self.requests.live(key_for(inquiry, rule), now_us)
+            if entry is None:
+                return rule, approvals
+            approvals.append((rule, entry))
+        return "", approvals
+
+    def counted(self, entry: RequestEntry) -> BoundLimit:
+        """The units of an approval that has some."""
+        limit = self._counted.get(entry.id)
+        if limit is None:
+            limit = self._counted[entry.id] = BoundLimit.of_approval(entry)
+        return limit
 
 
 class Engine:
@@ -307,6 +349,7 @@ class Engine:
         self.generation = 0
         self.tenants: OrderedDict[str, Tenant] = OrderedDict()
         self.tenants_max = tenants_max
+        self.requests = RequestBook()
         self._staleness_us_max = staleness_us_max
         self._absent_until_ms: OrderedDict[str, int] = OrderedDict()
 
@@ -361,15 +404,39 @@ class Engine:
         assert rulebook is not None, "decide() before the first state was applied"
         tenant = self.tenants.get(inquiry.tenant)
         stale = now_us - self.as_of_us > self._staleness_us_max
-        if tenant is None:
+        override: Override | None = None
+        if rulebook.overrides:
+            override = rulebook.override(inquiry.tenant, inquiry.subject_id, inquiry.action, now_us)
+        decision: Decision | Wait
+        if override is not None and override.effect is OverrideEffect.DENY:
+            decision = _denied_by(override, rulebook, inquiry)
+        elif tenant is None:
             decision = self._without_license(rulebook, inquiry, boot_ms, patient)
         else:
             self.tenants.move_to_end(inquiry.tenant)
-            decision = self._with_license(rulebook, tenant, inquiry, now_us, boot_ms, patient, stale)
+            decision = self._with_license(rulebook, tenant, inquiry, now_us, boot_ms, patient, stale, override)
         if type(decision) is Decision:
             decision.stale = stale
-            if rulebook.observe and decision.effect is not _APPROVED:
+            if rulebook.observe and decision.effect is not _APPROVED and not decision.overridden:
                 decision.observed = True
+            if decision.effect is Effect.PENDING and tenant is not None:
+                decision = self._ask(tenant, inquiry, decision, now_us)
+        return decision
+
+    def _ask(self, tenant: Tenant, inquiry: Inquiry, decision: Decision, now_us: int) -> Decision:
+        """The decision with the request that it waits for, or as people decided lately."""
+        key = key_for(inquiry, decision.rule)
+        records = not (inquiry.peek or decision.observed)
+        asked = self.requests.ask(tenant.requests, inquiry.tenant, key, now_us, records=records)
+        decision.access_request_id = asked.id
+        if asked.is_full:
+            decision.message += f" {inquiry.tenant} has as many open requests as it may have: none was made of this."
+        denial = asked.denial
+        if denial is not None:
+            decision.effect = Effect.DENIED
+            why = f": {denial.reason}" if denial.reason else ""
+            decision.message += f" {denial.by} denied that{why}."
+            decision.retry_after_s = max(1, (denial.at_us + QUIET_US - now_us) // 1_000_000)
         return decision
 
     def decide_access(self, inquiry: Inquiry, *, now_us: int, boot_ms: int, patient: bool) -> Decision | Wait:
@@ -409,11 +476,14 @@ class Engine:
         boot_ms: int,
         patient: bool,
         stale: bool,
+        override: Override | None,
     ) -> Decision | Wait:
         if tenant.rulebook is not rulebook:
+            is_bound = tenant.rulebook is not None and tenant.rulebook.has_actions_of(rulebook)
             tenant.rulebook = rulebook
-            tenant.entitlements = entitlements_of(tenant.license, rulebook.catalog)
-            tenant.actions = {}
+            if not is_bound:
+                tenant.entitlements = entitlements_of(tenant.license, rulebook.catalog)
+                tenant.actions = {}
         plan = tenant.actions.get(inquiry.action)
         if plan is None:
             bound = rulebook.action(inquiry.action)
@@ -439,6 +509,7 @@ class Engine:
             reason, message, rule = plan.denial
             decision = Decision(Effect.DENIED, reason, message, rule)
         shadow: Sequence[str] = ()
+        approvals: Sequence[tuple[str, RequestEntry]] = ()
         if decision is None and plan.subject_flags:
             decision, exposures = self._subject_flags(plan, inquiry)
         if decision is None and bound.roles is not None:
@@ -446,15 +517,29 @@ class Engine:
         if decision is None and bound.rules:
             ruling = rule_on(bound, tenant.license, inquiry, now_us)
             shadow = ruling.shadow
-            if ruling.effect is not None:
+            if ruling.approvals:
+                rule, approvals = tenant.lifted(inquiry, ruling.approvals, now_us)
+                if rule:
+                    decision = Decision(ruling.effect or Effect.PENDING, ruling.reason, approval_wanted(rule), rule)
+            elif ruling.effect is not None:
                 decision = Decision(ruling.effect, ruling.reason, ruling.message, ruling.rule)
+        lifted: Decision | None = None
+        if override is not None and decision is not None and decision.reason in OVERRIDABLE:
+            lifted, decision, approvals = decision, None, ()
         if decision is None and inquiry.access_only:
             decision = Decision(_APPROVED, _OK)
         if decision is None:
-            settled = self._quotas(plan, tenant, inquiry, units, context, now_us, boot_ms, patient)
+            limits = plan.limits
+            if approvals:
+                limits += tuple(tenant.counted(entry) for _, entry in approvals if entry.units)
+            settled = self._quotas(plan, limits, tenant, inquiry, units, context, now_us, boot_ms, patient)
             if type(settled) is not Decision:
                 return settled
             decision = settled
+        if approvals:
+            _note_approvals(decision, approvals)
+        if lifted is not None and override is not None and decision.effect is _APPROVED:
+            _note_override(decision, override, lifted)
         decision.units = units
         decision.context = bound.recorded(context) if bound.hides else context
         decision.shadow = shadow
@@ -488,6 +573,7 @@ class Engine:
     def _quotas(
         self,
         plan: TenantAction,
+        limits: Sequence[BoundLimit],
         tenant: Tenant,
         inquiry: Inquiry,
         units: Mapping[str, int],
@@ -497,7 +583,7 @@ class Engine:
         patient: bool,
     ) -> Decision | Wait:
         decision = Decision(_APPROVED, _OK)
-        if not plan.limits:
+        if not limits:
             return decision
         held = tenant.held
         if held is None or self.leases.tenants.get(inquiry.tenant) is not held:
@@ -505,7 +591,7 @@ class Engine:
         now_s = now_us // 1_000_000
         needs: list[tuple[Lease, int]] | None = None
         leases, spends = held.leases, decision.spends
-        for limit in plan.limits:
+        for limit in limits:
             asked = units.get(limit.feature, 0)
             window = limit.window
             if not window[0] <= now_s < window[1]:
@@ -698,6 +784,39 @@ class Engine:
         return None
 
 
+def _denied_by(override: Override, rulebook: Rulebook, inquiry: Inquiry) -> Decision:
+    """Whoever the tenant is: its license is not looked at."""
+    message = f"Denied by {override.rule} of {override.by}: {override.reason}."
+    decision = Decision(Effect.DENIED, Reason.POLICY_DENIED, message, override.rule)
+    decision.overridden = True
+    bound = rulebook.action(inquiry.action)
+    if bound is not None:
+        prepare(bound, inquiry)
+        decision.units, decision.context = inquiry.units, bound.recorded(inquiry.declared)
+    return decision
+
+
+def _note_override(decision: Decision, override: Override, lifted: Decision) -> None:
+    """Says which override allowed it, and what would have been answered without."""
+    said = f"Allowed by {override.rule} of {override.by}: {override.reason}. Otherwise: {lifted.message}"
+    decision.rule, decision.message = override.rule, f"{said} {decision.message}".rstrip()
+
+
+def _note_approvals(decision: Decision, approvals: Sequence[tuple[str, RequestEntry]]) -> None:
+    """Says which approval allowed it; of one whose units do not suffice, that its rule wants another."""
+    if decision.effect is _APPROVED:
+        decision.access_request_id = approvals[0][1].id
+        return
+    for rule, entry in approvals:
+        if entry.units and decision.rule == entry.limit_key:
+            lease = decision.spends[0][0]
+            left = min(lease.unused, lease.remaining + max(0, lease.free))
+            decision.rule, decision.spends = rule, []
+            decision.message = (
+                f"{approval_wanted(rule)} Of the {entry.units:,} units that {entry.by} approved, {left:,} are left."
+            )
+
+
 def _mark_overage(decision: Decision, lease: Lease, boot_ms: int) -> None:
     """What a decision takes of a soft limit beside its grants may lie past its amount."""
     take = next(units for one, units in decision.spends if one is lease)
@@ -821,7 +940,7 @@ def bind_action(tenant: Tenant, bound: BoundAction) -> TenantAction:
                 break
             exposures[flag.name] = ON
     plan = TenantAction(bound, denial, exposures)
-    if denial is None:
+    if denial is None or denial[0] is Reason.FEATURE_OFF:  # which an override may allow
         granted = [(feature, tenant.entitlements[feature]) for feature in features]
         plan.prices = tuple(
             (feature, entitlement.price, entitlement.price.by.removeprefix("context."))

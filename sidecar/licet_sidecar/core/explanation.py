@@ -7,20 +7,21 @@ random bundles. Pure; takes nothing, and makes no lease.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final, NamedTuple
 
+from licet.domain.approvals import OVERRIDE_PREFIX, Override, OverrideEffect, RequestEntry
 from licet.domain.catalog import AttributeValue, Flag, RuleEffect
 from licet.domain.outcomes import Effect, Reason
+from licet_sidecar.core.access_requests import key_for
 from licet_sidecar.core.engine import (
     BoundLimit,
     Decision,
     Engine,
     Tenant,
-    TenantAction,
     bind_action,
     license_problem,
     prepare,
@@ -35,6 +36,8 @@ from licet_sidecar.core.rules import Traced, trace_rules
 class StepName(StrEnum):
     """The steps, in the order in which they are taken."""
 
+    OVERRIDE = "override"
+    """Only there when an override applies."""
     LICENSE = "license"
     ACTION = "action"
     FRESHNESS = "freshness"
@@ -84,6 +87,8 @@ _DECIDES: Final[Mapping[Reason, StepName]] = {
 
 def deciding_step(decision: Decision, steps: list[Step]) -> StepName | None:
     """The step that is why the decision is what it is; ``None`` when nothing stood in the way."""
+    if decision.rule.startswith(OVERRIDE_PREFIX):
+        return StepName.OVERRIDE
     if decision.effect is Effect.APPROVED and decision.reason is Reason.OK:
         return None
     known = _DECIDES.get(decision.reason)
@@ -111,16 +116,26 @@ def explain(engine: Engine, inquiry: Inquiry, decision: Decision, *, now_us: int
     assert rulebook is not None, "explain() before the first state was applied"
     tenant = engine.tenants.get(inquiry.tenant)
     bound = rulebook.action(inquiry.action)
-    steps = [_license(tenant, inquiry, decision, now_us), _action(bound, inquiry), _freshness(engine, bound, now_us)]
+    override = rulebook.override(inquiry.tenant, inquiry.subject_id, inquiry.action, now_us)
+    steps = [_override(override)] if override is not None else []
+    steps += [_license(tenant, inquiry, decision, now_us), _action(bound, inquiry), _freshness(engine, bound, now_us)]
     if tenant is None or bound is None:
         return steps
     if inquiry.prepared_for is not bound:
         prepare(bound, inquiry)
     plan = tenant.actions.get(inquiry.action) or bind_action(tenant, bound)
     steps += [_entitlement(tenant, bound), _flags(bound, inquiry), _roles(bound, inquiry)]
-    steps.append(_policies(bound, tenant, inquiry, now_us))
-    steps.append(_quotas(engine, plan, inquiry, decision, deciding_step(decision, steps), now_us))
+    steps.append(_policies(bound, tenant, inquiry, decision, now_us))
+    limits = [*plan.limits, *_counted(tenant, inquiry, steps[-1].rules, now_us)]
+    steps.append(_quotas(engine, limits, inquiry, decision, deciding_step(decision, steps), now_us))
     return steps
+
+
+def _override(override: Override) -> Step:
+    what = "is denied" if override.effect is OverrideEffect.DENY else "is allowed, whatever flags, roles and rules say"
+    until = _instant(override.ends_us // 1_000_000)
+    found = f"{override.action} {what} until {until}, by {override.rule} of {override.by}: {override.reason}."
+    return Step(StepName.OVERRIDE, override.effect is OverrideEffect.DENY, [found])
 
 
 def _license(tenant: Tenant | None, inquiry: Inquiry, decision: Decision, now_us: int) -> Step:
@@ -210,7 +225,7 @@ def _roles(bound: BoundAction, inquiry: Inquiry) -> Step:
     return Step(StepName.ROLES, True, [f"It needs one of the roles {needed}; the subject {sent}."])
 
 
-def _policies(bound: BoundAction, tenant: Tenant, inquiry: Inquiry, now_us: int) -> Step:
+def _policies(bound: BoundAction, tenant: Tenant, inquiry: Inquiry, decision: Decision, now_us: int) -> Step:
     rules = trace_rules(bound, tenant.license, inquiry, now_us)
     step = Step(StepName.POLICIES, rules=rules)
     enforced = [traced for traced in rules if not traced.rule.shadow]
@@ -228,8 +243,14 @@ def _policies(bound: BoundAction, tenant: Tenant, inquiry: Inquiry, now_us: int)
             step.objects = True
             step.found.append(f"Policy rule {rule.name} denies this.")
         elif traced.matched and rule.effect is RuleEffect.REQUIRE_APPROVAL:
+            approval = tenant.requests.live(key_for(inquiry, rule.name), now_us)
             if rule.policy in exempt:
                 step.found.append(f"Policy rule {rule.name} would require approval; its policy exempts this.")
+            elif approval is not None:
+                step.found.append(_lifted(rule.name, approval))
+                if decision.effect is not Effect.APPROVED and decision.rule == rule.name:
+                    step.objects = True
+                    step.found.append("So many of these units are not left.")
             else:
                 step.objects = True
                 step.found.append(f"Policy rule {rule.name} requires approval.")
@@ -241,13 +262,33 @@ def _policies(bound: BoundAction, tenant: Tenant, inquiry: Inquiry, now_us: int)
     return step
 
 
+def _counted(tenant: Tenant, inquiry: Inquiry, rules: Sequence[Traced], now_us: int) -> list[BoundLimit]:
+    """The units of approvals that lift a rule."""
+    wanted = [one.rule.name for one in rules if one.matched and one.rule.effect is RuleEffect.REQUIRE_APPROVAL]
+    approvals = [tenant.requests.live(key_for(inquiry, rule), now_us) for rule in wanted]
+    return [tenant.counted(entry) for entry in approvals if entry is not None and entry.units]
+
+
+def _lifted(rule: str, approval: RequestEntry) -> str:
+    units = f" for {approval.units:,} units" if approval.units else ""
+    until = _instant(approval.until_us // 1_000_000)
+    return (
+        f"Policy rule {rule} requires approval; {approval.by} approved it{units} until {until}, request {approval.id}."
+    )
+
+
 def _quotas(
-    engine: Engine, plan: TenantAction, inquiry: Inquiry, decision: Decision, decided: StepName | None, now_us: int
+    engine: Engine,
+    limits: Sequence[BoundLimit],
+    inquiry: Inquiry,
+    decision: Decision,
+    decided: StepName | None,
+    now_us: int,
 ) -> Step:
     step = Step(StepName.QUOTAS)
     now_s = now_us // 1_000_000
     held = engine.leases.tenants.get(inquiry.tenant)
-    for limit in plan.limits:
+    for limit in limits:
         asked = limit.quota_units(inquiry.units.get(limit.feature, 0), inquiry.declared)
         for pool in limit.pools or (limit,):
             if pool is not limit and not pool.is_in_force(now_s):
@@ -258,7 +299,7 @@ def _quotas(
             if lease is not None and lease.start != window[0]:
                 lease = None
             step.limits.append(LimitSeen(pool, asked, window[1], lease))
-    if not plan.limits:
+    if not limits:
         step.found.append("No limit applies: the action is unmetered for this license.")
     if decided is StepName.QUOTAS:
         step.found += [decision.message] if decision.message else []

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from licet.domain.approvals import Override, OverrideEffect
 from licet.domain.catalog import (
     Action,
     AttributeType,
@@ -83,8 +84,19 @@ class BoundAction:
 class Rulebook:
     """A catalog at a revision. Owned by one event loop; replaced as a whole when a new bundle arrives."""
 
-    def __init__(self, catalog: Catalog, *, generation: int, revision: int, observe: bool, salt: bytes = b"") -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        generation: int,
+        revision: int,
+        observe: bool,
+        salt: bytes = b"",
+        overrides: tuple[Override, ...] = (),
+    ) -> None:
         self.catalog = catalog
+        self.overrides = overrides
+        """Break glass; of those that apply, a denial wins."""
         self._salt = salt
         self.generation = generation
         self.revision = revision
@@ -97,6 +109,33 @@ class Rulebook:
         """Of actions whose answers wait for more than the kernel."""
         self._actions: dict[str, BoundAction] = {}
         self._environments: dict[tuple[tuple[str, str], ...], ConditionEnvironment] = {}
+
+    def with_overrides(self, overrides: tuple[Override, ...], *, generation: int, revision: int) -> Rulebook:
+        """The same catalog under other overrides. What was bound stays bound: nothing is compiled again."""
+        other = Rulebook(
+            self.catalog,
+            generation=generation,
+            revision=revision,
+            observe=self.observe,
+            salt=self._salt,
+            overrides=overrides,
+        )
+        other._actions, other._environments = self._actions, self._environments
+        return other
+
+    def has_actions_of(self, other: Rulebook) -> bool:
+        """Whether both differ in overrides only, so that what was bound to one is bound to the other."""
+        return self._actions is other._actions
+
+    def override(self, tenant: str, subject: str, action: str, now_us: int) -> Override | None:
+        """The override that decides on what is asked, if one does."""
+        found: Override | None = None
+        for one in self.overrides:
+            if one.applies(tenant, subject, action, now_us):
+                if one.effect is OverrideEffect.DENY:
+                    return one
+                found = found or one
+        return found
 
     def action(self, name: str) -> BoundAction | None:
         """The action of that name, or ``None``."""

@@ -31,13 +31,17 @@ class Traced(NamedTuple):
 
 
 class Ruling(NamedTuple):
-    """``effect`` is ``None`` when no enforced rule objects. ``shadow``: what shadow policies would have done."""
+    """``effect`` is ``None`` when no enforced rule objects. ``shadow``: what shadow policies would have done.
+
+    ``approvals``, of one that is PENDING: every rule that wants an approval, ``rule`` the first of them.
+    """
 
     effect: Effect | None
     reason: Reason
     message: str
     rule: str
     shadow: tuple[str, ...]
+    approvals: tuple[str, ...] = ()
 
 
 def rule_on(bound: BoundAction, license_: License, inquiry: Inquiry, now_us: int) -> Ruling:
@@ -95,11 +99,16 @@ def _evaluate(bound: BoundAction, bindings: Mapping[str, Any]) -> Ruling:
             approvals.append(rule)
     if denial is not None:
         return Ruling(Effect.DENIED, *denial, tuple(shadow))
-    pending = next((rule for rule in approvals if rule.policy not in exempt), None)
-    if pending is None:
+    pending = tuple(rule.name for rule in approvals if rule.policy not in exempt)
+    if not pending:
         return Ruling(None, Reason.OK, "", "", tuple(shadow))
-    message = f"Policy rule {pending.name} requires approval."
-    return Ruling(Effect.PENDING, Reason.APPROVAL_REQUIRED, message, pending.name, tuple(shadow))
+    message = approval_wanted(pending[0])
+    return Ruling(Effect.PENDING, Reason.APPROVAL_REQUIRED, message, pending[0], tuple(shadow), pending)
+
+
+def approval_wanted(rule: str) -> str:
+    """What a person is told of a rule that wants an approval."""
+    return f"Policy rule {rule} requires approval."
 
 
 def _bindings(bound: BoundAction, license_: License, inquiry: Inquiry, now_us: int) -> dict[str, Any]:

@@ -67,7 +67,13 @@ class Answers:
             self._quota(share, parts, False)
         if decision.cost_nanos:
             parts.append(self._cost(decision.cost_nanos, decision.currency))
-        if decision.message or decision.rule or decision.retry_after_s or decision.observed:
+        if (
+            decision.message
+            or decision.rule
+            or decision.retry_after_s
+            or decision.observed
+            or decision.access_request_id
+        ):
             parts.append(_encode_explanation(decision))
         return b"".join(parts)
 
@@ -149,7 +155,9 @@ def _encode_state(revision: int, as_of_us: int, stale: bool, degraded: bool) -> 
 
 
 def _encode_explanation(decision: Decision) -> bytes:
-    response = pb.CheckResponse(message=decision.message, rule=decision.rule)
+    response = pb.CheckResponse(
+        message=decision.message, rule=decision.rule, access_request_id=decision.access_request_id
+    )
     if decision.retry_after_s:
         seconds, rest_s = divmod(decision.retry_after_s, 1)
         response.retry_after.seconds = int(seconds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgpack
@@ -102,6 +102,7 @@ class ApprovalService:
             "CheckBatch": self.check_batch,
             "CheckStream": self.check,  # one message of the stream
         }
+        self._streams: dict[str, Callable[[bytes], AsyncIterator[bytes]]] = {}
         self.reserving = Reserving(self, reservations, self._answers, engine, log, clock, leasing, recent, tally, gate)
         self._methods |= self.reserving.methods
 
@@ -118,6 +119,14 @@ class ApprovalService:
     def register(self, methods: Mapping[str, Callable[[bytes, float], Answer]]) -> None:
         """Adds methods that another service answers."""
         self._methods.update(methods)
+
+    def register_streams(self, streams: Mapping[str, Callable[[bytes], AsyncIterator[bytes]]]) -> None:
+        """Adds methods that another service answers with a stream."""
+        self._streams.update(streams)
+
+    def stream(self, method: str, request: bytes) -> AsyncIterator[bytes]:
+        """Answers one call with a stream. Raises as ``handle``, here or from the stream."""
+        return self._streams[method](request)
 
     def check(self, data: bytes, timeout_s: float) -> Answer:
         """One check."""
@@ -357,7 +366,7 @@ class ApprovalService:
 
     def _record(self, inquiry: Inquiry, decision: Decision, seq: int, now_us: int) -> bytes:
         later: tuple[Any, ...] = ()
-        if decision.exposures or decision.priced_as or decision.overage:
+        if decision.exposures or decision.priced_as or decision.overage or decision.access_request_id:
             later = _later_fields(decision)
         return frame(
             EVENT,
@@ -448,6 +457,8 @@ class ApprovalService:
 def _later_fields(decision: Decision) -> tuple[Any, ...]:
     """The fields of an event from ``kind`` on, up to the last that is not empty, as ``usage.pack_event`` has them."""
     fields: tuple[Any, ...] = (usage.EventKind.CHECK, "", (), {}, decision.overage)
+    if decision.access_request_id:
+        return (*fields, {}, 0, decision.priced_as, decision.exposures, decision.access_request_id)
     if decision.exposures:
         return (*fields, {}, 0, decision.priced_as, decision.exposures)
     return (*fields, {}, 0, decision.priced_as) if decision.priced_as else fields

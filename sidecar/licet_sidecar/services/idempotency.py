@@ -172,6 +172,7 @@ def answer_of(prefix: bytes, event: usage.UsageEvent) -> pb.CheckResponse:
         revision=event.revision,
         stale=bool(event.flags & usage.FLAG_STALE),
         degraded=bool(event.flags & usage.FLAG_DEGRADED),
+        access_request_id=event.access_request_id,
     )
     response.as_of.seconds = event.at_us // 1_000_000
     if event.cost_nanos:

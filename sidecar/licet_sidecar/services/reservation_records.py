@@ -91,4 +91,5 @@ def event_of(
         kind=kind,
         priced_as=decision.priced_as,
         exposures=decision.exposures,
+        access_request_id=decision.access_request_id,
     )

@@ -384,6 +384,7 @@ class SeatKeeper:
             kind=kind,
             about=seat.id if seat else "",
             exposures=decision.exposures,
+            access_request_id=decision.access_request_id,
         )
         return frame(EVENT, usage.pack_event(event))
 

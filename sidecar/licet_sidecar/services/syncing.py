@@ -120,6 +120,14 @@ class SyncService:
         except (LinkRefused, Inconsistent, ValueError, KeyError, TypeError) as error:
             raise LinkDown(str(error)) from error
 
+    async def changed_within(self, timeout_s: float) -> None:
+        """Waits until another state is in force, or for so long."""
+        try:
+            async with asyncio.timeout(timeout_s), self._advanced:
+                await self._advanced.wait()
+        except TimeoutError:
+            pass
+
     # For upkeep
 
     async def follow_second_route(self) -> None:
@@ -418,13 +426,13 @@ class SyncService:
         if held is not None and held.document == document:
             return held
         manifest = Manifest.from_payload(statement.payload)
+        version = {"generation": statement.generation, "revision": statement.revision}
+        if held is not None and manifest.has_content_of(Manifest.from_payload(held.statement.payload)):
+            rulebook = held.rulebook.with_overrides(manifest.overrides, **version)
+            return _Bundle(statement, document, held.chunks, rulebook)
         catalog: Catalog = catalog_of_chunks((chunks[digest] for digest in manifest.chunks), manifest.chunks)
         rulebook = Rulebook(
-            catalog,
-            generation=statement.generation,
-            revision=statement.revision,
-            observe=manifest.observe,
-            salt=manifest.salt,
+            catalog, **version, observe=manifest.observe, salt=manifest.salt, overrides=manifest.overrides
         )
         return _Bundle(statement, document, {digest: chunks[digest] for digest in manifest.chunks}, rulebook)
 

@@ -56,6 +56,9 @@ class GrpcEdge:
             "ReleaseSeat": grpc.unary_unary_rpc_method_handler(self._unary("ReleaseSeat")),
             "Explain": grpc.unary_unary_rpc_method_handler(self._unary("Explain")),
             "ListEntitlements": grpc.unary_unary_rpc_method_handler(self._unary("ListEntitlements")),
+            "RequestAccess": grpc.unary_unary_rpc_method_handler(self._unary("RequestAccess")),
+            "GetAccessRequest": grpc.unary_unary_rpc_method_handler(self._unary("GetAccessRequest")),
+            "WatchAccessRequest": grpc.unary_stream_rpc_method_handler(self._watch),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -106,6 +109,13 @@ class GrpcEdge:
                 return await _abort(context, error)
 
         return call
+
+    async def _watch(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        try:
+            async for message in self._service.stream("WatchAccessRequest", request):
+                yield message
+        except (Malformed, NotReady) as error:
+            await _abort(context, error)
 
     async def _check_stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         check = self._unary("CheckStream")
