@@ -25,7 +25,7 @@ from licet_control_plane.core.bundle_changes import document_changes
 from licet_control_plane.core.grants import GrantAsked, amount_of, grant_of, is_same, kept
 from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.core.suggestion import did_you_mean
-from licet_control_plane.store import access, bundles, licenses, meta, revisions
+from licet_control_plane.store import access, bundles, licenses, meta, overrides, revisions
 from licet_control_plane.store.bundles import Bundle
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.licenses import StoredLicense
@@ -84,6 +84,10 @@ class Changes:
     def sign(self, statement: Statement) -> bytes:
         """Signs with the deployment's key."""
         return self._key.sign(statement)
+
+    def catalog_in_force(self, connection: Connection) -> Catalog:
+        """The catalog of the newest bundle. Only for who writes: it is kept in the writer's thread."""
+        return self._current_catalog(connection)
 
     async def push(
         self,
@@ -217,6 +221,7 @@ class Changes:
             message=message,
             published_us=now_us,
             salt=row.redaction_salt,
+            overrides=overrides.live(connection, now_us),
         )
         revision = revisions.append(
             connection,
@@ -322,8 +327,8 @@ class Changes:
             by=by,
             action=action,
             target=license_.tenant,
-            before=license_to_wire(old.license) if old else None,
-            after=wire,
+            before=_audited(old.license) if old else None,
+            after=_audited(license_),
             now_us=now_us,
         )
         return StoredLicense(license_, revision, now_us)
@@ -371,6 +376,11 @@ class Changes:
 
     def _now_us(self) -> int:
         return int(self._now_s() * 1_000_000)
+
+
+def _audited(license_: License) -> dict[str, Any]:
+    """What the audit trail keeps of a license: its access requests have lines of their own."""
+    return license_to_wire(replace(license_, requests=()))
 
 
 def _digests(catalog: Catalog) -> tuple[tuple[str, str, str], ...]:

@@ -31,6 +31,7 @@ class ServerConfig:
     ``events_url``: where usage events are posted to, signed with ``events_secret``; empty for nowhere.
     ``events_personal``: with what is personal in them.
     ``archive_dir``: where usage is archived before it is acknowledged; ``None`` for nowhere.
+    ``approver_groups``: names of API keys by the group that approval chains know them by.
     ``new_generation`` is for one start after the database was restored from a backup that Redis is ahead of.
     """
 
@@ -49,6 +50,7 @@ class ServerConfig:
     events_url: str = ""
     events_secret: bytes = field(default=b"", repr=False)
     events_personal: bool = False
+    approver_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, environ: Mapping[str, str] = os.environ, **flags: Any) -> Self:
@@ -89,6 +91,7 @@ class ServerConfig:
             events_url=events_url,
             events_secret=events_secret,
             events_personal=str(value("events_personal", "LICET_EVENTS_PERSONAL", "")).lower() in ("1", "true", "yes"),
+            approver_groups=parse_groups(str(value("approver_groups", "LICET_APPROVER_GROUPS", ""))),
             archive_dir=Path(archive) if (archive := str(value("archive_dir", "LICET_ARCHIVE_DIR", ""))) else None,
         )
 
@@ -139,6 +142,22 @@ def parse_seconds(text: str) -> float:
                 return parsed
             break
     raise ConfigError(f"duration {text!r}: give a positive number with a unit, such as 60s, 500ms or 2m")
+
+
+def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
+    """Members by group of ``finance=ana,ben;legal=cora``.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    groups: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        group, equals, members = part.partition("=")
+        names = tuple(name.strip() for name in members.split(",") if name.strip())
+        if not equals or not group.strip() or not names:
+            raise ConfigError(f"approver groups {part!r}: give group=name,name and ';' between groups")
+        groups[group.strip()] = names
+    return groups
 
 
 def parse_reclaim_after(text: str) -> float:

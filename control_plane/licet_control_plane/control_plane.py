@@ -14,6 +14,7 @@ import structlog
 
 from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.signing import SigningKey
+from licet_control_plane.access_desk import AccessDesk
 from licet_control_plane.archive.follower import Archive
 from licet_control_plane.changes import Changes
 from licet_control_plane.checkpointer import Checkpointer
@@ -21,6 +22,7 @@ from licet_control_plane.config import ServerConfig
 from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.drain.months import MonthKeeper
 from licet_control_plane.drain.worker import DrainCounts, ShardWorker
+from licet_control_plane.override_desk import OverrideDesk
 from licet_control_plane.publisher.asks import AsksReader
 from licet_control_plane.publisher.documents import RedisDocuments
 from licet_control_plane.publisher.fleet import Fleet
@@ -61,6 +63,8 @@ class ControlPlane:
     reclaimer: Reclaimer
     sweeper: Sweeper
     asks: AsksReader
+    access_desk: AccessDesk
+    override_desk: OverrideDesk
     checkpointer: Checkpointer
     public_key: str
     archive: Archive | None
@@ -112,6 +116,8 @@ class ControlPlane:
             wake=wake,
             now_s=now_s,
         )
+        changes = Changes(database, key, wake=wake, now_s=now_s)
+        access_desk = AccessDesk(database, changes, wake=wake, now_s=now_s)
         counts = DrainCounts()
         # Shared: all of them write in the database's one writing thread.
         subject_keys = SubjectKeys(ledger_key)
@@ -127,6 +133,7 @@ class ControlPlane:
                 archive=archive,
                 consumer=name,
                 now_s=now_s,
+                on_asked=access_desk.asked.set,
             )
             for shard in range(USAGE_SHARDS)
         ]
@@ -137,7 +144,7 @@ class ControlPlane:
             ledger_key=ledger_key,
             key=key,
             redis=redis,
-            changes=Changes(database, key, wake=wake, now_s=now_s),
+            changes=changes,
             publisher=publisher,
             quotas=quotas,
             fleet=fleet,
@@ -146,6 +153,8 @@ class ControlPlane:
             reclaimer=reclaimer,
             sweeper=sweeper,
             asks=asks,
+            access_desk=access_desk,
+            override_desk=OverrideDesk(database, changes, wake=wake, now_s=now_s),
             checkpointer=Checkpointer(database, key, every_s=config.checkpoint_every_s, now_s=now_s),
             public_key=key.public_key,
             archive=archive,
@@ -173,6 +182,7 @@ class ControlPlane:
         self._tasks = [
             asyncio.create_task(_supervised("publisher", self.publisher.run)),
             asyncio.create_task(_supervised("asks", self.asks.run)),
+            asyncio.create_task(_supervised("access requests", self.access_desk.run)),
             asyncio.create_task(_supervised("months", self.months.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
             asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
@@ -223,6 +233,10 @@ class ControlPlane:
         metrics.counter("licet_markers_swept", "Markers removed.", lambda: self.sweeper.markers_removed)
         metrics.gauge("licet_tenants_learning", "Tenants whose quotas learn.", lambda: len(self.quotas.learning))
         metrics.counter("licet_asks_dropped", "Asks of sidecars that found no room.", lambda: self.asks.dropped)
+        desk = self.access_desk.counts
+        metrics.counter("licet_access_requests_opened", "Access requests opened.", lambda: desk.opened)
+        metrics.counter("licet_access_requests_expired", "Those that nobody decided.", lambda: desk.expired)
+        metrics.counter("licet_access_requests_refused", "Those without room.", lambda: desk.refused)
         metrics.gauges(
             "licet_drain_backlog_batches",
             "shard",

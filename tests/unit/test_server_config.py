@@ -40,6 +40,8 @@ def test_an_ipv6_address_is_written_in_brackets() -> None:
         ({"redis_prefix": "a{b}"}, "letters"),
         ({"reclaim_after": "4m"}, "at least 5m"),
         ({"reclaim_after": "never"}, "duration"),
+        ({"approver_groups": "finance"}, "group=name"),
+        ({"approver_groups": "finance=ana;=ben"}, "group=name"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_it_should_be(flags: dict[str, Any], says: str) -> None:
@@ -51,3 +53,9 @@ def test_a_wrong_value_is_named_with_what_it_should_be(flags: dict[str, Any], sa
 def test_reclaiming_is_off_or_after_a_while(text: str, after_s: float) -> None:
     assert ServerConfig.of({}).reclaim_after_s == 0.0
     assert ServerConfig.of({"LICET_RECLAIM_AFTER": text}).reclaim_after_s == after_s
+
+
+def test_groups_of_approvers_are_named_with_their_members() -> None:
+    assert ServerConfig.of({}).approver_groups == {}
+    groups = ServerConfig.of({"LICET_APPROVER_GROUPS": " finance = ana, ben ; legal=cora;"}).approver_groups
+    assert groups == {"finance": ("ana", "ben"), "legal": ("cora",)}

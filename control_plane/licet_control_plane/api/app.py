@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, FastAPI
 
 from licet_control_plane.api import (
+    access_requests,
     bundle_history,
     bundles,
     decisions,
@@ -14,6 +15,7 @@ from licet_control_plane.api import (
     ledger,
     licenses,
     months,
+    overrides,
     problems,
     proof,
     quotas,
@@ -39,6 +41,8 @@ def make_app(plane: ControlPlane) -> FastAPI:
         bundle_history,
         licenses,
         grants,
+        access_requests,
+        overrides,
         ledger,
         decisions,
         kept_aside,

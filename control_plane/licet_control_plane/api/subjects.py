@@ -20,7 +20,7 @@ from licet_control_plane.archive.files import ArchiveDamaged, ArchiveUnavailable
 from licet_control_plane.archive.follower import Archive
 from licet_control_plane.core.event_view import event_json
 from licet_control_plane.core.subject_keys import LedgerKey
-from licet_control_plane.store import access, ledger
+from licet_control_plane.store import access, access_requests, ledger
 from licet_control_plane.store.database import DatabaseUnavailable
 
 router = APIRouter()
@@ -89,6 +89,7 @@ def _erase(
     connection: Connection, ledger_key: LedgerKey, tenant: str, whom: SubjectName, *, by: str, now_us: int
 ) -> ledger.Erased:
     erased = ledger.erase(connection, ledger_key, tenant, whom.type, whom.id, now_us=now_us)
+    access_requests.erase_subject(connection, tenant, whom.type, whom.id)
     # The audit trail says that it was done, and keeps only the numbers: a name there would outlive the erasure.
     access.record(
         connection,

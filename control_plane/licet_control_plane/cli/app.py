@@ -16,9 +16,11 @@ from licet_control_plane.cli import (
     ledger,
     licenses,
     months,
+    overrides,
     policies,
     policy_tests,
     quotas,
+    requests,
     reservations,
     run,
     seats,
@@ -105,6 +107,18 @@ _grant = _group("grant", "Top-ups of one limit of a license, for a time.")
 _grant.command("add", epilog=EXIT_CODES_HELP)(grants.add)
 _grant.command("list", epilog=EXIT_CODES_HELP)(grants.list_)
 _grant.command("revoke", epilog=EXIT_CODES_HELP)(grants.revoke)
+
+_request = _group("request", "What people are asked to approve.")
+_request.command("list", epilog=EXIT_CODES_HELP)(requests.list_)
+_request.command("show", epilog=EXIT_CODES_HELP)(requests.show)
+_request.command("approve", epilog=EXIT_CODES_HELP)(requests.approve)
+_request.command("deny", epilog=EXIT_CODES_HELP)(requests.deny)
+_request.command("revoke", epilog=EXIT_CODES_HELP)(requests.revoke)
+
+_override = _group("override", "Break glass: actions allowed or denied for a while, whatever documents say.")
+_override.command("set", epilog=EXIT_CODES_HELP)(overrides.set_)
+_override.command("list", epilog=EXIT_CODES_HELP)(overrides.list_)
+_override.command("clear", epilog=EXIT_CODES_HELP)(overrides.clear)
 
 _quota = _group("quota", "What is counted against limits, and who holds it.")
 _quota.command("show", epilog=EXIT_CODES_HELP)(quotas.show)

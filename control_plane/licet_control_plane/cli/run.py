@@ -69,6 +69,10 @@ def server(
         bool | None,
         typer.Option("--events-personal", help="With subjects, resources and context. [default: without]"),
     ] = None,
+    approver_groups: Annotated[
+        str | None,
+        typer.Option("--approver-groups", help="Who is in groups of approval chains: 'finance=ana,ben;legal=cora'."),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option("--log-level", help="debug, info, warning or error. [default: info]")
     ] = None,
@@ -105,6 +109,7 @@ def server(
             events_url=events_url,
             events_secret_file=events_secret_file,
             events_personal=events_personal,
+            approver_groups=approver_groups,
             log_level=log_level,
             new_generation=new_generation,
         )

@@ -210,7 +210,14 @@ def month_of(at_s: int) -> int:
 
 
 _STEPS: Final = frozenset(
-    (EventKind.CANCEL, EventKind.EXPIRE, EventKind.EXTEND, EventKind.SEAT_RELEASE, EventKind.SEAT_RECLAIM)
+    (
+        EventKind.CANCEL,
+        EventKind.EXPIRE,
+        EventKind.EXTEND,
+        EventKind.SEAT_RELEASE,
+        EventKind.SEAT_RECLAIM,
+        EventKind.REQUEST_ACCESS,
+    )
 )
 
 

@@ -58,6 +58,8 @@ def event_json(log_id: str, decision_prefix: bytes, event: UsageEvent) -> dict[s
         "spends": [{"quota": quota, "units": units} for quota, units in event.spends],
         "shadow": list(event.shadow),
         "about": event.about,
+        "access_request_id": event.access_request_id,
+        "justification": event.justification,
         "expires_at": _instant(event.expires_us) if event.expires_us else None,
     }
 

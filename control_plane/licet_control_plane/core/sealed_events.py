@@ -13,8 +13,8 @@ The leaf of the Merkle tree is ``SHA-256(0x00 ‖ public ‖ commitment)``. Eras
 before. While the key is there, a change of any byte of any of the three shows, and shows in which event.
 
 Personal are: the subject's id, on whose behalf, the resource's id, the idempotency key, the context attributes, the
-seat or reservation it is about, and the names of quotas with a scope, whose digests could be guessed back. So is every
-field that a newer sidecar appended and this program does not know.
+seat or reservation it is about, the access request and what it says, and the names of quotas with a scope, whose
+digests could be guessed back. So is every field that a newer sidecar appended and this program does not know.
 Source: ``docs/adr/0017-a-ledger-that-proves-and-forgets.md``.
 """
 
@@ -43,7 +43,16 @@ UNREADABLE: Final = "(no key)"
 ALTERED: Final = "(altered)"
 """Shown for a subject when the personal part does not open although there is a key."""
 _NAMES: Final = UsageEvent._fields
-_PERSONAL: Final = ("subject_id", "on_behalf_of", "idempotency_key", "resource_id", "context", "about")
+_PERSONAL: Final = (
+    "subject_id",
+    "on_behalf_of",
+    "idempotency_key",
+    "resource_id",
+    "context",
+    "about",
+    "access_request_id",
+    "justification",
+)
 """In this order, and after them: what was taken out of the public fields because quotas in it have a scope
 (``[spends, held, overage]``), and fields that a newer sidecar appended."""
 _PUBLIC: Final = tuple(name for name in _NAMES if name not in _PERSONAL)
@@ -56,7 +65,7 @@ _personal_of: Final = itemgetter(*(_NAMES.index(name) for name in _PERSONAL))
 _in_order: Final = itemgetter(*((*_PUBLIC, *_PERSONAL).index(name) for name in _NAMES))
 """From public fields and then personal ones to those of an event."""
 _PUBLIC_EMPTY: Final = tuple(UsageEvent._field_defaults.get(name, "") for name in _PUBLIC)
-_PERSONAL_EMPTY: Final[Sequence[Any]] = ("", "", "", "", {}, "")
+_PERSONAL_EMPTY: Final[Sequence[Any]] = ("", "", "", "", {}, "", "", "")
 
 
 class Cipher(Protocol):

@@ -28,7 +28,7 @@ from licet_control_plane.archive.files import ArchiveDamaged, ArchiveUnavailable
 from licet_control_plane.archive.follower import Archive
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.redis_link import BLOCK_MS, Redis, RedisRefused, RedisUnavailable, backoff_s, redis_errors
-from licet_control_plane.store import dead_letters, ledger, ledger_reports, meta
+from licet_control_plane.store import access_requests, dead_letters, ledger, ledger_reports, meta
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.store.dead_letters import Letter, Waiting
 from licet_control_plane.store.ledger import Recorded
@@ -92,7 +92,10 @@ class ShardWorker:
         archive: Archive | None = None,
         consumer: str,
         now_s: Callable[[], float],
+        on_asked: Callable[[], None] = lambda: None,
     ) -> None:
+        """``on_asked`` is called when the ledger has new access requests."""
+        self._on_asked = on_asked
         self._shard = shard
         self._redis = redis
         self._stream = names.usage(shard)
@@ -251,9 +254,16 @@ class ShardWorker:
             )
 
     async def _record(self, batches: list[DecodedBatch]) -> Recorded:
-        return await self._database.write(
-            ledger.record, self._shard, batches, keys=self._subject_keys, now_us=int(self._now_s() * 1_000_000)
-        )
+        done, asked = await self._database.write(self._record_batches, batches)
+        if asked:
+            self._on_asked()
+        return done
+
+    def _record_batches(self, connection: Connection, batches: list[DecodedBatch]) -> tuple[Recorded, int]:
+        """With the access requests that the events ask for: one transaction, so that none is lost."""
+        now_us = int(self._now_s() * 1_000_000)
+        done = ledger.record(connection, self._shard, batches, keys=self._subject_keys, now_us=now_us)
+        return done, access_requests.note_asked(connection, (event for one in batches for event in one.events))
 
     async def _record_singly(self, decoded: list[tuple[bytes, DecodedBatch]], poison: list[Letter]) -> Recorded:
         """One of the batches does not fit the ledger: find it, and do the others."""
@@ -354,7 +364,7 @@ class ShardWorker:
 
     def _record_letter(self, connection: Connection, number: int, decoded: DecodedBatch, *, by: str) -> Recorded:
         now_us = int(self._now_s() * 1_000_000)
-        done = ledger.record(connection, self._shard, [decoded], keys=self._subject_keys, now_us=now_us)
+        done, _ = self._record_batches(connection, [decoded])
         dead_letters.settle(connection, number, dead_letters.RECORDED, by=by, now_us=now_us)
         return done
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, update
 from licet.domain.catalog import License, LicenseStatus, license_to_wire
 from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest
 from licet_control_plane.core.contents import Found
-from licet_control_plane.store import access, bundles, licenses, meta, revisions
+from licet_control_plane.store import access, bundles, licenses, meta, overrides, revisions
 from licet_control_plane.store.revisions import Sign
 from licet_control_plane.store.schema import licenses as license_table
 
@@ -34,7 +34,8 @@ def start(connection: Connection, found: Found, tenants_in_redis: set[str], *, s
         )
 
     if bundle := bundles.current(connection):
-        manifest = Manifest(bundle.chunks, bundle.observe, bundle.message, now_us, old.redaction_salt)
+        in_force = overrides.live(connection, now_us)
+        manifest = Manifest(bundle.chunks, bundle.observe, bundle.message, now_us, old.redaction_salt, in_force)
         revision = again(BUNDLE, BUNDLE_KEY, manifest.to_payload())
         files = bundles.files(connection, bundle.revision)
         bundles.insert_bundle(connection, replace(bundle, revision=revision), files=files, bodies={})

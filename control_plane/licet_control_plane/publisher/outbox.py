@@ -87,6 +87,10 @@ class OutboxCopier:
 
     async def _copy_bundle(self, deployment: str, row: Revision) -> None:
         bundle = (await self._database.read(bundles.newest, up_to=row.revision))[0]
+        if self._bundles and bundle.revision == self._bundles[0].revision:  # the same bundle, under other overrides
+            await self._documents.set_documents(deployment, [row])
+            await self._documents.announce([row])
+            return
         old = self._bundles[0].chunks if self._bundles else ()
         new = tuple(digest for digest in bundle.chunks if digest not in set(old))
         await self._documents.set_chunks(await self._database.read(bundles.bodies, new))

@@ -14,6 +14,7 @@ from typing import Any, Final
 import structlog
 from sqlalchemy import Connection, Row
 
+from licet.domain.approvals import counted_limits
 from licet.domain.catalog import Catalog, License
 from licet.domain.entitlements import entitlements_of, limits_of
 from licet.domain.ids import LimitKey
@@ -336,7 +337,7 @@ class Quotas:
 
 def limits_under(license_: License, catalog: Catalog) -> dict[LimitKey, int]:
     """Amounts of the limits a license has under a catalog."""
-    return limits_of(entitlements_of(license_, catalog))
+    return limits_of(entitlements_of(license_, catalog)) | counted_limits(license_.requests)
 
 
 def changed_plans(old: Catalog, new: Catalog) -> set[str]:

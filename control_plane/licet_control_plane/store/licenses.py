@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, or_, select, update
 
+from licet.domain.approvals import RequestEntry
 from licet.domain.catalog import License, LicenseStatus, grants_from_wire, grants_to_wire
 from licet_control_plane.store.schema import licenses
 
@@ -38,6 +39,7 @@ def save(connection: Connection, license_: License, *, revision: int, now_us: in
         "addons": json.dumps(dict(license_.addons)),
         "overrides": json.dumps(dict(license_.overrides)),
         "grants": json.dumps(grants_to_wire(license_.grants)),
+        "requests": json.dumps([entry.to_wire() for entry in license_.requests]),
         "revision": revision,
         "updated_at": now_us,
     }
@@ -96,5 +98,6 @@ def _stored(row: Row[Any]) -> StoredLicense:
         addons=json.loads(row.addons),
         overrides=json.loads(row.overrides),
         grants=grants_from_wire(json.loads(row.grants)),
+        requests=tuple(RequestEntry.from_wire(entry) for entry in json.loads(row.requests)),
     )
     return StoredLicense(license_, row.revision, row.updated_at)

@@ -116,8 +116,60 @@ licenses: Final = Table(
     Column("addons", Text, nullable=False),  # JSON
     Column("overrides", Text, nullable=False),  # JSON
     Column("grants", Text, nullable=False, server_default="[]"),  # JSON, as on the wire
+    Column("requests", Text, nullable=False, server_default="[]"),  # JSON, as on the wire
     Column("revision", BigInteger, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
+)
+
+access_requests: Final = Table(
+    # As asked (no state yet: ""), and from then on as core.access_requests has them.
+    "access_requests",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("key", String(32), nullable=False),
+    Column("tenant", String(128), nullable=False),
+    Column("subject_type", Text, nullable=False),  # these four are blank once the subject was erased
+    Column("subject_id", Text, nullable=False),
+    Column("on_behalf_of", Text, nullable=False),
+    Column("resource", Text, nullable=False),  # JSON, [type, id]
+    Column("justification", Text, nullable=False),
+    Column("action", String(128), nullable=False),
+    Column("rule", Text, nullable=False),
+    Column("units", Text, nullable=False),  # JSON, by feature
+    Column("asked_at", BigInteger, nullable=False),
+    Column("chain", String(128), nullable=False),
+    Column("stages", Text, nullable=False),  # JSON, pinned when it was opened
+    Column("stage", Integer, nullable=False),
+    Column("votes", Text, nullable=False),  # JSON, who said yes in this stage
+    Column("state", String(16), nullable=False),
+    Column("changed_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("ends_at", BigInteger, nullable=False),
+    Column("units_approved", BigInteger, nullable=False),
+    Column("money_approved", Text, nullable=False),
+    Column("decided_by", String(128), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("revision", BigInteger, nullable=False),  # the license's that told sidecars of it last; 0 for none
+    Index(None, "state", "expires_at"),
+    Index(None, "tenant", "asked_at"),
+    Index(None, "asked_at"),
+)
+
+overrides: Final = Table(
+    # Break glass. Those in force are published with the bundle.
+    "overrides",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("action", String(128), nullable=False),
+    Column("effect", String(8), nullable=False),
+    Column("tenant", String(128), nullable=False),  # empty: all
+    Column("subject", Text, nullable=False),  # empty: all
+    Column("reason", Text, nullable=False),
+    Column("by", String(128), nullable=False),
+    Column("set_at", BigInteger, nullable=False),
+    Column("ends_at", BigInteger, nullable=False, index=True),
+    Column("cleared_at", BigInteger, nullable=False),  # 0: not before its end
+    Column("cleared_by", String(128), nullable=False),
 )
 
 marks: Final = Table(

@@ -7,7 +7,7 @@ from typing import Final
 
 from sqlalchemy import Connection, func, select
 
-from licet.wire.documents import HEAD, HEAD_KEY, Head, Snapshot
+from licet.wire.documents import BUNDLE, HEAD, HEAD_KEY, Head, Snapshot
 from licet.wire.signing import Statement
 from licet_control_plane.store import bundles, meta
 from licet_control_plane.store.revisions import Sign
@@ -41,7 +41,9 @@ def read(
     if changed:
         bundle = bundles.current(connection)
         if bundle is not None:
-            manifest = connection.scalar(select(revisions.c.document).where(revisions.c.revision == bundle.revision))
+            # The newest manifest: overrides that were set since the bundle was pushed are in it.
+            newest = select(func.max(revisions.c.revision)).where(revisions.c.kind == BUNDLE).scalar_subquery()
+            manifest = connection.scalar(select(revisions.c.document).where(revisions.c.revision == newest))
             chunks = bundles.bodies(connection, bundle.chunks)
     tenants = sorted({*wanted, *known} if changed else set(wanted))
     licenses = _licenses(connection, tenants)

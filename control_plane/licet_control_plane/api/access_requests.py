@@ -1,0 +1,198 @@
+"""``/v1/access-requests``: what people are asked to approve, and what they say.
+
+A request is made by a sidecar, whose decision it is about; here it is read and decided. Deciding is idempotent: the
+same person saying the same again gets the same answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from licet.domain.approvals import TEXT_CHARS_MAX, RequestState
+from licet_control_plane.access_desk import RequestUnknown, principal
+from licet_control_plane.api.amounts import Amount
+from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.problems import Problem
+from licet_control_plane.api.times import format_us
+from licet_control_plane.core import access_requests as core
+from licet_control_plane.core.access_requests import AccessRequest, NotAllowed, NotPossible, Principal, Terms
+from licet_control_plane.store import access_requests as store
+from licet_control_plane.store.access_requests import Cursor, StoredRequest
+
+PAGE_MAX: Final = 500
+EXPIRES_AFTER_S_DEFAULT: Final = 3_600
+
+_ID: Final = re.compile(r"[0-9A-Za-z]{32}")
+_DIGITS: Final = re.compile(r"[0-9]{1,18}")
+
+router = APIRouter(prefix="/access-requests")
+
+
+class Approval(BaseModel):
+    """A yes. The clock of ``expires_after_s`` starts with the last one that is needed. ``units``: in all, absent for
+    any number; where a budget is exceeded, money such as ``"50.00 USD"``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    expires_after_s: StrictInt
+    units: Amount | None = None
+    reason: Annotated[str, Field(max_length=TEXT_CHARS_MAX)] = ""
+
+    def terms(self) -> Terms:
+        """As the core has them."""
+        if isinstance(self.units, str):
+            return Terms(self.expires_after_s, money=self.units)
+        if self.units is not None and self.units < 1:
+            raise Problem(422, f"units: an approval for {self.units} units.", "Give at least 1, or none at all.")
+        return Terms(self.expires_after_s, self.units or 0)
+
+
+class Reason(BaseModel):
+    """Why: whoever asked is told."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: Annotated[str, Field(min_length=1, max_length=TEXT_CHARS_MAX)]
+
+
+@router.get("")
+async def list_requests(
+    request: Request,
+    tenant: Annotated[str, Query(pattern=r"^[A-Za-z0-9._-]{0,128}$")] = "",
+    state: Annotated[RequestState | None, Query()] = None,
+    cursor: Annotated[str, Query(max_length=64)] = "",
+    limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = 100,
+) -> dict[str, Any]:
+    """Requests, the last asked first; of one tenant, or in one state."""
+    plane = plane_of(request)
+    now_us = int(plane.now_s() * 1_000_000)
+    found = await plane.database.read(
+        store.page,
+        tenant=tenant,
+        state=state.value if state else "",
+        after=_cursor(cursor),
+        limit=limit,
+        now_us=now_us,
+    )
+    last = found[-1].request if len(found) == limit else None
+    return {
+        "items": [described(one, now_us) for one in found],
+        "next_cursor": f"{last.asked_at}-{last.id}" if last else None,
+    }
+
+
+@router.get("/{request_id}")
+async def get_request(request: Request, request_id: str) -> dict[str, Any]:
+    """One request."""
+    plane = plane_of(request)
+    with _as_problems(request_id):
+        found = await plane.database.read(store.get, request_id)
+        if found is None:
+            raise RequestUnknown(request_id)
+    return described(found, int(plane.now_s() * 1_000_000))
+
+
+@router.post("/{request_id}/approve")
+async def approve(
+    request: Request, request_id: str, body: Approval, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Say yes. Nobody approves their own request."""
+    plane = plane_of(request)
+    with _as_problems(request_id):
+        made = await plane.access_desk.approve(request_id, _principal(request, caller), body.terms(), body.reason)
+    return described(made, int(plane.now_s() * 1_000_000))
+
+
+@router.post("/{request_id}/deny")
+async def deny(
+    request: Request, request_id: str, body: Reason, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Say no: one is enough."""
+    plane = plane_of(request)
+    with _as_problems(request_id):
+        made = await plane.access_desk.deny(request_id, _principal(request, caller), body.reason)
+    return described(made, int(plane.now_s() * 1_000_000))
+
+
+@router.post("/{request_id}/revoke")
+async def revoke(
+    request: Request, request_id: str, body: Reason, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Take an approval back. What was used under it stays used."""
+    plane = plane_of(request)
+    with _as_problems(request_id):
+        made = await plane.access_desk.revoke(request_id, _principal(request, caller), body.reason)
+    return described(made, int(plane.now_s() * 1_000_000))
+
+
+def described(stored: StoredRequest, now_us: int) -> dict[str, Any]:
+    """A request as the API shows it."""
+    one = core.expired(stored.request, now_us)
+    return {
+        "id": one.id,
+        "tenant": one.tenant,
+        "subject": {"type": one.subject_type, "id": one.subject_id, "on_behalf_of": one.on_behalf_of},
+        "action": one.action,
+        "rule": one.rule,
+        "units_asked": dict(one.units),
+        "resource": {"type": one.resource_type, "id": one.resource_id},
+        "justification": one.justification,
+        "state": one.state.value,
+        "live": one.state is RequestState.APPROVED and now_us < one.ends_at,
+        "asked_at": format_us(one.asked_at),
+        "expires_at": format_us(one.expires_at),
+        "chain": one.chain,
+        "stage": _stage(one) if one.state is RequestState.PENDING else None,
+        "decided_by": one.decided_by,
+        "decided_at": format_us(one.changed_at) if one.decided_by else None,
+        "reason": one.reason,
+        "ends_at": format_us(one.ends_at) if one.ends_at else None,
+        "units": one.money_approved or one.units_approved or None,
+        "revision": stored.revision,
+    }
+
+
+def _stage(one: AccessRequest) -> dict[str, Any]:
+    stage = one.now_stage
+    return {
+        "number": one.stage + 1,
+        "of": len(one.stages),
+        "approvers": list(stage.approvers),
+        "need": stage.need,
+        "approved_by": list(one.votes),
+    }
+
+
+def _principal(request: Request, caller: Caller) -> Principal:
+    return principal(caller.name, caller.role, plane_of(request).config.approver_groups)
+
+
+def _cursor(text: str) -> Cursor | None:
+    if not text:
+        return None
+    at, _, id_ = text.partition("-")
+    if not _DIGITS.fullmatch(at) or not _ID.fullmatch(id_):
+        raise Problem(422, f"cursor: {text!r} is not one.", "Use the next_cursor of the page before.")
+    return Cursor(int(at), id_)
+
+
+@contextmanager
+def _as_problems(request_id: str) -> Iterator[None]:
+    try:
+        if not _ID.fullmatch(request_id):
+            raise RequestUnknown(request_id)
+        yield
+    except RequestUnknown as error:
+        raise Problem(
+            404, f"There is no access request {str(error)!r}.", "GET /v1/access-requests lists them."
+        ) from error
+    except NotAllowed as error:
+        raise Problem(403, f"{error}.", error.fix) from error
+    except NotPossible as error:
+        raise Problem(409, f"{error}.", error.fix) from error

@@ -1,0 +1,96 @@
+"""``/v1/overrides``: break glass."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.problems import Problem
+from licet_control_plane.api.times import format_us
+from licet_control_plane.override_desk import OverrideAsked, OverrideUnknown
+from licet_control_plane.store import overrides
+from licet_control_plane.store.overrides import StoredOverride
+
+LIST_MAX: Final = 500
+
+_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
+
+router = APIRouter(prefix="/overrides")
+
+
+class NewOverride(BaseModel):
+    """An override, from now on. ``action`` is a name, ``prefix.*`` or ``*``; without ``tenant`` it is for all of them,
+    without ``subject`` for every one. ``id`` makes a repeat change nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    action: str
+    effect: str
+    expires_after_s: StrictInt
+    reason: str
+    tenant: str = ""
+    subject: str = ""
+    id: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_-]{0,31})?$")] = ""
+
+
+@router.post("", status_code=201)
+async def set_override(
+    request: Request, response: Response, body: NewOverride, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Put an override in force; 200 when it is there already, by its ``id``."""
+    plane = plane_of(request)
+    asked = OverrideAsked(
+        body.action, body.effect, body.expires_after_s, body.reason, body.tenant, body.subject, body.id
+    )
+    stored, revision, new = await plane.override_desk.set(asked, by=caller.name)
+    if not new:
+        response.status_code = 200
+    return {**described(stored, int(plane.now_s() * 1_000_000)), "revision": revision}
+
+
+@router.get("")
+async def list_overrides(request: Request, limit: Annotated[int, Query(ge=1, le=LIST_MAX)] = 100) -> dict[str, Any]:
+    """Overrides, the last set first, those that are over included."""
+    plane = plane_of(request)
+    now_us = int(plane.now_s() * 1_000_000)
+    found = await plane.database.read(overrides.newest, limit)
+    return {"items": [described(one, now_us) for one in found]}
+
+
+@router.delete("/{override_id}")
+async def clear_override(
+    request: Request, override_id: str, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """End an override now."""
+    plane = plane_of(request)
+    try:
+        if not _ID.fullmatch(override_id):
+            raise OverrideUnknown(override_id)
+        stored, revision = await plane.override_desk.clear(override_id, by=caller.name)
+    except OverrideUnknown as error:
+        raise Problem(404, f"There is no override {override_id!r}.", "GET /v1/overrides lists them.") from error
+    return {**described(stored, int(plane.now_s() * 1_000_000)), "revision": revision}
+
+
+def described(stored: StoredOverride, now_us: int) -> dict[str, Any]:
+    """An override as the API shows it."""
+    one = stored.override
+    over = "cleared" if stored.cleared_at_us else "expired" if now_us >= one.ends_us else "live"
+    return {
+        "id": one.id,
+        "action": one.action,
+        "effect": one.effect.value,
+        "tenant": one.tenant,
+        "subject": one.subject,
+        "reason": one.reason,
+        "set_by": one.by,
+        "set_at": format_us(stored.set_at_us),
+        "expires_at": format_us(one.ends_us),
+        "state": over,
+        "cleared_by": stored.cleared_by,
+        "cleared_at": format_us(stored.cleared_at_us) if stored.cleared_at_us else None,
+    }
