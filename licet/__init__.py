@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from licet.client.access import AccessRequest, AccessRequestState, AskedAccess
     from licet.client.aio import AsyncClient
     from licet.client.blocking import Client
     from licet.client.errors import (
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from licet.domain.outcomes import Effect, Reason
 
 _HOMES: Final = {
+    "AccessRequest": "licet.client.access",
+    "AccessRequestState": "licet.client.access",
+    "AskedAccess": "licet.client.access",
     "AsyncClient": "licet.client.aio",
     "AsyncReservation": "licet.client.reservations",
     "Check": "licet.client.model",
@@ -75,6 +79,9 @@ _HOMES: Final = {
 }
 
 __all__ = [
+    "AccessRequest",
+    "AccessRequestState",
+    "AskedAccess",
     "AsyncClient",
     "AsyncReservation",
     "Check",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, cast
@@ -13,8 +13,16 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
+from licet.client.access import (
+    WATCH_PAUSE_S,
+    AccessRequest,
+    AskedAccess,
+    access_request_message,
+    access_request_of,
+    asked_of,
+)
 from licet.client.channel import CHANNEL_OPTIONS, TIMEOUT_DEFAULT_S, resolve_target
-from licet.client.errors import LicetError, from_status
+from licet.client.errors import LicetError, SidecarUnavailable, Timeout, from_status
 from licet.client.explanations import (
     Entitlements,
     Explanation,
@@ -198,6 +206,64 @@ class AsyncClient:
         """As ``licet.Client.extend_reservation``."""
         request = extend_request(tenant, reservation_id, expires_after)
         return extension_of(await self._call(self._stub().ExtendReservation, request, timeout))
+
+    async def request_access(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str | None = None,
+        quantity: int | None = None,
+        quantities: Mapping[str, int] | None = None,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        justification: str = "",
+        timeout: float | None = None,
+    ) -> AskedAccess:
+        """As ``licet.Client.request_access``."""
+        check = Check(tenant, action, subject, quantity, quantities, resource, context)
+        message = access_request_message(check, justification)
+        return asked_of(await self._call(self._stub().RequestAccess, message, timeout))
+
+    async def get_access_request(
+        self, tenant: str, access_request_id: str, *, timeout: float | None = None
+    ) -> AccessRequest:
+        """As ``licet.Client.get_access_request``."""
+        request = pb.GetAccessRequestRequest(tenant=tenant, access_request_id=access_request_id)
+        return access_request_of(await self._call(self._stub().GetAccessRequest, request, timeout))
+
+    async def watch_access_request(
+        self, tenant: str, access_request_id: str, *, timeout: float | None = None
+    ) -> AsyncIterator[AccessRequest]:
+        """As ``licet.Client.watch_access_request``."""
+        request = pb.GetAccessRequestRequest(tenant=tenant, access_request_id=access_request_id)
+        call = self._stub().WatchAccessRequest(request, timeout=timeout)
+        try:
+            async for message in call:
+                yield access_request_of(message)
+        except grpc.aio.AioRpcError as error:
+            raise from_status(error.code(), error.details(), target=self.target) from error
+        finally:
+            call.cancel()
+
+    async def wait_for_approval(self, tenant: str, access_request_id: str, *, timeout: float) -> AccessRequest:
+        """As ``licet.Client.wait_for_approval``."""
+        now = asyncio.get_running_loop().time
+        deadline = now() + timeout
+        seen: AccessRequest | None = None
+        while True:
+            watch = self.watch_access_request(tenant, access_request_id, timeout=max(0.0, deadline - now()))
+            try:
+                async for seen in watch:
+                    if seen.is_final:
+                        await cast("AsyncGenerator[AccessRequest, None]", watch).aclose()
+                        return seen
+            except (SidecarUnavailable, Timeout):
+                if deadline - now() <= WATCH_PAUSE_S:
+                    if seen is None:
+                        raise
+                    return seen
+            await asyncio.sleep(WATCH_PAUSE_S)
 
     async def check_batch(
         self,

@@ -13,8 +13,16 @@ from typing import Self, TypeVar, cast
 import grpc
 from google.protobuf.message import Message
 
+from licet.client.access import (
+    WATCH_PAUSE_S,
+    AccessRequest,
+    AskedAccess,
+    access_request_message,
+    access_request_of,
+    asked_of,
+)
 from licet.client.channel import CHANNEL_OPTIONS, TIMEOUT_DEFAULT_S, resolve_target
-from licet.client.errors import LicetError, from_status
+from licet.client.errors import LicetError, SidecarUnavailable, Timeout, from_status
 from licet.client.explanations import (
     Entitlements,
     Explanation,
@@ -250,6 +258,87 @@ class Client:
         """Holds a reservation for ``expires_after`` from now on; as ``commit_reservation``."""
         request = extend_request(tenant, reservation_id, expires_after)
         return extension_of(self._call(self._stub.ExtendReservation, request, timeout))
+
+    def request_access(
+        self,
+        tenant: str,
+        action: str,
+        *,
+        subject: Subject | str | None = None,
+        quantity: int | None = None,
+        quantities: Mapping[str, int] | None = None,
+        resource: Resource | str | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+        justification: str = "",
+        timeout: float | None = None,
+    ) -> AskedAccess:
+        """Asks people to approve what a check would answer ``PENDING``, and tells them why. Takes nothing.
+
+        A check that is answered ``PENDING`` has asked already; this adds words to its request. Arguments are as for
+        ``check``; ``quantity`` is what is asked for. May be repeated: an open request stays the same.
+
+        Args:
+            justification: for whoever decides, at most 300 characters.
+
+        Raises:
+            LicetError: as ``check`` does; there is no fallback.
+        """
+        check = Check(tenant, action, subject, quantity, quantities, resource, context)
+        return asked_of(self._call(self._stub.RequestAccess, access_request_message(check, justification), timeout))
+
+    def get_access_request(self, tenant: str, access_request_id: str, *, timeout: float | None = None) -> AccessRequest:
+        """What became of an access request, as far as the sidecar knows.
+
+        Raises:
+            LicetError: as ``check`` does; there is no fallback.
+        """
+        request = pb.GetAccessRequestRequest(tenant=tenant, access_request_id=access_request_id)
+        return access_request_of(self._call(self._stub.GetAccessRequest, request, timeout))
+
+    def watch_access_request(
+        self, tenant: str, access_request_id: str, *, timeout: float | None = None
+    ) -> Iterator[AccessRequest]:
+        """An access request now and at each change; the last one is final.
+
+        Args:
+            timeout: seconds for all of it; no limit when absent.
+
+        Raises:
+            LicetError: the stream broke; what was yielded before is good.
+        """
+        request = pb.GetAccessRequestRequest(tenant=tenant, access_request_id=access_request_id)
+        call = self._stub.WatchAccessRequest(request, timeout=timeout)
+        try:
+            for message in call:
+                yield access_request_of(message)
+        except grpc.RpcError as error:
+            raise _translated(error, self.target) from error
+        finally:
+            call.cancel()
+
+    def wait_for_approval(self, tenant: str, access_request_id: str, *, timeout: float) -> AccessRequest:
+        """Waits until an access request is decided, through restarts of the sidecar; the state it then has.
+
+        Args:
+            timeout: seconds at most. What is returned then is still ``PENDING``, as last known.
+
+        Raises:
+            LicetError: no sidecar answered at all in that time, or the id is malformed.
+        """
+        deadline = time.monotonic() + timeout
+        seen: AccessRequest | None = None
+        while True:
+            left_s = deadline - time.monotonic()
+            try:
+                for seen in self.watch_access_request(tenant, access_request_id, timeout=max(0.0, left_s)):
+                    if seen.is_final:
+                        return seen
+            except (SidecarUnavailable, Timeout):
+                if deadline - time.monotonic() <= WATCH_PAUSE_S:
+                    if seen is None:
+                        raise
+                    return seen
+            time.sleep(WATCH_PAUSE_S)
 
     def check_batch(
         self,

@@ -12,6 +12,8 @@ import grpc
 import pytest
 
 import licet
+from licet.client import aio, blocking
+from licet.v1 import approval_pb2 as pb
 from tests.support.scripted_sidecar import Refusal, ScriptedSidecar, approved, denied
 
 UNAVAILABLE = Refusal(grpc.StatusCode.UNAVAILABLE, "nothing has been synced yet")
@@ -45,6 +47,21 @@ class Synchronous:
 
         while (decision := self._runner.run(following())) is not None:
             yield decision
+
+    def request_access(self, *arguments: Any, **named: Any) -> licet.AskedAccess:
+        return self._runner.run(self._client.request_access(*arguments, **named))
+
+    def get_access_request(self, *arguments: Any, **named: Any) -> licet.AccessRequest:
+        return self._runner.run(self._client.get_access_request(*arguments, **named))
+
+    def watch_access_request(self, *arguments: Any, **named: Any) -> list[licet.AccessRequest]:
+        async def watched() -> list[licet.AccessRequest]:
+            return [one async for one in self._client.watch_access_request(*arguments, **named)]
+
+        return self._runner.run(watched())
+
+    def wait_for_approval(self, *arguments: Any, **named: Any) -> licet.AccessRequest:
+        return self._runner.run(self._client.wait_for_approval(*arguments, **named))
 
     def close(self) -> None:
         self._runner.run(self._client.close())
@@ -195,7 +212,7 @@ def test_streams_answers_in_order(sidecar: ScriptedSidecar, connect: Any) -> Non
 
 
 def test_stream_says_what_it_could_not_send(sidecar: ScriptedSidecar, connect: Any) -> None:
-    checks = [licet.Check("acme", "a"), licet.Check("acme", "a", quantity=0.5)]  # type: ignore[arg-type]
+    checks = [licet.Check("acme", "a"), licet.Check("acme", "a", quantity=0.5)]
     with pytest.raises(licet.InvalidRequest) as caught:
         list(connect(sidecar.target).check_stream(checks))
     assert caught.value.field == "quantity"
@@ -238,3 +255,67 @@ def test_may_be_closed_twice(sidecar: ScriptedSidecar) -> None:
     with licet.Client(sidecar.target) as client:
         assert client.check("acme", "a")
     client.close()
+
+
+# Access requests
+
+ID = "5f" * 16
+
+
+def told(state: str, **fields: Any) -> pb.AccessRequest:
+    return pb.AccessRequest(
+        id=ID, tenant="acme", state=pb.AccessRequestState.Value(f"ACCESS_REQUEST_STATE_{state}"), **fields
+    )
+
+
+def test_asks_people_and_hands_out_their_request(sidecar: ScriptedSidecar, connect: Any) -> None:
+    sidecar.scripted.append(pb.CheckResponse(effect=pb.EFFECT_PENDING, reason=12, access_request_id=ID))
+    client = connect(sidecar.target)
+    asked = client.request_access("acme", "report.export", subject="ana", quantity=50, justification="quarter end")
+    assert asked.request is not None
+    assert (asked.request.id, asked.request.state) == (ID, licet.AccessRequestState.PENDING)
+    assert asked.decision.access_request_id == ID
+    assert not asked.request
+    (request,) = sidecar.asked
+    assert (request.justification, request.check.quantity) == ("quarter end", 50)
+    assert client.request_access("acme", "report.export").request is None  # it is approved already
+
+
+def test_a_state_of_a_newer_sidecar_is_unknown(sidecar: ScriptedSidecar, connect: Any) -> None:
+    assert connect(sidecar.target).get_access_request("acme", ID).state is licet.AccessRequestState.UNKNOWN
+
+
+def test_watches_a_request_to_its_end(sidecar: ScriptedSidecar, connect: Any) -> None:
+    sidecar.watches.append([told("PENDING"), told("PENDING", confirmed=True), told("DENIED", reason="no")])
+    seen = list(connect(sidecar.target).watch_access_request("acme", ID, timeout=5))
+    assert [(one.state.name, one.confirmed, one.reason) for one in seen] == [
+        ("PENDING", False, ""), ("PENDING", True, ""), ("DENIED", False, "no"),
+    ]  # fmt: skip
+    assert seen[-1].is_final
+
+
+def test_a_watch_that_breaks_says_so(sidecar: ScriptedSidecar, connect: Any) -> None:
+    sidecar.watches.append([told("PENDING"), UNAVAILABLE])
+    with pytest.raises(licet.SidecarUnavailable):
+        list(connect(sidecar.target).watch_access_request("acme", ID, timeout=5))
+
+
+def test_waits_for_an_approval_through_a_sidecar_that_stops(
+    sidecar: ScriptedSidecar, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (blocking, aio):
+        monkeypatch.setattr(module, "WATCH_PAUSE_S", 0.01)
+    sidecar.watches.extend([[told("PENDING"), UNAVAILABLE], [told("PENDING")], [told("APPROVED", units=70)]])
+    heard = connect(sidecar.target).wait_for_approval("acme", ID, timeout=10)
+    assert (bool(heard), heard.units) == (True, 70)
+
+
+def test_what_is_not_decided_in_time_is_still_pending(sidecar: ScriptedSidecar, connect: Any) -> None:
+    sidecar.watches.append([told("PENDING", confirmed=True), UNAVAILABLE])
+    heard = connect(sidecar.target).wait_for_approval("acme", ID, timeout=0.4)
+    assert (heard.state, heard.confirmed) == (licet.AccessRequestState.PENDING, True)
+
+
+def test_without_any_sidecar_nobody_can_say(connect: Any) -> None:
+    with pytest.raises((licet.SidecarUnavailable, licet.Timeout)):
+        connect("127.0.0.1:9").wait_for_approval("acme", ID, timeout=0.2)

@@ -43,6 +43,9 @@ class ScriptedSidecar(pb_grpc.ApprovalServiceServicer):
         self.scripted: deque[pb.CheckResponse | Refusal] = deque()
         self.requests: list[pb.CheckRequest] = []
         self.batches: list[pb.CheckBatchRequest] = []
+        self.watches: deque[list[pb.AccessRequest | Refusal]] = deque()
+        """What each watch of an access request is told."""
+        self.asked: list[pb.RequestAccessRequest | pb.GetAccessRequestRequest] = []
         self.calls = 0
         self.timeouts_s: list[float] = []
         self.target = ""
@@ -70,6 +73,26 @@ class ScriptedSidecar(pb_grpc.ApprovalServiceServicer):
     def CheckStream(self, request_iterator: Any, context: Any) -> Iterator[pb.CheckResponse]:
         for request in request_iterator:
             yield self._answer(request, context)
+
+    def RequestAccess(self, request: pb.RequestAccessRequest, context: Any) -> pb.RequestAccessResponse:
+        self.asked.append(request)
+        decision = self._answer(request.check, context)
+        if decision.effect != pb.EFFECT_PENDING:
+            return pb.RequestAccessResponse(decision=decision)
+        made = pb.AccessRequest(id=decision.access_request_id, state=pb.ACCESS_REQUEST_STATE_PENDING)
+        return pb.RequestAccessResponse(decision=decision, request=made)
+
+    def GetAccessRequest(self, request: pb.GetAccessRequestRequest, context: Any) -> pb.AccessRequest:
+        self.asked.append(request)
+        return pb.AccessRequest(id=request.access_request_id, tenant=request.tenant, state=99)
+
+    def WatchAccessRequest(self, request: pb.GetAccessRequestRequest, context: Any) -> Iterator[pb.AccessRequest]:
+        self.asked.append(request)
+        for told in self.watches.popleft() if self.watches else ():
+            if isinstance(told, Refusal):
+                context.abort(told.code, told.details)
+            else:
+                yield told
 
     def _answer(self, request: pb.CheckRequest, context: Any) -> pb.CheckResponse:
         self.calls += 1
