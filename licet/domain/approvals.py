@@ -8,6 +8,7 @@ is asked the same comes to the same id without a word with anybody.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -37,6 +38,7 @@ OVERRIDE_S_MAX: Final = 24 * 3_600
 """Longest an override is in force. What is needed for longer is a policy."""
 OVERRIDE_PREFIX: Final = "override/"
 """Of the ``rule`` of a decision that an override changed."""
+_APPROVAL_KEY: Final = re.compile(r":approval\+[0-9a-f]{32}\Z")
 _HOUR_US: Final = 3_600 * 1_000_000
 
 
@@ -169,6 +171,11 @@ class Override:
 def request_key(tenant: str, subject: tuple[str, str], on_behalf_of: str, action: str, rule: str) -> str:
     """32 hex digits: what is asked for. ``subject`` is (type, id), ``rule`` the rule or limit that wants approval."""
     return _digest(tenant, *subject, on_behalf_of, action, rule)
+
+
+def is_approval_key(limit: str) -> bool:
+    """Whether a limit key may be that of an approval's units; a grant of a limit named ``approval`` looks alike."""
+    return bool(_APPROVAL_KEY.search(limit))
 
 
 def request_id(key: str, previous: str, now_us: int) -> str:

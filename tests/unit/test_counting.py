@@ -125,3 +125,9 @@ def test_a_grant_that_is_gone_still_tops_up_its_limit(counting: Counting) -> Non
     assert found.key == OF_SCOPED.limit
     assert not counting.ends_for_good("calls:day@context.a+subject+gone")
     assert counting.ends_for_good("calls:day@context.a+subject")
+
+
+def test_the_units_of_an_approval_that_ended_are_over_for_good_and_those_of_a_grant_are_not() -> None:
+    counting = Counting(License("acme", "pro"), Catalog(), {})
+    assert counting.ends_for_good("reports:approval+" + "5f" * 16)
+    assert not counting.ends_for_good("reports:month+" + "5f" * 16)

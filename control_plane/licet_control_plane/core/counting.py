@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 
+from licet.domain.approvals import is_approval_key
 from licet.domain.catalog import Catalog, Grant, License, Limit
 from licet.domain.entitlements import entitlements_of
 from licet.domain.ids import LimitKey
@@ -56,8 +57,11 @@ class Counting:
         return Kind.RATE if limit.is_rate else Kind.BUDGET if limit.currency else Kind.UNITS
 
     def ends_for_good(self, key: str) -> bool:
-        """Whether a window of a limit that is over stays over. The end of a term or of a grant can be moved."""
+        """Whether a window of a limit that is over stays over. The end of a term or of a grant can be moved, that of an
+        approval cannot."""
         limit = self.limit(key)
+        if limit is None and is_approval_key(key):
+            return True
         return limit is not None and self._topped_up(key) == key and limit.per is not Period.TERM
 
     def window(self, key: str, start: int, marker: Marker | None) -> Window | None:
