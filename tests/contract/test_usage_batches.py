@@ -548,5 +548,5 @@ def test_fields_of_an_event_are_only_ever_appended() -> None:
         *("seq", "at_us", "tenant", "subject_type", "subject_id", "on_behalf_of", "action", "effect", "reason", "rule"),
         *("revision", "units", "cost_nanos", "currency", "flags", "idempotency_key", "resource_type", "resource_id"),
         *("context", "spends", "shadow", "feature_costs", "kind", "about", "held", "units_held", "overage", "unfunded"),
-        *("expires_us", "priced_as", "exposures"),
+        *("expires_us", "priced_as", "exposures", "access_request_id", "justification"),
     )
