@@ -36,6 +36,7 @@ stages:
   - {approvers: ['group:finance'], deny_after: 24h}
 """
 WAIT_S_MAX = 60.0
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture
