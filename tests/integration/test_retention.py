@@ -61,13 +61,19 @@ class Stack:
         return counted
 
     async def verified(self) -> Verification:
-        return await asyncio.to_thread(verification_of, self.database, self.running.ledger_key)
+        return await asyncio.to_thread(
+            verification_of, self.database, self.running.ledger_key, verifier=self.running.verifier
+        )
 
     async def summed(self) -> list[usage_reports.Usage]:
         return (await self.database.read(usage_reports.summary, by=["tenant"]))[0]
 
     async def export(self, month: Month, name: str = "out.gz") -> Ended:
         return await self("ledger", "export", "--month", month, "--output", self.directory / name, "--json")
+
+    async def begin(self, month: Month) -> list[retention.Range]:
+        now_us = Month(2026, 8).start_us
+        return await self.database.write(retention.begin, month, self.running.verifier, now_us=now_us)
 
     async def drop(self, month: Month) -> Ended:
         return await self("ledger", "drop", "--month", month, "--yes", "--json")
@@ -171,7 +177,7 @@ async def test_events_with_holes_between_them_are_dropped_exactly(stack: Stack) 
     for seq in (1, 3, 4, 9):
         await stack.record(seq, seq, MAY)
     await stack.export(MAY)
-    parts = await stack.database.read(retention.to_drop, MAY, now_us=Month(2026, 8).start_us)
+    parts = await stack.begin(MAY)
     assert [(first, last) for _, first, last in parts] == [(1, 1), (3, 4), (9, 9)]
     await stack.drop(MAY)
     await stack.record(2, 2, MAY)
@@ -181,7 +187,7 @@ async def test_events_with_holes_between_them_are_dropped_exactly(stack: Stack) 
 async def test_a_drop_that_was_cut_short_goes_on(stack: Stack) -> None:
     await stack.record(1, 40, MAY, at_us=MAY.end_us - 1)
     await stack.export(MAY)
-    log = (await stack.database.read(retention.to_drop, MAY, now_us=Month(2026, 8).start_us))[0][0]
+    log = (await stack.begin(MAY))[0][0]
     await stack.database.write(retention.drop_part, MAY, [(log, 1, 15)], now_us=Month(2026, 8).start_us)
     report = await stack.verified()
     assert (report.ok, report.events, report.dropped) == (True, 25, {"2026-05": 15})

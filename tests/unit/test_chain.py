@@ -10,17 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from licet_control_plane.core.chain import (
-    EMPTY_ROOT,
     Block,
     erased_of,
     genesis,
     hash_of,
     next_block,
     ranges_of,
-    root_of,
 )
+from licet_control_plane.core.merkle import EMPTY_ROOT, root_of
 
-GOLDEN: Final = "c29f12202cce464ff2e78bf7a4139bca320a2e126eb3a32bee4f05cbadcbb9fc"
+GOLDEN: Final = "a7766db283240017ebb4d01fd10eb04c8d0b86fba62bf09a75ae267e9c3aee9f"
 leaves = st.lists(st.binary(min_size=32, max_size=32), max_size=70)
 
 

@@ -173,7 +173,7 @@ async def _verified(plane: ControlPlane, order: VerifyOrder, given: list[Checkpo
         steps = verify(
             plane.config.database,
             None if order.quick else plane.ledger_key,
-            Verifier([plane.public_key]),
+            Verifier([plane.public_key, *order.public_keys]),
             given=given,
             processes=PROCESSES,
         )

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from functools import lru_cache, partial
+from typing import Any, Final, NamedTuple, Protocol
 
 from licet.domain.outcomes import Effect
 from licet.domain.windows import Period, window_at
@@ -89,6 +89,43 @@ Sums = dict[tuple[Any, ...], list[int]]
 """Decisions, events, units and cost, as ``RollupSums`` has them, by key. Plain tuples and lists: there are many."""
 
 
+class Countable(Protocol):
+    """What of an event is counted: a ``UsageEvent``, or the public part of one."""
+
+    @property
+    def at_us(self) -> int: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def action(self) -> str: ...
+    @property
+    def effect(self) -> int: ...
+    @property
+    def reason(self) -> int: ...
+    @property
+    def revision(self) -> int: ...
+    @property
+    def units(self) -> Mapping[str, int]: ...
+    @property
+    def cost_nanos(self) -> int: ...
+    @property
+    def currency(self) -> str: ...
+    @property
+    def flags(self) -> int: ...
+    @property
+    def spends(self) -> Sequence[tuple[str, int]]: ...
+    @property
+    def feature_costs(self) -> Mapping[str, int]: ...
+    @property
+    def kind(self) -> int: ...
+    @property
+    def units_held(self) -> Mapping[str, int]: ...
+    @property
+    def priced_as(self) -> Mapping[str, str]: ...
+    @property
+    def exposures(self) -> Mapping[str, str]: ...
+
+
 @dataclass(slots=True)
 class Account:
     """What the rows inserted in one transaction add to the rollups, to the bill and to what registers spent.
@@ -100,10 +137,10 @@ class Account:
     hours: Sums = field(default_factory=dict)
     exposed: Sums = field(default_factory=dict)
     billed: Sums = field(default_factory=dict)
-    _spend: defaultdict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
-    _observed: defaultdict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
+    _spend: defaultdict[tuple[str, str, str], int] = field(default_factory=partial(defaultdict, int))
+    _observed: defaultdict[tuple[str, str, str], int] = field(default_factory=partial(defaultdict, int))
 
-    def add(self, sidecar: str, events: Iterable[UsageEvent]) -> None:
+    def add(self, sidecar: str, events: Iterable[Countable]) -> None:
         """Count events of a log of ``sidecar``, which must be counted here only once."""
         hours, billed, spend = self.hours, self.billed, self._spend
         for event in events:
@@ -132,11 +169,14 @@ class Account:
                     for quota, count in event.spends:
                         self._observed[tenant, quota, sidecar] += count
 
-    def merge(self, hours: Sums, exposed: Sums, billed: Sums) -> None:
+    def merge(self, other: Account) -> None:
         """Add what another account counted, of other events."""
-        for mine, others in ((self.hours, hours), (self.exposed, exposed), (self.billed, billed)):
+        for mine, others in ((self.hours, other.hours), (self.exposed, other.exposed), (self.billed, other.billed)):
             for key, sums in others.items():
                 _add(mine, key, *sums)
+        for spent, others in ((self._spend, other._spend), (self._observed, other._observed)):
+            for quota, units in others.items():
+                spent[quota] += units
 
     def days(self) -> Sums:
         """The rollups by day: the ``hour`` of a key is the first of its day."""
@@ -161,7 +201,7 @@ class Account:
         return dict(self._observed)
 
 
-def _parts(event: UsageEvent, features: Mapping[str, int]) -> Sequence[tuple[str, int, int, int, int]]:
+def _parts(event: Countable, features: Mapping[str, int]) -> Sequence[tuple[str, int, int, int, int]]:
     """Feature, decisions, events, units and cost of each row that an event over ``features`` adds to."""
     costs = event.feature_costs
     if len(features) == 1 and not costs:
@@ -214,7 +254,7 @@ _STEPS: Final = frozenset(
 )
 
 
-def is_outcome(event: UsageEvent) -> bool:
+def is_outcome(event: Countable) -> bool:
     """Whether the event says what became of an action, so that sums count each action once.
 
     A reservation that was approved is counted when it is committed; making, extending or dropping it is only a step, as
@@ -223,7 +263,7 @@ def is_outcome(event: UsageEvent) -> bool:
     return event.kind not in _STEPS and not (event.kind == EventKind.RESERVE and spends_count(event))
 
 
-def spends_count(event: UsageEvent) -> bool:
+def spends_count(event: Countable) -> bool:
     """Whether the event's spends were really taken from its sidecar's registers."""
     return event.effect == Effect.APPROVED or bool(event.flags & FLAG_OBSERVED)
 

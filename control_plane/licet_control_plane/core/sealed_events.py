@@ -21,7 +21,7 @@ Source: ``docs/adr/0017-a-ledger-that-proves-and-forgets.md``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -88,7 +88,7 @@ def seal(event: UsageEvent, packed: bytes, log_id: str, subject: int, cipher: Ci
     salted = random[:SALT_BYTES] + personal
     nonce = random[SALT_BYTES:]
     return Sealed(
-        public, hashlib.sha256(salted).digest(), nonce + cipher.encrypt(nonce, salted, _belongs_to(log_id, public))
+        public, hashlib.sha256(salted).digest(), nonce + cipher.encrypt(nonce, salted, belonging(log_id) + public)
     )
 
 
@@ -98,7 +98,7 @@ def open_event(log_id: str, sealed: Sealed, cipher: Cipher) -> UsageEvent:
     Raises:
         Damaged: any byte of it, its log, or the key is another than when it was sealed.
     """
-    return _joined(_public_fields(sealed.public), _fields(_opened(log_id, sealed, cipher)))
+    return _joined(_public_fields(sealed.public), _fields(opened(belonging(log_id), sealed, cipher)))
 
 
 def public_event(public: bytes, *, shown: str = ERASED) -> UsageEvent:
@@ -121,7 +121,7 @@ def is_same(event: UsageEvent, packed: bytes, log_id: str, subject: int, sealed:
     if cipher is None or sealed.personal is None:
         return True
     try:
-        return _opened(log_id, sealed, cipher) == personal
+        return opened(belonging(log_id), sealed, cipher) == personal
     except Damaged:
         return False
 
@@ -150,17 +150,80 @@ SPENDS: Final = 2 + _PUBLIC.index("spends")
 """Where they are among the public fields."""
 
 
-def event_of(fields: list[Any], *, shown: str = ERASED) -> UsageEvent:
-    """``public_event`` of fields that were read."""
-    return _joined(fields, [shown])
+class PublicEvent(NamedTuple):
+    """The public fields in their order: the version, the subject's number, and what ``UsageEvent`` has."""
+
+    version: int
+    subject: int
+    seq: int
+    at_us: int
+    tenant: str
+    subject_type: str
+    action: str
+    effect: int
+    reason: int
+    rule: str
+    revision: int
+    units: Mapping[str, int]
+    cost_nanos: int
+    currency: str
+    flags: int
+    resource_type: str
+    spends: Sequence[tuple[str, int]]
+    shadow: Sequence[str]
+    feature_costs: Mapping[str, int]
+    kind: int
+    held: Sequence[tuple[str, int]]
+    units_held: Mapping[str, int]
+    overage: Mapping[str, int]
+    unfunded: Mapping[str, int]
+    expires_us: int
+    priced_as: Mapping[str, str]
+    exposures: Mapping[str, str]
 
 
-def check_personal(log_id: str, sealed: Sealed, cipher: Cipher) -> None:
-    """
+def named(fields: list[Any]) -> PublicEvent:
+    """Fields that were read, by name; empty where they are cut short."""
+    if len(fields) < _WIDTH:
+        fields += _PUBLIC_EMPTY[len(fields) - 2 :]
+    return PublicEvent._make(fields[:_WIDTH] if len(fields) > _WIDTH else fields)
+
+
+def belonging(log_id: str) -> bytes:
+    """What the personal part of every event of a log is bound to, before the event's public part."""
+    return log_id.encode() + b"\0"
+
+
+def opened(belongs_to: bytes, sealed: Sealed, cipher: Cipher) -> bytes:
+    """The personal fields of an event, packed; ``belongs_to`` is what ``belonging`` says of its log.
+
     Raises:
         Damaged: any byte of ``sealed``, its log, or the key is another than when it was sealed.
     """
-    _opened(log_id, sealed, cipher)
+    public, commitment, personal = sealed
+    if personal is None:
+        raise Damaged("the personal part is missing, and its subject was not erased")
+    try:
+        salted = cipher.decrypt(personal[:NONCE_BYTES], personal[NONCE_BYTES:], belongs_to + public)
+    except (InvalidTag, ValueError) as error:
+        raise Damaged("the personal part does not open: it, the public part, the log or the key was altered") from error
+    if hashlib.sha256(salted).digest() != commitment:
+        raise Damaged("the commitment is not that of the personal part")
+    return salted[SALT_BYTES:]
+
+
+def scoped_spends(personal: bytes) -> Sequence[tuple[str, int]]:
+    """What the event spent from quotas with a scope, as its personal fields have it, which ``opened`` gave."""
+    # A list of few items begins with how many they are. Most events have none, and need not be unpacked for it.
+    if personal[:1] <= _SCOPED_FIRST_BYTE:
+        return ()
+    scoped = _fields(personal)[len(_PERSONAL)]
+    return scoped[0] if scoped else ()
+
+
+_WIDTH: Final = len(PublicEvent._fields)
+_SCOPED_FIRST_BYTE: Final = bytes([0x90 + len(_PERSONAL)])
+"""Of a msgpack list that ends before what has a scope."""
 
 
 def _split(event: UsageEvent, packed: bytes, subject: int) -> tuple[bytes, bytes]:
@@ -193,24 +256,6 @@ def _appended(packed: bytes) -> Sequence[Any]:
         return ()
     fields: list[Any] = msgpack.unpackb(packed, raw=False, strict_map_key=False)
     return fields[len(_NAMES) :]
-
-
-def _belongs_to(log_id: str, public: bytes) -> bytes:
-    return log_id.encode() + b"\0" + public
-
-
-def _opened(log_id: str, sealed: Sealed, cipher: Cipher) -> bytes:
-    """The personal fields, packed."""
-    personal = sealed.personal
-    if personal is None:
-        raise Damaged("the personal part is missing, and its subject was not erased")
-    try:
-        salted = cipher.decrypt(personal[:NONCE_BYTES], personal[NONCE_BYTES:], _belongs_to(log_id, sealed.public))
-    except (InvalidTag, ValueError) as error:
-        raise Damaged("the personal part does not open: it, the public part, the log or the key was altered") from error
-    if hashlib.sha256(salted).digest() != sealed.commitment:
-        raise Damaged("the commitment is not that of the personal part")
-    return salted[SALT_BYTES:]
 
 
 def _public_fields(public: bytes) -> list[Any]:

@@ -261,6 +261,9 @@ blocks: Final = Table(
     Column("last_at", BigInteger, nullable=False),
     Column("ranges", LargeBinary, nullable=False),  # msgpack, [[log id, first, last], …], in the order of the leaves
     Column("erased", LargeBinary, nullable=False),  # msgpack, numbers of subjects
+    Column("logs", LargeBinary, nullable=False),  # msgpack, the logs that it is the first to name
+    Column("lost", LargeBinary, nullable=False),  # msgpack, numbers that became declared lost
+    Column("dropped", LargeBinary, nullable=False),  # msgpack, months that began to be dropped, or were gone
     Column("root", LargeBinary, nullable=False),
     Column("previous", LargeBinary, nullable=False),
     Column("hash", LargeBinary, nullable=False),
@@ -283,20 +286,22 @@ exports: Final = Table(
     Column("month", String(7), nullable=False, index=True),  # such as 2026-05, UTC
     Column("events", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),  # of what the file holds, hex
-    Column("ranges", LargeBinary, nullable=False),  # msgpack, [[log, first seq, last seq], …]: these events exactly
+    Column("document", LargeBinary, nullable=False),  # signed: says the above, and which events exactly
     Column("at", BigInteger, nullable=False),
     Column("by", String(128), nullable=False),
+    Column("begun_at", BigInteger),  # its events may be missing since: time of the block that says so
     Column("dropped", BigInteger, nullable=False),  # events of it that are gone
-    Column("dropped_at", BigInteger),  # all of them are
+    Column("dropped_at", BigInteger),  # all of them are: time of the block that says so
 )
 
-dropped: Final = Table(
-    # How many events of each log are no longer here. Watermarks go on covering them: they are never taken again.
-    "ledger_dropped",
+remnants: Final = Table(
+    # Of blocks that lost some of their events, and not all, to an export: see ``core/merkle.py``. With the leaves that
+    # are here they give the root of the block, so that nobody needs to believe them.
+    "ledger_remnants",
     metadata,
-    Column("month", String(7), primary_key=True),
-    Column("log", BigInteger, primary_key=True, autoincrement=False),
-    Column("events", BigInteger, nullable=False),
+    Column("shard", Integer, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("nodes", LargeBinary, nullable=False),  # hashes of the subtrees that are gone, one after the other
 )
 
 conflicts: Final = Table(

@@ -137,6 +137,8 @@ class EventReader:
         self._ciphers: dict[int, AESGCM | None] = {}
         self.erased: set[int] = set()
         """Subjects met so far that have no key."""
+        self.owners: dict[int, tuple[str, str]] = {}
+        """The tenant and the type of each subject met so far that is there."""
         self._log_ids: dict[int, str] = {}
 
     def read(self, rows: Sequence[Any]) -> list[UsageEvent]:
@@ -169,12 +171,14 @@ class EventReader:
     def ciphers(self, numbers: Collection[int]) -> dict[int, AESGCM | None]:
         """By number, at least of ``numbers``; ``None`` for a subject that was erased, or whose key cannot be had."""
         if len(self._ciphers) > KEYS_MAX:
-            self._ciphers, self.erased = {}, set()
+            self._ciphers, self.erased, self.owners = {}, set(), {}
         missing = [number for number in numbers if number not in self._ciphers]
         for some in _parts(missing):
             self._ciphers.update(dict.fromkeys(some))
-            query = select(subjects.c.number, subjects.c.tag, subjects.c.key).where(subjects.c.number.in_(some))
-            for number, tag, wrapped in self._connection.execute(query):
+            columns = (subjects.c.number, subjects.c.tenant, subjects.c.type, subjects.c.tag, subjects.c.key)
+            query = select(*columns).where(subjects.c.number.in_(some))
+            for number, tenant, type, tag, wrapped in self._connection.execute(query):
+                self.owners[number] = (tenant, type)
                 if wrapped is None:
                     self.erased.add(number)
                 elif self._ledger_key is not None and tag is not None:

@@ -1,0 +1,178 @@
+"""The rows of events: each column against the public part, the personal part opened, and what it counts.
+
+The inner loop of verifying. It is written out in one place because calling and naming cost as much as what is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sqlalchemy import Connection, bindparam, select
+
+from licet_control_plane.core.accounting import Account, spends_count, storable
+from licet_control_plane.core.recorded import RecordedSeqs
+from licet_control_plane.core.sealed_events import (
+    COLUMNS,
+    SPENDS,
+    UNITS,
+    Damaged,
+    PublicEvent,
+    Sealed,
+    belonging,
+    fields_of,
+    named,
+    opened,
+    scoped_spends,
+)
+from licet_control_plane.store.database import raw_rows
+from licet_control_plane.store.schema import events
+from licet_control_plane.store.subjects import EventReader
+from licet_control_plane.store.verification.report import Finding, Findings
+
+_COLUMNS: Final = (*COLUMNS, "units_total", "public", "commitment", "personal")
+Row = tuple[Any, ...]
+"""Of ``_COLUMNS``."""
+_SEQ: Final = COLUMNS.index("seq")
+_ROWS: Final = (
+    select(*(events.c[name] for name in _COLUMNS))
+    .where(events.c.log == bindparam("log"), events.c.seq.between(bindparam("first"), bindparam("last")))
+    .order_by(events.c.seq, events.c.at)
+)
+
+
+def read(connection: Connection, log: int, first: int, last: int) -> list[Row]:
+    """The rows of a log's numbers that are here, by number; one that is there twice comes twice."""
+    return raw_rows(connection, _ROWS, (log, first, last))
+
+
+def is_whole(rows: Sequence[Row], first: int, last: int) -> bool:
+    """Whether ``rows``, by number, are those of ``first`` to ``last``, each once."""
+    return len(rows) == last - first + 1 and [row[_SEQ] for row in rows] == list(range(first, last + 1))
+
+
+def by_number(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """``rows`` by their number."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row[_SEQ], []).append(row)
+    return found
+
+
+class RowChecker:
+    """Checks the rows of one log's events. ``uncounted`` are numbers that no sum is compared with any more, ``gone``
+    those that should not be here."""
+
+    def __init__(
+        self,
+        log_id: str,
+        reader: EventReader,
+        *,
+        findings: Findings,
+        account: Account,
+        uncounted: RecordedSeqs | None,
+        gone: RecordedSeqs | None,
+    ) -> None:
+        self.events = 0
+        self.erased_events = 0
+        self.last_at = 0
+        self.unread: set[str] = set()
+        """Tenants with events whose spends from quotas with a scope cannot be read."""
+        self._log_id = log_id
+        self._sidecar = log_id.rpartition(":")[0]
+        self._belongs_to = belonging(log_id)
+        self._reader = reader
+        self._findings = findings
+        self._account = account
+        self._uncounted = uncounted
+        self._gone = gone
+
+    def check(self, shard: int, block: int, rows: Sequence[Row]) -> list[bytes]:
+        """The leaves of ``rows``, which are of one block, as they are."""
+        reader = self._reader
+        ciphers = reader.ciphers({row[0] for row in rows})
+        owners, log_id, belongs_to = reader.owners, self._log_id, self._belongs_to
+        sha256 = hashlib.sha256
+        leaves: list[bytes] = []
+        counted: list[PublicEvent] = []
+        for row in rows:
+            subject, seq, at, tenant, subject_type = row[:5]
+            total, public, commitment, personal = row[-4:]
+            leaves.append(sha256(b"\0" + public + commitment).digest())
+            if at > self.last_at:
+                self.last_at = at
+            fields: list[Any] = []
+            try:
+                fields = fields_of(public)
+                if list(row[:-4]) != fields[1:UNITS]:
+                    _compare(row, fields)
+                if total != sum(fields[UNITS].values()):
+                    raise Damaged("column units_total is not what the public part says")
+                if owners.get(subject) != (tenant, subject_type):
+                    raise Damaged("its subject is missing, or is somebody else's")
+                cipher = ciphers[subject]
+                if cipher is not None:
+                    scoped = scoped_spends(opened(belongs_to, Sealed(public, commitment, personal), cipher))
+                    if scoped:
+                        fields[SPENDS] = scoped
+                else:
+                    self._check_closed(subject, personal, fields)
+            except Damaged as error:
+                kind = "reordered" if isinstance(error, _Misplaced) else "altered"
+                self._findings.add(Finding(shard, block, log_id, seq, kind, str(error)))
+                self.unread.add(tenant)
+                if not fields:
+                    continue  # what it counts for cannot be told
+            counted.append(named(fields))
+        self.events += len(rows)
+        if self._uncounted is not None or self._gone is not None:
+            counted = self._not_departed(shard, block, counted)
+        try:
+            self._account.add(self._sidecar, counted)
+        except (TypeError, ValueError, AttributeError):
+            pass  # a public part that was altered in a way that its columns do not show: its block says so
+        return leaves
+
+    def _check_closed(self, subject: int, personal: bytes | None, fields: list[Any]) -> None:
+        """
+        Raises:
+            Damaged: the personal part is not as it should be when nobody can open it.
+        """
+        if subject in self._reader.erased:
+            self.erased_events += 1
+            if personal is not None:
+                raise Damaged("it has a personal part, and its subject was erased")
+        elif personal is None:
+            raise Damaged("the personal part is missing, and its subject was not erased")
+        elif self._reader.has_key:
+            raise Damaged("the key of its subject is missing or was altered")
+        if not fields[SPENDS] and spends_count(event := named(fields)):
+            self.unread.add(event.tenant)
+
+    def _not_departed(self, shard: int, block: int, counted: list[PublicEvent]) -> list[PublicEvent]:
+        kept: list[PublicEvent] = []
+        for event in counted:
+            if self._gone is not None and not self._gone.missing(event.seq, event.seq):
+                what = "the event was dropped with its month, and is here"
+                self._findings.add(Finding(shard, block, self._log_id, event.seq, "inserted", what))
+            if self._uncounted is None or self._uncounted.missing(event.seq, event.seq):
+                kept.append(event)
+        return kept
+
+
+class _Misplaced(Damaged):
+    """An event stands in the place of another."""
+
+
+def _compare(row: Row, fields: list[Any]) -> None:
+    """
+    Raises:
+        Damaged: a column does not repeat what the public part says.
+    """
+    said = [storable(one) if type(one) is str else one for one in fields[1:UNITS]]
+    for name, column, field in zip(COLUMNS, row, said, strict=False):
+        if column != field:
+            if name == "seq":
+                raise _Misplaced(f"the event numbered {field} stands in its place")
+            raise Damaged(f"column {name} is not what the public part says")
