@@ -13,75 +13,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 
-from licet.wire.signing import SigningKey, Verifier
+from licet.wire.signing import SigningKey
 from licet.wire.usage import UsageBatch, UsageEvent
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.core.sealed_events import ERASED, UNREADABLE
 from licet_control_plane.core.subject_keys import LedgerKey
-from licet_control_plane.store import checkpoints, ledger, meta
-from licet_control_plane.store.checkpoints import Checkpoint
-from licet_control_plane.store.database import Database
+from licet_control_plane.store import checkpoints, ledger
 from licet_control_plane.store.subjects import SubjectKeys
 from licet_control_plane.store.verification import Finding, Verification, verify
-from tests.support.ledger import verification_of
+from tests.support.ledger_book import LEDGER_KEY, VERIFIER, Book
 from tests.support.usage import batch, event, packed
 
-KEY: Final = SigningKey.generate()
-VERIFIER: Final = Verifier([KEY.public_key])
-LEDGER_KEY: Final = LedgerKey(bytes(range(32)))
 OTHER: Final = "b" * 32
-
-
-class Book:
-    """A ledger, and what tests do with it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.database = Database(f"sqlite:///{path}")
-        self.database.migrate()
-        self.database.write_now(meta.ensure, deployment="d" * 32, now_us=1)
-        self.keys = SubjectKeys(LEDGER_KEY)
-
-    def record(self, *batches: UsageBatch, shard: int = 0) -> ledger.Recorded:
-        decoded = [DecodedBatch.of(one.pack()) for one in batches]
-        return self.database.write_now(ledger.record, shard, decoded, keys=self.keys, now_us=7)
-
-    def checkpoint(self) -> Checkpoint:
-        document = self.database.write_now(checkpoints.make, KEY, now_us=9)
-        assert document is not None
-        return Checkpoint.of(document, VERIFIER)
-
-    def erase(self, id: str, *, type: str = "user", tenant: str = "acme") -> ledger.Erased:
-        return self.database.write_now(ledger.erase, LEDGER_KEY, tenant, type, id, now_us=11)
-
-    def sql(self, statement: str, **values: Any) -> int:
-        def run(connection: Connection) -> int:
-            return connection.execute(text(statement), values).rowcount
-
-        return self.database.write_now(run)
-
-    def rows(self, statement: str, **values: Any) -> list[Any]:
-        return self.database.read_now(lambda connection: list(connection.execute(text(statement), values)))
-
-    def verified(self, **changes: Any) -> Verification:
-        arguments: dict[str, Any] = {"verifier": VERIFIER} | changes
-        return verification_of(self.database, arguments.pop("key", LEDGER_KEY), **arguments)
-
-    def about(self, id: str, *, type: str = "user", tenant: str = "acme") -> list[ledger.SubjectEvent]:
-        found: list[ledger.SubjectEvent] = []
-        after: ledger.Cursor | None = None
-        while True:
-            page, after = self.database.read_now(
-                ledger.events_about, LEDGER_KEY, tenant, type, id, after=after, limit=3
-            )
-            found += page
-            if after is None:
-                return found
 
 
 @pytest.fixture
 def book(tmp_path: Path) -> Iterator[Book]:
-    made = Book(tmp_path / "licet.db")
+    made = Book(f"sqlite:///{tmp_path}/licet.db")
     yield made
     made.database.close()
 
@@ -253,7 +201,7 @@ def test_the_end_of_a_chain_that_was_cut_off_is_found(full: Book) -> None:
 
 
 def test_a_chain_that_was_rewritten_as_a_whole_is_found_with_a_checkpoint(tmp_path: Path) -> None:
-    books = [Book(tmp_path / name) for name in ("honest.db", "rewritten.db")]
+    books = [Book(f"sqlite:///{tmp_path}/{name}") for name in ("honest.db", "rewritten.db")]
     try:
         for book, units in zip(books, (5, 1), strict=True):
             book.record(batch(1, 3, units={"reports": units}))
@@ -342,7 +290,7 @@ def test_several_processes_find_the_same(full: Book, monkeypatch: pytest.MonkeyP
 
 
 def test_progress_reaches_the_end(full: Book) -> None:
-    url = f"sqlite:///{full.path}"
+    url = full.url
     *steps, last = verify(url, LEDGER_KEY, VERIFIER, processes=1)
     assert isinstance(last, Verification)
     assert steps[0] == (0, 14)
@@ -350,7 +298,7 @@ def test_progress_reaches_the_end(full: Book) -> None:
 
 
 def test_what_is_recorded_and_erased_while_it_is_verified_does_not_disturb(full: Book) -> None:
-    steps = verify(f"sqlite:///{full.path}", LEDGER_KEY, VERIFIER, processes=1)
+    steps = verify(full.url, LEDGER_KEY, VERIFIER, processes=1)
     assert next(steps) == (0, 14)
     full.record(batch(12, 20), batch(4, 5, sidecar=OTHER, tenant="globex"))
     full.erase("bob")
@@ -399,7 +347,7 @@ def chain_ranges(row: Any) -> list[tuple[str, int, int]]:
 def test_late_repeated_and_overlapping_batches_leave_one_chain(
     tmp_path_factory: pytest.TempPathFactory, deliveries: list[list[tuple[int, int, bool]]]
 ) -> None:
-    book = Book(tmp_path_factory.mktemp("ledger") / "licet.db")
+    book = Book(f"sqlite:///{tmp_path_factory.mktemp('ledger')}/licet.db")
     try:
         seen: set[tuple[bool, int]] = set()
         for delivery in deliveries:
@@ -442,7 +390,8 @@ def personal(book: Book) -> Book:
 
 
 def files(book: Book) -> bytes:
-    return b"".join(path.read_bytes() for path in book.path.parent.glob("licet.db*"))
+    directory = Path(book.url.removeprefix("sqlite:///")).parent
+    return b"".join(path.read_bytes() for path in directory.glob("licet.db*"))
 
 
 def test_nothing_personal_is_readable_in_the_database(personal: Book) -> None:

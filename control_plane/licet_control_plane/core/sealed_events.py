@@ -44,8 +44,8 @@ ALTERED: Final = "(altered)"
 """Shown for a subject when the personal part does not open although there is a key."""
 _NAMES: Final = UsageEvent._fields
 _PERSONAL: Final = ("subject_id", "on_behalf_of", "idempotency_key", "resource_id", "context", "about")
-"""In this order, and after them: what was taken out of the public fields because quotas in it have a scope
-(``[spends, held, overage]``), and fields that a newer sidecar appended."""
+"""In this order, and after them: what of the public fields is about quotas with a scope (``[spends, held, overage]``:
+in an event that is opened it comes after the others), and fields that a newer sidecar appended."""
 _PUBLIC: Final = tuple(name for name in _NAMES if name not in _PERSONAL)
 """In this order, after the version and the subject's number. Fields are only ever appended to an event, so these stay
 where they are."""
@@ -234,8 +234,16 @@ def _split(event: UsageEvent, packed: bytes, subject: int) -> tuple[bytes, bytes
         or (event.held and _has_scope(event.held))
         or any("@" in name for name in event.overage)
     ):
-        scoped = (event.spends, event.held, event.overage)
-        event = event._replace(spends=[], held=(), overage={})
+        scoped = (
+            [pair for pair in event.spends if "@" in pair[0]],
+            [pair for pair in event.held if "@" in pair[0]],
+            {quota: units for quota, units in event.overage.items() if "@" in quota},
+        )
+        event = event._replace(
+            spends=[pair for pair in event.spends if "@" not in pair[0]],
+            held=[pair for pair in event.held if "@" not in pair[0]],
+            overage={quota: units for quota, units in event.overage.items() if "@" not in quota},
+        )
     public = [SCHEMA_VERSION, subject, *_public_of(event)]
     while len(public) > _FIELDS_MIN and not public[-1]:
         public.pop()
@@ -289,5 +297,9 @@ def _joined(public: list[Any], personal: list[Any]) -> UsageEvent:
         fields += _PERSONAL_EMPTY[len(personal) :]
     event = UsageEvent._make(_in_order(fields))
     if len(personal) > len(_PERSONAL) and (scoped := personal[len(_PERSONAL)]):
-        event = event._replace(spends=scoped[0], held=scoped[1], overage=scoped[2])
+        event = event._replace(
+            spends=[*event.spends, *scoped[0]],
+            held=[*event.held, *scoped[1]],
+            overage={**event.overage, **scoped[2]},
+        )
     return event

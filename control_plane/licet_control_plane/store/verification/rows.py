@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, bindparam, select
 
-from licet_control_plane.core.accounting import Account, spends_count, storable
+from licet_control_plane.core.accounting import Account, storable
 from licet_control_plane.core.recorded import RecordedSeqs
 from licet_control_plane.core.sealed_events import (
     COLUMNS,
@@ -78,7 +78,7 @@ class RowChecker:
         self.erased_events = 0
         self.last_at = 0
         self.unread: set[str] = set()
-        """Tenants with events whose spends from quotas with a scope cannot be read."""
+        """Tenants with events whose spends from quotas with a scope, if they have any, cannot be read."""
         self._log_id = log_id
         self._sidecar = log_id.rpartition(":")[0]
         self._belongs_to = belonging(log_id)
@@ -115,9 +115,9 @@ class RowChecker:
                 if cipher is not None:
                     scoped = scoped_spends(opened(belongs_to, Sealed(public, commitment, personal), cipher))
                     if scoped:
-                        fields[SPENDS] = scoped
+                        fields[SPENDS] = [*fields[SPENDS], *scoped]
                 else:
-                    self._check_closed(subject, personal, fields)
+                    self._check_closed(subject, personal, tenant)
             except Damaged as error:
                 kind = "reordered" if isinstance(error, _Misplaced) else "altered"
                 self._findings.add(Finding(shard, block, log_id, seq, kind, str(error)))
@@ -134,21 +134,20 @@ class RowChecker:
             pass  # a public part that was altered in a way that its columns do not show: its block says so
         return leaves
 
-    def _check_closed(self, subject: int, personal: bytes | None, fields: list[Any]) -> None:
+    def _check_closed(self, subject: int, personal: bytes | None, tenant: str) -> None:
         """
         Raises:
             Damaged: the personal part is not as it should be when nobody can open it.
         """
         if subject in self._reader.erased:
             self.erased_events += 1
+            self.unread.add(tenant)
             if personal is not None:
                 raise Damaged("it has a personal part, and its subject was erased")
         elif personal is None:
             raise Damaged("the personal part is missing, and its subject was not erased")
         elif self._reader.has_key:
             raise Damaged("the key of its subject is missing or was altered")
-        if not fields[SPENDS] and spends_count(event := named(fields)):
-            self.unread.add(event.tenant)
 
     def _not_departed(self, shard: int, block: int, counted: list[PublicEvent]) -> list[PublicEvent]:
         kept: list[PublicEvent] = []
