@@ -159,20 +159,20 @@ def test_a_change_of_any_byte_does_not_open(part: str) -> None:
     for index in range(len(old)):
         new = old[:index] + bytes([old[index] ^ 1]) + old[index + 1 :]
         with pytest.raises(Damaged):
-            opened(belonging(LOG), kept._replace(**{part: new}), CIPHER)
+            opened(belonging(LOG), *kept._replace(**{part: new}), CIPHER)
     for shorter in (b"", old[:5], old[:-1]):
         with pytest.raises(Damaged):
-            opened(belonging(LOG), kept._replace(**{part: shorter}), CIPHER)
+            opened(belonging(LOG), *kept._replace(**{part: shorter}), CIPHER)
 
 
 def test_what_belongs_to_another_log_or_subject_does_not_open() -> None:
     kept = sealed(event(1))
     with pytest.raises(Damaged):
-        opened(belonging("other:1"), kept, CIPHER)
+        opened(belonging("other:1"), *kept, CIPHER)
     with pytest.raises(Damaged):
-        opened(belonging(LOG), kept, AESGCM(b"\1" * 32))
+        opened(belonging(LOG), *kept, AESGCM(b"\1" * 32))
     with pytest.raises(Damaged):
-        opened(belonging(LOG), kept._replace(personal=None), CIPHER)
+        opened(belonging(LOG), *kept._replace(personal=None), CIPHER)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,6 @@ def test_what_is_public_reads_the_same_by_name(one: UsageEvent, subject: int) ->
 def test_spends_are_read_from_where_they_were_sealed(one: UsageEvent) -> None:
     kept = seal(one, pack_event(one), LOG, 1, CIPHER, RANDOM)
     public = named(fields_of(kept.public)).spends
-    scoped = scoped_spends(opened(belonging(LOG), kept, CIPHER))
+    scoped = scoped_spends(opened(belonging(LOG), *kept, CIPHER))
     assert [list(spend) for spend in (*public, *scoped)] == plain(one).spends
     assert not any("@" in quota for quota, _ in public)

@@ -18,7 +18,7 @@ from licet_control_plane.store.database import read_only_engine
 from licet_control_plane.store.verification.books import Books
 from licet_control_plane.store.verification.pieces import Task, check
 from licet_control_plane.store.verification.plan import Plan
-from licet_control_plane.store.verification.pool import found_in_processes
+from licet_control_plane.store.verification.pool import found_in_processes, rare_collections
 from licet_control_plane.store.verification.report import Finding, Gap, LogFacts, Progress, Verification
 
 __all__ = ["Finding", "Gap", "LogFacts", "Progress", "Verification", "verify"]
@@ -56,7 +56,9 @@ def verify(
         processes = processes or min(os.cpu_count() or 1, PROCESSES_MAX)
         if plan.events <= INLINE_EVENTS_MAX or processes == 1:
             for piece in plan.pieces:
-                books.add(check(engine, piece, task, ledger_key))
+                with rare_collections():
+                    found = check(engine, piece, task, ledger_key)
+                books.add(found)
                 yield Progress(books.events, plan.events)
         else:
             secret = ledger_key.secret if ledger_key else None

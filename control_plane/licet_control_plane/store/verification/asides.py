@@ -8,7 +8,7 @@ from typing import Final
 from sqlalchemy import Connection, select
 
 from licet_control_plane.core.accounting import storable
-from licet_control_plane.core.sealed_events import Damaged, Sealed, belonging, fields_of, opened
+from licet_control_plane.core.sealed_events import Damaged, belonging, fields_of, opened
 from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.store.schema import conflicts
 from licet_control_plane.store.subjects import EventReader
@@ -32,6 +32,6 @@ def check_conflicts(connection: Connection, ledger_key: LedgerKey | None) -> Ite
             if reader.owners.get(subject) != (tenant, storable(type)):
                 raise Damaged("its subject is missing, or is somebody else's")
             if cipher is not None:
-                opened(belonging(log_id), Sealed(bytes(row.public), bytes(row.commitment), row.personal), cipher)
+                opened(belonging(log_id), bytes(row.public), bytes(row.commitment), row.personal, cipher)
         except (Damaged, TypeError) as error:
             yield Finding(None, 0, log_id, row.seq, "conflict", f"a conflict kept aside was altered: {error}")

@@ -151,7 +151,8 @@ class _Checker:
         for block, covered in group:
             before = self._found.findings.total
             gone = chain.positions(covered, self._task.going) if self._task.going else []
-            leaves: dict[int, bytes] = {}
+            leaves: list[bytes] = []
+            places: list[int] = []
             offset = 0
             for log_id, first, last in covered:
                 if log_id not in self._numbers:
@@ -160,12 +161,13 @@ class _Checker:
                     )
                     continue
                 mine, at = self._mine(block, log_id, first, last, rows[log_id], before)
-                found = self._checker_of(log_id).check(block.shard, block.number, mine)
-                leaves.update(zip((offset + one for one in at), found, strict=True))
+                leaves += self._checker_of(log_id).check(block.shard, block.number, mine)
+                if gone:
+                    places += [offset + one for one in at]
                 offset += last - first + 1
             nodes = remnants.split(self._remnants.pop(block.number, b""))
             if self._found.findings.total == before:
-                self._check_root(block, covered, leaves, gone, nodes)
+                self._check_root(block, covered, leaves, places, gone, nodes)
 
     def _read_rows(self, group: Sequence[tuple[Block, list[chain.Range]]]) -> dict[str, list[_Span]]:
         wanted: dict[str, list[tuple[int, int]]] = {}
@@ -229,12 +231,14 @@ class _Checker:
         self,
         block: Block,
         covered: Sequence[chain.Range],
-        leaves: dict[int, bytes],
+        leaves: Sequence[bytes],
+        places: Sequence[int],
         gone: Sequence[Span],
         nodes: Sequence[bytes],
     ) -> None:
         """Check the tree of a block in which every event fits itself: columns, public part, and personal part if open.
-        Of events that left the ledger, what is kept of the tree stands for them."""
+        Of events that left the ledger, what is kept of the tree stands for them: ``nodes``; then ``places`` says which
+        leaves are here."""
         count = sum(last - first + 1 for _, first, last in covered)
         if count != block.events:
             self._block_finding(block.number, f"the block counts {block.events} events, and its ranges {count}")
@@ -243,9 +247,10 @@ class _Checker:
         if spans == [(0, count)] and not nodes:
             return  # nothing of it is here, and its root is in its hash
         if not gone:
-            root = root_of(list(leaves.values())) if not nodes else b""
+            root = root_of(leaves) if not nodes else b""
         elif len(spans) == len(nodes):
-            known = {(at, at + 1): leaf for at, leaf in leaves.items()} | dict(zip(spans, nodes, strict=True))
+            known = {(at, at + 1): leaf for at, leaf in zip(places, leaves, strict=True)}
+            known |= zip(spans, nodes, strict=True)
             root = hash_over(0, count, known)
         else:
             root = b""

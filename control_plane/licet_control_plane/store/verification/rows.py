@@ -15,11 +15,12 @@ from licet_control_plane.core.accounting import Account, storable
 from licet_control_plane.core.recorded import RecordedSeqs
 from licet_control_plane.core.sealed_events import (
     COLUMNS,
+    SCOPED_FROM,
     SPENDS,
     UNITS,
     Damaged,
     PublicEvent,
-    Sealed,
+    all_fields_of,
     belonging,
     fields_of,
     named,
@@ -34,6 +35,8 @@ from licet_control_plane.store.verification.report import Finding, Findings
 _COLUMNS: Final = (*COLUMNS, "units_total", "public", "commitment", "personal")
 Row = tuple[Any, ...]
 """Of ``_COLUMNS``."""
+UNITS_AT: Final = len(COLUMNS)
+PUBLIC_AT: Final = _COLUMNS.index("public")
 _SEQ: Final = COLUMNS.index("seq")
 _ROWS: Final = (
     select(*(events.c[name] for name in _COLUMNS))
@@ -96,16 +99,18 @@ class RowChecker:
         sha256 = hashlib.sha256
         leaves: list[bytes] = []
         counted: list[PublicEvent] = []
-        for row in rows:
-            subject, seq, at, tenant, subject_type = row[:5]
-            total, public, commitment, personal = row[-4:]
-            leaves.append(sha256(b"\0" + public + commitment).digest())
-            if at > self.last_at:
-                self.last_at = at
-            fields: list[Any] = []
+        last_at = self.last_at
+        for row, read in zip(rows, _read_together(rows), strict=True):
+            subject, seq, at, tenant, subject_type, *_, total, public, commitment, personal = row
+            fields = read
             try:
-                fields = fields_of(public)
-                if list(row[:-4]) != fields[1:UNITS]:
+                leaf = b""
+                leaf = sha256(b"\0" + public + commitment).digest()
+                if at > last_at:
+                    last_at = at
+                if not fields:
+                    fields = fields_of(public)
+                if row[:UNITS_AT] != tuple(fields[1:UNITS]):
                     _compare(row, fields)
                 if total != sum(fields[UNITS].values()):
                     raise Damaged("column units_total is not what the public part says")
@@ -113,19 +118,22 @@ class RowChecker:
                     raise Damaged("its subject is missing, or is somebody else's")
                 cipher = ciphers[subject]
                 if cipher is not None:
-                    scoped = scoped_spends(opened(belongs_to, Sealed(public, commitment, personal), cipher))
-                    if scoped:
-                        fields[SPENDS] = [*fields[SPENDS], *scoped]
+                    plain = opened(belongs_to, public, commitment, personal, cipher)
+                    if plain[0] >= SCOPED_FROM:
+                        fields[SPENDS] = [*fields[SPENDS], *scoped_spends(plain)]
                 else:
                     self._check_closed(subject, personal, tenant)
-            except Damaged as error:
+            except (Damaged, TypeError) as error:  # of another type: SQLite's columns take anything
                 kind = "reordered" if isinstance(error, _Misplaced) else "altered"
                 self._findings.add(Finding(shard, block, log_id, seq, kind, str(error)))
                 self.unread.add(tenant)
                 if not fields:
+                    leaves.append(leaf)
                     continue  # what it counts for cannot be told
+            leaves.append(leaf)
             counted.append(named(fields))
         self.events += len(rows)
+        self.last_at = last_at
         if self._uncounted is not None or self._gone is not None:
             counted = self._not_departed(shard, block, counted)
         try:
@@ -158,6 +166,14 @@ class RowChecker:
             if self._uncounted is None or self._uncounted.missing(event.seq, event.seq):
                 kept.append(event)
         return kept
+
+
+def _read_together(rows: Sequence[Row]) -> Sequence[list[Any]]:
+    """The public fields of each row; empty when one cannot be read, which then must be found out."""
+    try:
+        return all_fields_of([row[PUBLIC_AT] for row in rows])
+    except (Damaged, TypeError):
+        return [[] for _ in rows]
 
 
 class _Misplaced(Damaged):
