@@ -214,7 +214,14 @@ def test_a_row_that_is_made_up_is_named(full: Book, values: tuple[Table, dict[st
 
 def test_spend_that_is_made_up_is_named(full: Book) -> None:
     quota = f"reports:month:{JUNE.start_us // 1_000_000}"
-    row = {"tenant": "nobody", "quota": quota, "sidecar": OTHER, "window_start": JUNE.start_us // 1_000_000, "units": 1}
+    row = {
+        "tenant": "nobody",
+        "quota": quota,
+        "sidecar": OTHER,
+        "window_start": JUNE.start_us // 1_000_000,
+        "units": 1,
+        "observed": 0,
+    }
     run(full, insert(register_spend).values(row))
     assert [one.what.split(":")[0] for one in findings(full)] == ["register_spend nobody, reports"]
 

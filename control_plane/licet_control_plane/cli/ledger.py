@@ -43,7 +43,7 @@ def verify(
         list[str] | None,
         typer.Option(
             "--public-key",
-            help="Of whom signatures of checkpoints count, ed25519:…; may be repeated.",
+            help="Of whom signatures of checkpoints and exports count, ed25519:…; may be repeated.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -369,13 +369,13 @@ def _show(result: dict[str, Any]) -> None:
     for gap in result["gaps"]:
         say(f"  gap: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
     for month, count in result["dropped"].items():
-        say(f"  dropped: {month}, {count:,} events, exported before; its sums are taken as they are")
+        say(f"  dropped: {month}, {count:,} events, as signed exports say")
     for gap in result["lost"]:
         say(f"  declared lost: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
     if result["conflicts"]:
         say(f"  conflicts: {result['conflicts']} events came again with other content")
     if not result["rollups_match"]:
-        say("  the hourly rollups do not match the events")
+        say("  sums do not match the events")
     if result["erased_events"]:
         say(f"  erased: what was personal in {result['erased_events']:,} events; they count as before")
     if not result["opened"]:

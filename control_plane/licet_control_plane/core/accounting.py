@@ -232,8 +232,8 @@ class Account:
         for mine, others in pairs:
             for key, sums in others.items():
                 _add(mine, key, *sums)
-        for spent, others in ((self._spend, other._spend), (self._observed, other._observed)):
-            for quota, units in others.items():
+        for spent, theirs in ((self._spend, other._spend), (self._observed, other._observed)):
+            for quota, units in theirs.items():
                 spent[quota] += units
 
     def days(self) -> Sums:

@@ -82,16 +82,23 @@ def time_of(key: tuple[Any, ...]) -> int:
     return int(key[0] if isinstance(key[0], int) else key[1])
 
 
-Spend = dict[tuple[str, str, str], tuple[int, int]]
-"""Start of the window and units that registers spent, by tenant, quota and sidecar."""
+Spend = dict[tuple[str, str, str], tuple[int, int, int]]
+"""Start of the window, units that registers spent, and those of them that were only observed, by tenant, quota and
+sidecar."""
 
 
 def spend(connection: Connection) -> Spend:
     """What ``register_spend`` holds now."""
     table = register_spend.c
-    columns = (table.tenant, table.quota, table.sidecar, table.window_start, table.units)
+    columns = (table.tenant, table.quota, table.sidecar, table.window_start, table.units, table.observed)
     rows = connection.execute(select(*columns), execution_options={"yield_per": _PAGE_ROWS})
-    return {(tenant, quota, sidecar): (int(start), int(units)) for tenant, quota, sidecar, start, units in rows}
+    return {(row[0], row[1], row[2]): (int(row[3]), int(row[4]), int(row[5])) for row in rows}
+
+
+def spend_of(account: Account) -> dict[tuple[str, str, str], tuple[int, int]]:
+    """What ``register_spend`` holds when ``account`` is of all events, without the windows."""
+    observed = account.observed
+    return {key: (_bounded(units), _bounded(observed.get(key, 0))) for key, units in account.spend.items()}
 
 
 def contents_of(account: Account) -> Contents:

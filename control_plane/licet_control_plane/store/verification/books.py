@@ -82,7 +82,7 @@ class Books:
         self._report(sums.differences(plan.sums, ledger_sums.contents_of(found.account), departed))
         spend = sums.spend_differences(
             plan.spend,
-            found.account.spend,
+            ledger_sums.spend_of(found.account),
             unread=found.unread,
             opened=ledger_key is not None,
             departed_end_s=plan.departures.end_s,

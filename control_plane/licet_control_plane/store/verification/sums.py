@@ -7,7 +7,7 @@ scope of tenants with somebody who was erased, it may be more than the recount.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from licet_control_plane.core.accounting import window_start_of
@@ -44,7 +44,7 @@ def differences(stored: Contents, recounted: Contents, departed: Mapping[Month, 
 
 def spend_differences(
     stored: Spend,
-    recounted: Mapping[tuple[str, str, str], int],
+    recounted: Mapping[tuple[str, str, str], tuple[int, int]],
     *,
     unread: Collection[str],
     opened: bool,
@@ -53,24 +53,25 @@ def spend_differences(
     """What ``register_spend`` says that the events do not. ``unread``: tenants with spends from quotas with a scope
     that cannot be read; without ``opened`` those of all tenants cannot."""
     missing = dict(recounted)
-    for (tenant, quota, sidecar), (window_start, units) in stored.items():
+    for (tenant, quota, sidecar), (window_start, *units) in stored.items():
         counted = missing.pop((tenant, quota, sidecar), None)
         name = f"register_spend {tenant}, {quota}, {sidecar}"
         if window_start != window_start_of(quota):
             yield about_the_whole("sum", f"{name}: it names another window than its quota")
         may_be_more = window_start < departed_end_s or ("@" in quota and (not opened or tenant in unread))
-        if units != counted and not (may_be_more and units > (counted or 0)):
-            yield about_the_whole("sum", f"{name}: {units:,}; the events say {counted or 0:,}")
+        said = (units[0], units[1])
+        at_least = counted or (0, 0)
+        if said != counted and not (may_be_more and all(a >= b for a, b in zip(said, at_least, strict=True))):
+            yield about_the_whole("sum", f"{name}: {_numbers(said)}; the events say {_numbers(counted)}")
     for (tenant, quota, sidecar), counted in missing.items():
-        if counted:
-            yield about_the_whole(
-                "sum", f"register_spend {tenant}, {quota}, {sidecar}: missing; the events say {counted:,}"
-            )
+        if any(counted):
+            what = f"register_spend {tenant}, {quota}, {sidecar}: missing; the events say {_numbers(counted)}"
+            yield about_the_whole("sum", what)
 
 
 def _text(key: tuple[Any, ...]) -> str:
     return ", ".join(str(part) for part in key)
 
 
-def _numbers(sums: list[int] | None) -> str:
+def _numbers(sums: Sequence[int] | None) -> str:
     return ", ".join(f"{number:,}" for number in sums) if sums is not None else "nothing"
