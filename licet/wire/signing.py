@@ -128,14 +128,34 @@ class Verifier:
             )
         try:
             public.verify(signature, _DOMAIN + body)
-            deployment, found_kind, found_key, generation, revision, payload = msgpack.unpackb(
-                body, raw=False, strict_map_key=False
-            )
-        except (InvalidSignature, ValueError, TypeError) as error:
+        except (InvalidSignature, TypeError) as error:
             raise VerificationError(f"{kind} {key!r}: the signature does not fit the content") from error
-        if (found_kind, found_key) != (kind, key):
-            raise VerificationError(f"expected the {kind} of {key!r}, found the {found_kind} of {found_key!r}")
-        return Statement(deployment, kind, key, generation, revision, payload)
+        return _statement(body, kind, key)
+
+
+def unverified(data: bytes, *, kind: str, key: str) -> Statement:
+    """What ``data`` says, whoever signed it. Only for where nothing rests on it.
+
+    Raises:
+        VerificationError: damaged, or something else than the ``kind`` document of ``key``.
+    """
+    try:
+        _, _, body = envelope.unpack(_ENVELOPE_KIND, data)
+    except (envelope.EnvelopeError, ValueError, TypeError) as error:
+        raise VerificationError(f"{kind} {key!r}: not a signed document: {error}") from error
+    return _statement(body, kind, key)
+
+
+def _statement(body: bytes, kind: str, key: str) -> Statement:
+    try:
+        deployment, found_kind, found_key, generation, revision, payload = msgpack.unpackb(
+            body, raw=False, strict_map_key=False
+        )
+    except (ValueError, TypeError) as error:
+        raise VerificationError(f"{kind} {key!r}: the signature does not fit the content") from error
+    if (found_kind, found_key) != (kind, key):
+        raise VerificationError(f"expected the {kind} of {key!r}, found the {found_kind} of {found_key!r}")
+    return Statement(deployment, kind, key, generation, revision, payload)
 
 
 def read_own(data: bytes) -> Statement:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 from sqlalchemy import Connection, LargeBinary, String, Table, delete, insert, select, update
 
-from licet.wire.signing import SigningKey, Statement
+from licet.wire.signing import SigningKey, Statement, Verifier
 from licet.wire.usage import LostRange
 from licet_control_plane.core.chain import Block, Drop, drops_of
 from licet_control_plane.store import dead_letters, ledger, sinks
@@ -329,6 +329,16 @@ def test_two_months_that_share_a_block_go_one_after_the_other(full: Book) -> Non
     found = full.verified()
     assert (found.findings, found.events, found.dropped) == ([], 0, {"2026-05": 5, "2026-06": 18})
     assert rows(full, remnants) == [], "blocks that are gone whole need nothing"
+
+
+def test_a_month_goes_under_a_new_key_and_both_are_needed_to_verify(full: Book) -> None:
+    full.key = SigningKey.generate()
+    full.export(JUNE)
+    full.drop(JUNE)
+    both = Verifier([KEY.public_key, full.key.public_key])
+    assert full.verified(verifier=both).findings == []
+    kinds = [one.kind for one in full.verified(verifier=Verifier([full.key.public_key])).findings]
+    assert kinds.count("removed") == 5
 
 
 def test_a_drop_of_a_forged_export_is_refused(full: Book) -> None:

@@ -31,6 +31,7 @@ class Book:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.key = KEY
         self.database = Database(url)
         self.database.migrate()
         self.database.write_now(meta.ensure, deployment="d" * 32, now_us=1)
@@ -51,7 +52,7 @@ class Book:
                 ranges.add(names[row.log], row.seq)
             about = meta.read(connection)
             made = Export.signed(
-                KEY,
+                self.key,
                 deployment=about.deployment,
                 generation=about.ledger_generation,
                 month=month,
@@ -67,7 +68,8 @@ class Book:
 
     def drop(self, month: Month) -> int:
         """What was exported of a month leaves the ledger."""
-        parts = self.database.write_now(retention.begin, month, VERIFIER, now_us=LATER_US)
+        verifier = Verifier([self.key.public_key])
+        parts = self.database.write_now(retention.begin, month, verifier, now_us=LATER_US)
         self.database.write_now(retention.drop_partition, month, now_us=LATER_US)
         self.database.write_now(retention.drop_part, month, parts, now_us=LATER_US)
         return self.database.write_now(retention.finish, month, by="test", now_us=LATER_US + 1)

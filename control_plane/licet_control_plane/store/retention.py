@@ -174,7 +174,8 @@ def begin(connection: Connection, month: Month, verifier: Verifier, *, now_us: i
     if row.begun_at is None:
         _must_be_exact(connection, month, row)
         query = select(exports).where(exports.c.begun_at.is_not(None)).order_by(exports.c.id)
-        gone = numbers_of(_signed(connection, one, verifier) for one in connection.execute(query).all())
+        # Perhaps of a key that was replaced since: with other numbers than were dropped, a remnant proves nothing.
+        gone = numbers_of(_signed(connection, one, None) for one in connection.execute(query).all())
         try:
             remnants.keep(connection, export.straddling, gone=gone, going=numbers_of([export]))
         except Unprovable as error:
@@ -272,7 +273,7 @@ def _begun(connection: Connection, month: Month, now_us: int) -> Row[Any]:
     return export
 
 
-def _signed(connection: Connection, row: Row[Any], verifier: Verifier) -> Export:
+def _signed(connection: Connection, row: Row[Any], verifier: Verifier | None) -> Export:
     """What was signed of an export, and not what its row says."""
     month = Month.parse(row.month)
     try:
