@@ -253,6 +253,9 @@ def test_a_ledger_of_another_deployment_does_not_fit_a_checkpoint(full: Book) ->
         ("DELETE FROM ledger_subjects WHERE number = 1", "altered"),
         ("UPDATE ledger_events SET personal = NULL WHERE log = 1 AND seq = 1", "altered"),
         ("UPDATE ledger_checkpoints SET document = x'00'", "checkpoint"),
+        ("UPDATE ledger_events SET public = 'no bytes' WHERE log = 1 AND seq = 2", "altered"),
+        ("UPDATE ledger_events SET at = 'no number' WHERE log = 1 AND seq = 2", "altered"),
+        ("UPDATE ledger_events SET personal = 7 WHERE log = 1 AND seq = 2", "altered"),
     ],
 )
 def test_what_surrounds_the_events_is_held_to_them(full: Book, statement: str, kind: str) -> None:
