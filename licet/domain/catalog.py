@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final, Self
 
+from licet.domain.flags import FLAG_KINDS, flag_from_wire, flag_to_wire
+from licet.domain.flags import Flag as Flag  # one of the documents, so that it is found here with the others
 from licet.domain.ids import LimitKey
 from licet.domain.money import Fee, Price, Step, TierMode, Tiers
 from licet.domain.redaction import RecordMode
@@ -247,16 +249,6 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True)
-class Flag:
-    """Turns a feature on for ``percent`` of ``by`` ("tenant" or "subject"), the same ones each time."""
-
-    name: str
-    feature: str
-    percent: float = 100.0
-    by: str = "tenant"
-
-
-@dataclass(frozen=True, slots=True)
 class ApprovalStage:
     """One stage of an approval chain; durations in seconds, 0 for never."""
 
@@ -412,12 +404,7 @@ def document_to_wire(document: Document) -> Wire:
         case Role():
             body = {"name": document.name, "actions": list(document.actions)}
         case Flag():
-            body = {
-                "name": document.name,
-                "feature": document.feature,
-                "percent": document.percent,
-                "by": document.by,
-            }
+            return flag_to_wire(document)
         case ApprovalChain():
             stages = [
                 [list(s.approvers), s.need, s.escalate_after_s, list(s.escalate_to), s.deny_after_s]
@@ -481,8 +468,8 @@ def document_from_wire(wire: Wire) -> Document:
             return Policy(name, tuple(wire["actions"]), rules, Enforcement(wire["enforcement"]))
         case "Role":
             return Role(name, tuple(wire["actions"]))
-        case "Flag":
-            return Flag(name, wire["feature"], wire["percent"], wire["by"])
+        case kind if kind in FLAG_KINDS:
+            return flag_from_wire(wire)
         case "ApprovalChain":
             stages = tuple(
                 ApprovalStage(tuple(approvers), need, escalate_after_s, tuple(escalate_to), deny_after_s)

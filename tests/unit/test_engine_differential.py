@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -27,11 +28,11 @@ from licet.domain.catalog import (
     RuleEffect,
     UnavailableMode,
 )
+from licet.domain.flags import RolloutStep, Target, Variant
 from licet.domain.windows import Period, window_at
 from licet_sidecar.core.engine import Decision, Engine, LeaseWait
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import LeaseBook, Terms
-from licet_sidecar.core.rulebook import rollout_includes
 from tests.support.engine import BOOT_MS, NOW_S, NOW_US, STALENESS_US_MAX, engine_with, grant
 from tests.support.published import limit
 
@@ -59,6 +60,7 @@ class Answer:
     rule: str = ""
     spends: dict[str, int] | None = None
     shadow: tuple[str, ...] = ()
+    exposures: dict[str, str] = field(default_factory=dict)
 
 
 def slow(content: Catalog, license_: License, request: Inquiry, free: dict[str, int], now_us: int) -> Answer:
@@ -80,17 +82,33 @@ def slow(content: Catalog, license_: License, request: Inquiry, free: dict[str, 
     wanted = set(action.meters.values())
     if not wanted <= set(plan.features):
         return Answer("DENIED", "NOT_ENTITLED")
-    flags = [content.flags[name] for name in sorted(content.flags) if content.flags[name].feature in wanted]
-    for by, holder in (("tenant", request.tenant), ("subject", request.subject_id)):
-        for flag in flags:
-            if flag.by == by and not rollout_includes(flag, holder):
-                return Answer("DENIED", "FEATURE_OFF", flag.name)
-    roles = {role.name for role in content.roles.values() if any(_names(p, action.name) for p in role.actions)}
-    if roles and not roles & set(request.roles):
-        return Answer("DENIED", "ROLE_REQUIRED")
     units: dict[str, int] = {}
     for meter, asked in (request.quantities or {"": 1 if request.quantity is None else request.quantity}).items():
         units[action.meters[meter]] = units.get(action.meters[meter], 0) + asked
+    flags = [content.flags[name] for name in sorted(content.flags) if content.flags[name].feature in wanted]
+    exposures: dict[str, str] = {}
+    for by in ("tenant", "subject"):
+        for flag in flags:
+            if flag.by == by:
+                exposures[flag.name] = _served(flag, request, units, now_s)
+                if exposures[flag.name] == "off":
+                    return Answer("DENIED", "FEATURE_OFF", flag.name, exposures=exposures)
+    answer = _after_flags(content, action, plan, license_, request, units, free)
+    return replace(answer, exposures=exposures)
+
+
+def _after_flags(
+    content: Catalog,
+    action: Action,
+    plan: Plan,
+    license_: License,
+    request: Inquiry,
+    units: dict[str, int],
+    free: dict[str, int],
+) -> Answer:
+    roles = {role.name for role in content.roles.values() if any(_names(p, action.name) for p in role.actions)}
+    if roles and not roles & set(request.roles):
+        return Answer("DENIED", "ROLE_REQUIRED")
     answer, shadow = _policies(content, action, request, units)
     if answer is not None:
         answer.shadow = shadow
@@ -109,6 +127,36 @@ def slow(content: Catalog, license_: License, request: Inquiry, free: dict[str, 
     if -1 in spends.values():
         return Answer("WAIT", "", shadow=shadow)
     return Answer("APPROVED", "OK", "", spends, shadow)
+
+
+def _served(flag: Flag, request: Inquiry, units: dict[str, int], now_s: int) -> str:
+    """What a flag serves, from its documentation."""
+    holder = request.tenant if flag.by == "tenant" else request.subject_id
+    if not flag.enabled or now_s < flag.starts_s or (flag.ends_s and flag.ends_s <= now_s):
+        return "off"
+    for target in flag.targeting:
+        try:
+            holds = CONDITIONS[target.when](request, units)
+        except ZeroDivisionError:
+            holds = target.serve == "off"
+        if holds:
+            return _variant(flag, holder) if target.serve == "on" else target.serve
+    percent = [flag.percent, *(step.percent for step in flag.steps if step.at_s <= now_s)][-1]
+    return _variant(flag, holder) if _hash(flag.name, holder) % 10_000 < percent * 100 else "off"
+
+
+def _variant(flag: Flag, holder: str) -> str:
+    """The higher u^(1/weight), the better: the same order as ln(u)/weight."""
+    chances = {
+        one.name: (((_hash(flag.name, one.name, holder) >> 11) + 0.5) / 2**53) ** (1 / one.weight)
+        for one in flag.variants
+        if one.weight
+    }
+    return max(chances, key=chances.__getitem__) if chances else "on"
+
+
+def _hash(*names: str) -> int:
+    return int.from_bytes(hashlib.blake2b("\0".join(names).encode(), digest_size=8).digest(), "big")
 
 
 def _names(pattern: str, action: str) -> bool:
@@ -202,17 +250,33 @@ def draw_catalog(rng: random.Random) -> Catalog:
         for number in range(rng.randint(0, 3))
     ]
     roles = [Role(f"r{number}", tuple(_some(rng, patterns, 1))) for number in range(rng.randint(0, 2))]
-    flags = [
-        Flag(
-            f"flag{number}",
-            rng.choice(FEATURES),
-            rng.choice([0.0, 50.0, 100.0, 100.0]),
-            rng.choice(["tenant", "subject"]),
-        )
-        for number in range(rng.randint(0, 2))
-    ]
+    flags = [draw_flag(rng, f"flag{number}") for number in range(rng.randint(0, 3))]
     rng.shuffle(policies)
     return Catalog.of([*(Feature(name) for name in FEATURES), *actions, plan, *policies, *roles, *flags])
+
+
+def draw_flag(rng: random.Random, name: str) -> Flag:
+    plain = Flag(name, rng.choice(FEATURES), rng.choice([0.0, 50.0, 100.0, 100.0]), rng.choice(["tenant", "subject"]))
+    if rng.random() < 0.3:
+        return plain
+    variants = [Variant(one, rng.choice([0, 1, 3])) for one in _some(rng, ("red", "green", "blue"), 3)]
+    return replace(
+        plain,
+        enabled=rng.random() < 0.9,
+        starts_s=rng.choice([0, 0, 0, NOW_S, NOW_S + 1]),
+        ends_s=rng.choice([0, 0, 0, NOW_S + 1, NOW_S + 2]),
+        steps=tuple(
+            RolloutStep(NOW_S + later, rng.choice([20.0, 80.0, 100.0]))
+            for later in sorted(_some(rng, (-9, 0, 1, 9), 3))
+        ),
+        variants=tuple(variants),
+        targeting=tuple(
+            Target(
+                f"t{place}", rng.choice(["on", "off", "red" if any(v.name == "red" for v in variants) else "on"]), when
+            )
+            for place, when in enumerate(_some(rng, CONDITIONS, 2))
+        ),
+    )
 
 
 def draw_license(rng: random.Random, content: Catalog) -> License:
@@ -262,7 +326,9 @@ def said(outcome: Any) -> Answer:
         return Answer("WAIT", "")
     assert isinstance(outcome, Decision)
     spends = {lease.limit_key: units for lease, units in outcome.spends} if outcome.effect.name == "APPROVED" else None
-    return Answer(outcome.effect.name, outcome.reason.name, outcome.rule, spends, tuple(outcome.shadow))
+    return Answer(
+        outcome.effect.name, outcome.reason.name, outcome.rule, spends, tuple(outcome.shadow), dict(outcome.exposures)
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -280,7 +346,7 @@ def test_the_engine_agrees_with_a_slow_evaluator(seed: int) -> None:
             expected = slow(content, license_, request, free, now_us)
             found = said(engine.decide(request, now_us=now_us, boot_ms=BOOT_MS, patient=True))
             if expected.effect == "WAIT":
-                found.shadow = expected.shadow  # it is decided again
+                found.shadow, found.exposures = expected.shadow, expected.exposures  # it is decided again
             assert found == expected, (seed, case, step, request.action, content, license_)
             reasons.add(f"{expected.effect}/{expected.reason}")
     assert len(reasons) >= 8, reasons  # or else nothing was compared

@@ -6,7 +6,6 @@ Actions are compiled when first asked for, so that the cost of a decision does n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,16 +17,13 @@ from licet.domain.catalog import (
     Catalog,
     Durability,
     Enforcement,
-    Flag,
     RuleEffect,
     matches,
 )
 from licet.domain.conditions import Condition, ConditionEnvironment, ConditionError
+from licet.domain.flags import Flag
 from licet.domain.redaction import RecordMode, hidden
-
-ROLLOUT_STEPS: Final = 10_000
-"""Resolution of a rollout's percentage: a hundredth of a percent."""
-
+from licet_sidecar.core.flags import BoundFlag, bind_flag
 
 _FEW_VALUED: Final = frozenset({"tenant", "license.plan", "license.status", "subject.type", "action", "resource.type"})
 _FEW_VALUED_TYPES: Final = frozenset({AttributeType.STRING, AttributeType.BOOL})
@@ -60,7 +56,8 @@ class BoundAction:
     action: Action
     roles: frozenset[str] | None
     rules: tuple[BoundRule, ...]
-    flags: tuple[Flag, ...]
+    flags: tuple[BoundFlag, ...]
+    """The tenant's before the subject's, each by name: the order in which they are looked at."""
     variables: tuple[str, ...]
     only_meter: str | None
     """The meter that a plain ``quantity`` counts; ``None`` when there are several."""
@@ -96,6 +93,7 @@ class Rulebook:
         }
         """Of actions whose answers wait for more than the kernel."""
         self._actions: dict[str, BoundAction] = {}
+        self._first_actions: dict[str, str] | None = None
         self._environments: dict[tuple[tuple[str, str], ...], ConditionEnvironment] = {}
 
     def action(self, name: str) -> BoundAction | None:
@@ -108,9 +106,17 @@ class Rulebook:
             bound = self._actions[name] = self._bind(action)
         return bound
 
+    def action_on(self, feature: str) -> BoundAction | None:
+        """The first action, by name, that draws on a feature; ``None`` when there is none."""
+        if self._first_actions is None:
+            self._first_actions = {}
+            for name, action in sorted(self.catalog.actions.items()):
+                for drawn_on in action.meters.values():
+                    self._first_actions.setdefault(drawn_on, name)
+        return self.action(self._first_actions.get(feature, ""))
+
     def _bind(self, action: Action) -> BoundAction:
         roles = frozenset(role.name for role in self.catalog.roles.values() if matches(role.actions, action.name))
-        features = set(action.meters.values())
         rules = tuple(self._rules_of(action))
         meters = tuple(action.meters)
         variables = tuple(sorted({v for rule in rules if rule.condition for v in rule.condition.variables}))
@@ -118,13 +124,19 @@ class Rulebook:
             action=action,
             roles=roles or None,
             rules=rules,
-            flags=tuple(flag for _, flag in sorted(self.catalog.flags.items()) if flag.feature in features),
+            flags=self._flags_of(action),
             variables=variables,
             only_meter=meters[0] if len(meters) == 1 else None,
             rulings_kept=all(_has_few_values(action, variable) for variable in variables),
             hides={name: spec.record for name, spec in action.attributes.items() if spec.record is not RecordMode.KEEP},
             salt=self._salt,
         )
+
+    def _flags_of(self, action: Action) -> tuple[BoundFlag, ...]:
+        features = set(action.meters.values())
+        flags = [flag for flag in self.catalog.flags.values() if flag.feature in features]
+        flags.sort(key=lambda flag: (flag.by != "tenant", flag.name))
+        return tuple(bind_flag(flag, self._environment(action)) if flag.targeting else _plain(flag) for flag in flags)
 
     def _rules_of(self, action: Action) -> list[BoundRule]:
         environment = self._environment(action)
@@ -161,13 +173,12 @@ class Rulebook:
         return environment
 
 
+def _plain(flag: Flag) -> BoundFlag:
+    """A flag without conditions needs no environment to compile them in."""
+    return BoundFlag(flag, (), ())
+
+
 def _has_few_values(action: Action, variable: str) -> bool:
     if variable.startswith("context."):
         return action.attributes[variable.removeprefix("context.")].type in _FEW_VALUED_TYPES
     return variable in _FEW_VALUED
-
-
-def rollout_includes(flag: Flag, holder: str) -> bool:
-    """Whether the flag's rollout includes ``holder`` (a tenant or subject id): the same answer every time."""
-    digest = hashlib.blake2b(f"{flag.name}\0{holder}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % ROLLOUT_STEPS < round(flag.percent * ROLLOUT_STEPS / 100)
