@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
-from licet.domain.conditions import Condition, ConditionEnvironment, ConditionError, ConditionFailed
+from licet.domain.conditions import Condition, ConditionError, ConditionFailed
 from licet.domain.flags import OFF, ON, ROLLOUT_STEPS, Flag, Target, Variant, bucket_of, includes, variant_of
 
 Bindings = Callable[[Iterable[str]], Mapping[str, Any]]
@@ -68,17 +68,14 @@ class Verdict(NamedTuple):
         return self.variant.name if self.variant else ON
 
 
-def bind_flag(flag: Flag, environment: ConditionEnvironment) -> BoundFlag:
+def bind_flag(flag: Flag, compiled: Callable[[str], Condition | ConditionError]) -> BoundFlag:
     """The flag with its conditions compiled for an action."""
     targets: list[BoundTarget] = []
     for target in flag.targeting:
-        condition: Condition | None = None
+        condition = compiled(target.when) if target.when else None
         broken = ""
-        if target.when:
-            try:
-                condition = environment.compile(target.when)
-            except ConditionError as error:
-                broken = str(error)
+        if isinstance(condition, ConditionError):
+            condition, broken = None, str(condition)
         targets.append(BoundTarget(target, condition, broken))
     variables = {variable for one in targets if one.condition for variable in one.condition.variables}
     return BoundFlag(flag, tuple(targets), tuple(sorted(variables)))

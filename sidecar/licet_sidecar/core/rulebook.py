@@ -1,12 +1,13 @@
 """A bundle in the form decisions are made from: for each action, its features, roles, flags and rules, found once.
 
 Actions are compiled when first asked for, so that the cost of a decision does not depend on how many rules there are
-(only on how many apply), and a large bundle is taken in without stopping the loop.
+(only on how many apply), and a large bundle is taken in without stopping the loop. Those that are in use when a bundle
+replaces another are compiled before it is in force, in small steps, and only where they changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,16 +18,20 @@ from licet.domain.catalog import (
     Catalog,
     Durability,
     Enforcement,
+    Policy,
     RuleEffect,
     matches,
 )
 from licet.domain.conditions import Condition, ConditionEnvironment, ConditionError
-from licet.domain.flags import Flag
 from licet.domain.redaction import RecordMode, hidden
 from licet_sidecar.core.flags import BoundFlag, bind_flag
+from licet_sidecar.core.patterns import ByPattern
 
 _FEW_VALUED: Final = frozenset({"tenant", "license.plan", "license.status", "subject.type", "action", "resource.type"})
 _FEW_VALUED_TYPES: Final = frozenset({AttributeType.STRING, AttributeType.BOOL})
+
+_Signature = tuple[tuple[str, str], ...]
+"""Names and types of the attributes that an action declares: all that a condition over it is compiled from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,39 @@ class Rulebook:
         """Of actions whose answers wait for more than the kernel."""
         self._actions: dict[str, BoundAction] = {}
         self._first_actions: dict[str, str] | None = None
-        self._environments: dict[tuple[tuple[str, str], ...], ConditionEnvironment] = {}
+        self._environments: dict[_Signature, ConditionEnvironment] = {}
+        self._compiled: dict[tuple[_Signature, str], Condition | ConditionError] = {}
+        self._earlier: Rulebook | None = None
+        self._policies: ByPattern[Policy] | None = None
+
+    def warmed(self, earlier: Rulebook | None) -> Iterator[None]:
+        """Steps, each well under a millisecond, that bind the actions that were bound in ``earlier``.
+
+        What is the same in both is not compiled again. Nothing depends on the steps being taken; without them an action
+        is bound when it is first asked for.
+        """
+        if earlier is None or earlier is self:
+            return
+        self._earlier = earlier
+        try:
+            policies: ByPattern[Policy] = ByPattern()
+            for _, policy in sorted(self.catalog.policies.items()):
+                policies.add(policy.actions, policy)
+                yield
+            self._policies = policies
+            for name in list(earlier._actions):
+                action = self.catalog.actions.get(name)
+                if action is None:
+                    continue
+                for policy in self._policies_of(action):
+                    for rule in policy.rules:
+                        if rule.when:
+                            self._condition(action, rule.when)
+                            yield
+                self.action(name)
+                yield
+        finally:
+            self._earlier = None
 
     def action(self, name: str) -> BoundAction | None:
         """The action of that name, or ``None``."""
@@ -136,22 +173,16 @@ class Rulebook:
         features = set(action.meters.values())
         flags = [flag for flag in self.catalog.flags.values() if flag.feature in features]
         flags.sort(key=lambda flag: (flag.by != "tenant", flag.name))
-        return tuple(bind_flag(flag, self._environment(action)) if flag.targeting else _plain(flag) for flag in flags)
+        return tuple(bind_flag(flag, lambda source: self._condition(action, source)) for flag in flags)
 
     def _rules_of(self, action: Action) -> list[BoundRule]:
-        environment = self._environment(action)
         bound: list[BoundRule] = []
-        for _, policy in sorted(self.catalog.policies.items()):
-            if policy.enforcement is Enforcement.OFF or not matches(policy.actions, action.name):
-                continue
+        for policy in self._policies_of(action):
             for rule in policy.rules:
-                condition: Condition | None = None
+                condition = self._condition(action, rule.when) if rule.when else None
                 broken = ""
-                if rule.when:
-                    try:
-                        condition = environment.compile(rule.when)
-                    except ConditionError as error:
-                        broken = str(error)
+                if isinstance(condition, ConditionError):
+                    condition, broken = None, str(condition)
                 bound.append(
                     BoundRule(
                         name=f"{policy.name}/{rule.name}",
@@ -165,17 +196,39 @@ class Rulebook:
                 )
         return bound
 
+    def _policies_of(self, action: Action) -> list[Policy]:
+        """The policies that govern an action and are not off, by name."""
+        if self._policies is None:
+            self._policies = ByPattern()
+            for _, policy in sorted(self.catalog.policies.items()):
+                self._policies.add(policy.actions, policy)
+        return [policy for policy in self._policies.matching(action.name) if policy.enforcement is not Enforcement.OFF]
+
+    def _condition(self, action: Action, source: str) -> Condition | ConditionError:
+        """A condition over an action, compiled once for all actions that declare the same; or why it is none."""
+        key = (_signature(action), source)
+        found = self._compiled.get(key)
+        if found is None:
+            found = self._earlier._compiled.get(key) if self._earlier else None
+            if found is None:
+                try:
+                    found = self._environment(action).compile(source)
+                except ConditionError as error:
+                    found = error.with_traceback(None)  # kept, and its frames are not
+            self._compiled[key] = found
+        return found
+
     def _environment(self, action: Action) -> ConditionEnvironment:
-        key = tuple(sorted((name, spec.type.value) for name, spec in action.attributes.items()))
+        key = _signature(action)
         environment = self._environments.get(key)
         if environment is None:
-            environment = self._environments[key] = ConditionEnvironment(action.attributes)
+            environment = self._earlier._environments.get(key) if self._earlier else None
+            environment = self._environments[key] = environment or ConditionEnvironment(action.attributes)
         return environment
 
 
-def _plain(flag: Flag) -> BoundFlag:
-    """A flag without conditions needs no environment to compile them in."""
-    return BoundFlag(flag, (), ())
+def _signature(action: Action) -> _Signature:
+    return tuple(sorted((name, spec.type.value) for name, spec in action.attributes.items()))
 
 
 def _has_few_values(action: Action, variable: str) -> bool:
