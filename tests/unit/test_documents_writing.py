@@ -61,6 +61,7 @@ features:
         overage_price: {amount: "0.01", per_units: 10, currency: USD}
         durable: true
         name: monthly
+        enforcement: shadow
       - {spend: "2.50 USD", per: month, scope: [subject, context.region]}
       - {amount: 5, per: second, burst: 9}
     seats: 3

@@ -20,6 +20,7 @@ from licet.domain.catalog import (
     Flag,
     License,
     LicenseStatus,
+    OnExceeded,
     OnUnavailable,
     Plan,
     Policy,
@@ -61,9 +62,12 @@ class Answer:
     spends: dict[str, int] | None = None
     shadow: tuple[str, ...] = ()
     exposures: dict[str, str] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
 
 
-def slow(content: Catalog, license_: License, request: Inquiry, free: dict[str, int], now_us: int) -> Answer:
+def slow(
+    content: Catalog, license_: License, request: Inquiry, free: dict[str, int], used: dict[str, int], now_us: int
+) -> Answer:
     """The order of a decision, read from the design, with no cache and no cleverness."""
     now_s = now_us // 1_000_000
     stale = now_us - NOW_US > STALENESS_US_MAX
@@ -93,7 +97,7 @@ def slow(content: Catalog, license_: License, request: Inquiry, free: dict[str, 
                 exposures[flag.name] = _served(flag, request, units, now_s)
                 if exposures[flag.name] == "off":
                     return Answer("DENIED", "FEATURE_OFF", flag.name, exposures=exposures)
-    answer = _after_flags(content, action, plan, license_, request, units, free)
+    answer = _after_flags(content, action, plan, license_, request, units, free, used)
     return replace(answer, exposures=exposures)
 
 
@@ -105,28 +109,39 @@ def _after_flags(
     request: Inquiry,
     units: dict[str, int],
     free: dict[str, int],
+    used: dict[str, int],
 ) -> Answer:
     roles = {role.name for role in content.roles.values() if any(_names(p, action.name) for p in role.actions)}
     if roles and not roles & set(request.roles):
         return Answer("DENIED", "ROLE_REQUIRED")
     answer, shadow = _policies(content, action, request, units)
+    policies_said = shadow
     if answer is not None:
         answer.shadow = shadow
         return answer
     spends: dict[str, int] = {}
+    counted: dict[str, int] = {}
     for feature in dict.fromkeys(action.meters.values()):
         for one in plan.features[feature].limits:
             asked = units.get(feature, 0)
             amount = license_.overrides.get(one.key, one.amount)
+            if one.enforcement is Enforcement.SHADOW and asked:
+                counted[one.key] = asked
+                if used[one.key] + asked > amount:
+                    shadow += (f"{one.key}={one.on_exceeded.value}",)
+            if one.enforcement is not Enforcement.ENFORCE:
+                continue
             if asked > free[one.key] and asked:
                 if asked > amount:
-                    return Answer("DENIED", "QUOTA_EXHAUSTED", one.key, shadow=shadow)
+                    if one.on_exceeded is OnExceeded.REQUIRE_APPROVAL:
+                        return Answer("PENDING", "APPROVAL_REQUIRED", one.key, shadow=policies_said)
+                    return Answer("DENIED", "QUOTA_EXHAUSTED", one.key, shadow=policies_said)
                 spends[one.key] = -1
             elif spends.get(one.key) != -1:
                 spends[one.key] = asked
     if -1 in spends.values():
         return Answer("WAIT", "", shadow=shadow)
-    return Answer("APPROVED", "OK", "", spends, shadow)
+    return Answer("APPROVED", "OK", "", spends, shadow, counted=counted)
 
 
 def _served(flag: Flag, request: Inquiry, units: dict[str, int], now_s: int) -> str:
@@ -228,7 +243,11 @@ def draw_catalog(rng: random.Random) -> Catalog:
         {
             feature: Entitlement(
                 limits=tuple(
-                    limit(rng.randint(0, 8), period, feature=feature)
+                    replace(
+                        limit(rng.randint(0, 8), period, feature=feature),
+                        enforcement=rng.choice([Enforcement.ENFORCE, Enforcement.ENFORCE, *Enforcement]),
+                        on_exceeded=rng.choice([OnExceeded.DENY, OnExceeded.DENY, OnExceeded.REQUIRE_APPROVAL]),
+                    )
                     for period in _some(rng, (Period.MONTH, Period.MINUTE), 2)
                 )
             )
@@ -306,9 +325,12 @@ def draw_inquiry(rng: random.Random, content: Catalog) -> Inquiry:
     return request
 
 
-def put_leases(rng: random.Random, engine: Engine, content: Catalog, now_us: int) -> dict[str, int]:
-    """Random units in a lease of each limit; what is free by limit key."""
+def put_leases(
+    rng: random.Random, engine: Engine, content: Catalog, now_us: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Random units in a lease of each limit; what is free, and what is used, by limit key."""
     free: dict[str, int] = {}
+    used: dict[str, int] = {}
     held = engine.leases.of("acme")
     for entitlement in content.plans["pro"].features.values():
         for one in entitlement.limits:
@@ -317,8 +339,9 @@ def put_leases(rng: random.Random, engine: Engine, content: Catalog, now_us: int
                 engine.leases.lease(held, one.key, "", *window, Terms(one.amount), BOOT_MS), rng.randint(0, 8)
             )
             lease.used = rng.randint(0, lease.cap)
+            used[one.key] = lease.used
             free[one.key] = (LeaseBook.can_spend(lease, 1, BOOT_MS) and lease.free) or 0
-    return free
+    return free, used
 
 
 def said(outcome: Any) -> Answer:
@@ -327,7 +350,13 @@ def said(outcome: Any) -> Answer:
     assert isinstance(outcome, Decision)
     spends = {lease.limit_key: units for lease, units in outcome.spends} if outcome.effect.name == "APPROVED" else None
     return Answer(
-        outcome.effect.name, outcome.reason.name, outcome.rule, spends, tuple(outcome.shadow), dict(outcome.exposures)
+        outcome.effect.name,
+        outcome.reason.name,
+        outcome.rule,
+        spends,
+        tuple(outcome.shadow),
+        dict(outcome.exposures),
+        {lease.limit_key: units for lease, units in outcome.counted},
     )
 
 
@@ -342,8 +371,8 @@ def test_the_engine_agrees_with_a_slow_evaluator(seed: int) -> None:
         for step in range(8):
             request = draw_inquiry(rng, content)
             now_us = NOW_US + rng.choice([0, 0, 0, 1_000_000, STALENESS_US_MAX + 1])
-            free = put_leases(rng, engine, content, now_us)
-            expected = slow(content, license_, request, free, now_us)
+            free, used = put_leases(rng, engine, content, now_us)
+            expected = slow(content, license_, request, free, used, now_us)
             found = said(engine.decide(request, now_us=now_us, boot_ms=BOOT_MS, patient=True))
             if expected.effect == "WAIT":
                 found.shadow, found.exposures = expected.shadow, expected.exposures  # it is decided again

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from licet.domain.catalog import (
     AttributeValue,
+    Enforcement,
     Entitlement,
     Grant,
     License,
@@ -70,6 +71,7 @@ class Decision:
     __slots__ = (
         "context",
         "cost_nanos",
+        "counted",
         "currency",
         "degraded",
         "effect",
@@ -112,6 +114,8 @@ class Decision:
         self.variants: Variants = ()
         """Those of them that services are told."""
         self.spends: list[tuple[Lease, int]] = []
+        self.counted: Sequence[tuple[Lease, int]] = ()
+        """What an approval takes of limits in shadow, whether or not a lease covers it."""
         self.rates: list[tuple[RateShare, int]] = []
         """What is to be taken from buckets; never given back, never recorded."""
         self.overage: Mapping[str, int] = _NOTHING
@@ -181,7 +185,8 @@ class BoundLimit:
         self.scope = limit.scope
         self.on_exceeded = limit.on_exceeded
         self.is_rate = limit.is_rate
-        soft = Kind.SOFT if limit.on_exceeded is OnExceeded.OVERAGE else Kind.HARD
+        is_soft = limit.on_exceeded is OnExceeded.OVERAGE or limit.enforcement is Enforcement.SHADOW
+        soft = Kind.SOFT if is_soft else Kind.HARD
         self.terms = Terms(
             amount=limit.amount * RATE_SCALE if limit.is_rate else limit.amount,
             kind=Kind.RATE if limit.is_rate else soft,
@@ -251,7 +256,7 @@ class BoundLimit:
 class TenantAction:
     """What the tenant's license says about one action: a denial, or its prices and limits."""
 
-    __slots__ = ("action", "denial", "exposures", "limits", "open_flags", "prices", "variants")
+    __slots__ = ("action", "denial", "exposures", "limits", "open_flags", "prices", "shadow_limits", "variants")
 
     def __init__(self, action: BoundAction, denial: tuple[Reason, str, str] | None = None) -> None:
         self.action = action
@@ -263,6 +268,8 @@ class TenantAction:
         """The flags that are left for each check to judge; with where the tenant stands, for those by tenant."""
         self.prices: Prices = ()
         self.limits: tuple[BoundLimit, ...] = ()
+        self.shadow_limits: tuple[BoundLimit, ...] = ()
+        """Those that are only counted; they have no grants."""
 
 
 class Tenant:
@@ -461,6 +468,9 @@ class Engine:
             if type(settled) is not Decision:
                 return settled
             decision = settled
+            if plan.shadow_limits and decision.effect is _APPROVED:
+                exceeded, decision.counted = self._in_shadow(plan, inquiry, now_us // 1_000_000, boot_ms)
+                shadow = (*shadow, *exceeded)
         decision.units = units
         decision.context = bound.recorded(context) if bound.hides else context
         decision.shadow = shadow
@@ -575,6 +585,48 @@ class Engine:
         if patient:
             return LeaseWait(inquiry.tenant, tuple(needs))
         return self._without_lease(plan.action, decision, needs, now_us, boot_ms)
+
+    def count_in_shadow(self, inquiry: Inquiry, *, now_us: int, boot_ms: int) -> Sequence[tuple[Lease, int]]:
+        """What was asked takes of limits in shadow, for what is approved without being decided again.
+
+        Raises:
+            InvalidInquiry: the request does not fit the action it names any more.
+        """
+        tenant = self.tenants.get(inquiry.tenant)
+        plan = tenant.actions.get(inquiry.action) if tenant else None
+        if plan is None or not plan.shadow_limits:
+            return ()
+        prepare(plan.action, inquiry)
+        return self._in_shadow(plan, inquiry, now_us // 1_000_000, boot_ms)[1]
+
+    def _in_shadow(
+        self, plan: TenantAction, inquiry: Inquiry, now_s: int, boot_ms: int
+    ) -> tuple[list[str], list[tuple[Lease, int]]]:
+        """What limits in shadow would have said, and what of each is to be counted. Nothing is waited for.
+
+        Of a rate it is known only while a share of it is held.
+        """
+        held = self.leases.of(inquiry.tenant)
+        exceeded: list[str] = []
+        counted: list[tuple[Lease, int]] = []
+        for limit in plan.shadow_limits:
+            asked = inquiry.units.get(limit.feature, 0)
+            if not asked:
+                continue
+            scope = scope_of(limit.scope, inquiry, inquiry.declared) if limit.scope else ""
+            lease = self.leases.lease(held, limit.key, scope, *limit.window_at(now_s), limit.terms, boot_ms)
+            if isinstance(lease, RateShare):
+                is_known = boot_ms < lease.hold_until_ms and boot_ms - lease.since_ms >= BUCKET_YOUNG_MS
+                is_exceeded = asked > lease.burst or (is_known and lease.level(boot_ms) < asked * TOKENS_EACH)
+                counted.append((lease, asked))
+            else:
+                asked = limit.quota_units(asked, inquiry.declared)
+                is_exceeded = asked > lease.unused
+                if asked <= lease.countable:
+                    counted.append((lease, asked))
+            if is_exceeded:
+                exceeded.append(f"{limit.key}={limit.on_exceeded.value}")
+        return exceeded, counted
 
     def _rate(
         self, limit: BoundLimit, lease: Lease, asked: int, boot_ms: int, decision: Decision
@@ -710,7 +762,7 @@ class Engine:
         if loaded is None:
             return None
         for plan in loaded.actions.values():
-            for limit in plan.limits:
+            for limit in (*plan.limits, *plan.shadow_limits):
                 if limit.key == lease.limit_key:
                     return limit.window_after(lease)
         return None
@@ -840,6 +892,13 @@ def bind_action(tenant: Tenant, bound: BoundAction) -> TenantAction:
             BoundLimit.with_grants(feature, limit, entitlement, license_)
             for feature, entitlement in granted
             for limit in entitlement.limits
+            if limit.enforcement is Enforcement.ENFORCE
+        )
+        plan.shadow_limits = tuple(
+            BoundLimit(feature, limit, entitlement, license_)
+            for feature, entitlement in granted
+            for limit in entitlement.limits
+            if limit.enforcement is Enforcement.SHADOW
         )
     return plan
 

@@ -265,6 +265,10 @@ def _quotas(
             if lease is not None and lease.start != window[0]:
                 lease = None
             step.limits.append(LimitSeen(pool, asked, window[1], lease))
+    step.found += [
+        f"Limit {limit.key} is in shadow: it is counted, and answers as if it were absent."
+        for limit in plan.shadow_limits
+    ]
     if not plan.limits:
         step.found.append("No limit applies: the action is unmetered for this license.")
     if decided is StepName.QUOTAS:

@@ -12,7 +12,7 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from licet.domain.catalog import AttributeValue, Limit
+from licet.domain.catalog import AttributeValue, Enforcement, Limit
 from licet.domain.flags import OFF
 from licet.domain.outcomes import Effect
 from licet.v1 import approval_pb2 as pb
@@ -279,6 +279,8 @@ class ExplainingService:
         for feature, granted in sorted(tenant.entitlements.items()):
             for limit in granted.limits:
                 context = _scope_context(limit, asked)
+                if limit.enforcement is not Enforcement.ENFORCE:
+                    continue  # nothing that a customer is held to
                 if context is None or ("subject" in limit.scope and not asked.subject_id):
                     continue
                 own = BoundLimit.with_grants(feature, limit, granted, tenant.license)

@@ -198,6 +198,7 @@ def _limit(feature: str, limit: Limit) -> dict[str, Any]:
             "on_exceeded": (limit.on_exceeded, OnExceeded.DENY),
             "burst": (limit.burst, 0),
             "durable": (limit.durable, False),
+            "enforcement": (limit.enforcement, Enforcement.ENFORCE),
         }
     )
 
