@@ -269,7 +269,7 @@ def _quotas(
         f"Limit {limit.key} is in shadow: it is counted, and answers as if it were absent."
         for limit in plan.shadow_limits
     ]
-    if not plan.limits:
+    if not (plan.limits or plan.shadow_limits):
         step.found.append("No limit applies: the action is unmetered for this license.")
     if decided is StepName.QUOTAS:
         step.found += [decision.message] if decision.message else []

@@ -126,7 +126,8 @@ def denial_message(flag: Flag, verdict: Verdict) -> str:
         case Cause.ENDED:
             return f"{flag.feature} is off since {_instant(flag.ends_s)}."
         case Cause.TARGETED:
-            return f"{flag.feature} is off by the targeting rule {verdict.rule}."
+            failed = ", whose condition failed" if verdict.rule in verdict.failed else ""
+            return f"{flag.feature} is off by the targeting rule {verdict.rule}{failed}."
         case Cause.ROLLOUT:
             return f"{flag.feature} is not rolled out to this {flag.by}."
 
@@ -157,7 +158,8 @@ def described(bound: BoundFlag, standing: Standing, verdict: Verdict, now_us: in
         case Cause.ENDED:
             yield f"Flag {flag.name} serves off: it ended at {_instant(flag.ends_s)}."
         case Cause.TARGETED:
-            yield f"Flag {flag.name} {serves}: the targeting rule {verdict.rule} matches."
+            how = "counts as true" if verdict.rule in verdict.failed else "matches"
+            yield f"Flag {flag.name} {serves}: the targeting rule {verdict.rule} {how}."
         case Cause.ROLLOUT:
             now_s = now_us // 1_000_000
             verb = "includes" if verdict.is_on else "does not include"
