@@ -240,9 +240,24 @@ def catalog_of_chunks(chunks: Iterable[bytes], digests: Sequence[str]) -> Catalo
         ValueError: a chunk is missing, altered, or written by a newer program.
     """
     chunks = list(chunks)
-    if [digest_of(chunk) for chunk in chunks] != list(digests):
+    if len(chunks) != len(digests):
+        raise ValueError("the chunks are not those that the manifest names")
+    return Catalog.of(
+        document
+        for chunk, digest in zip(chunks, digests, strict=True)
+        for document in documents_of_chunk(chunk, digest)
+    )
+
+
+def documents_of_chunk(chunk: bytes, digest: str) -> tuple[Document, ...]:
+    """The documents of one chunk, when it is the one that the signed manifest names by ``digest``.
+
+    Raises:
+        ValueError: it is altered, or written by a newer program.
+    """
+    if digest_of(chunk) != digest:
         raise ValueError("the chunks are not those that the manifest names")
     try:
-        return Catalog.of(document_from_wire(wire) for chunk in chunks for wire in envelope.unpack(_CHUNK_KIND, chunk))
+        return tuple(document_from_wire(wire) for wire in envelope.unpack(_CHUNK_KIND, chunk))
     except KeyError as error:
         raise ValueError(f"a document of the bundle lacks {error}") from error

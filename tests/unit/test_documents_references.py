@@ -169,3 +169,38 @@ def test_warns_of_limits_on_what_no_action_draws_on() -> None:
 
 def test_warnings_do_not_stand_in_the_way() -> None:
     assert "r" in catalog_of(WORLD + "{kind: Role, name: r, actions: [nothing.*]}").roles
+
+
+FLAG = WORLD + "kind: Flag\nname: f\nfeature: llm.tokens\nvariants: {red: 1, green: 2}\ntargeting:\n  - "
+
+
+@pytest.mark.parametrize(
+    ("rule", "message", "fix"),
+    [
+        ("{name: t, serve: ▶rde}\n", "'rde' is neither a variant of the flag nor on or off", "'red'"),
+        ("{name: t, serve: on}\n  - {name: ▶t, serve: off}\n", "'t' is there twice", "Rename"),
+        (
+            "{name: t, serve: off, when: '▶context.regoin == \"eu\"'}\n",
+            "context.regoin is not a declared attribute",
+            "asked about",
+        ),
+        (
+            "{name: t, serve: off, when: '▶context.level == 1'}\n",
+            "context.level is not a declared attribute",
+            "'llm.chat'",
+        ),
+    ],
+)
+def test_targeting_fits_the_flag_and_every_action_of_its_feature(rule: str, message: str, fix: str) -> None:
+    error = only_error(FLAG + rule)
+    assert message in error.message
+    assert fix in f"{error.message} {error.fix}"
+
+
+def test_warns_of_an_action_that_is_priced_in_two_currencies() -> None:
+    features = "{kind: Feature, name: f}\n---\n{kind: Feature, name: g}\n---\n"
+    action = "{kind: Action, name: a, meters: {x: f, y: g}}\n---\n"
+    price = '{{price: {{amount: "1", per_units: 1, currency: {}}}}}'
+    plan = f"kind: Plan\nname: p\nfeatures:\n  f: {price.format('USD')}\n  g: {price.format('EUR')}\n"
+    (warning,) = validated(features + action + plan).warnings
+    assert "'a' is priced in EUR and USD" in warning.message

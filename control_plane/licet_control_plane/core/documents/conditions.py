@@ -1,4 +1,4 @@
-"""Every condition of every policy, compiled against every action it will be asked about."""
+"""Every condition of every policy and flag, compiled against every action it will be asked about."""
 
 from __future__ import annotations
 
@@ -72,6 +72,24 @@ def check_conditions(index: DocumentIndex, findings: Findings) -> None:
             when = rule.at("when")
             if when.text().strip():
                 _check_one(document, ("rules", position, "when"), when, distinct, checks, findings)
+    for document in index.of_kind("Flag"):
+        _check_targeting(document, index, checks, findings)
+
+
+def _check_targeting(
+    document: SourceDocument, index: DocumentIndex, checks: ConditionChecks, findings: Findings
+) -> None:
+    """Conditions of a flag, against the actions that draw on its feature."""
+    feature = document.root.at("feature").text()
+    distinct = _by_signature(
+        [action for _, action in sorted(index.actions.items()) if feature in action.meters.values()]
+    )
+    for position, target in enumerate(document.root.at("targeting").items()):
+        if findings.full:
+            return
+        when = target.at("when")
+        if when.text().strip():
+            _check_one(document, ("targeting", position, "when"), when, distinct, checks, findings)
 
 
 def _by_signature(actions: list[Action]) -> list[list[Action]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, StrictBool, ValidationInfo, field_validator
 
-from licet.domain.catalog import Limit, OnExceeded, budget_key, rate_key
+from licet.domain.catalog import Enforcement, Limit, OnExceeded, budget_key, rate_key
 from licet.domain.entitlements import RATE_MAX
 from licet.domain.ids import LimitKey
 from licet.domain.money import Price
@@ -54,6 +54,7 @@ class LimitSource(Source):
     burst: PositiveUnits | None = None
     durable: StrictBool = False
     overage_price: OveragePriceSource | None = None
+    enforcement: Enforcement = Enforcement.ENFORCE
 
     @field_validator("amount")
     @classmethod
@@ -167,6 +168,7 @@ class LimitSource(Source):
             burst=self.burst or 0,
             durable=self.durable,
             overage_price=self.overage_price.to_domain() if self.overage_price else None,
+            enforcement=self.enforcement,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Final
 
 from licet.domain.catalog import Action, AttributeType, Document, Entitlement, Limit, Plan, matches
 from licet.domain.conditions import CONTEXT_PREFIX
+from licet.domain.flags import OFF, ON
 from licet.domain.redaction import RecordMode
 from licet_control_plane.core.documents.findings import Findings
 from licet_control_plane.core.documents.nodes import Node, SourceDocument
@@ -84,7 +85,7 @@ def check_references(index: DocumentIndex, findings: Findings) -> None:
             case "Role":
                 _check_patterns(document, index, findings)
             case "Flag":
-                _check_feature(document, ("feature",), document.root.at("feature").text(), index, findings)
+                _check_flag(document, index, findings)
 
 
 def _check_feature(
@@ -128,6 +129,29 @@ def _check_rules(document: SourceDocument, index: DocumentIndex, findings: Findi
         approval = rule.at("approval").text()
         if approval and approval not in chains:
             findings.unknown(document, ("rules", position, "approval"), "approval chain", approval, chains)
+
+
+def _check_flag(document: SourceDocument, index: DocumentIndex, findings: Findings) -> None:
+    _check_feature(document, ("feature",), document.root.at("feature").text(), index, findings)
+    variants = document.root.at("variants").entries()
+    seen: set[str] = set()
+    for position, target in enumerate(document.root.at("targeting").items()):
+        name, serve = target.at("name").text(), target.at("serve").text()
+        if name and name in seen:
+            findings.error(
+                document,
+                ("targeting", position, "name"),
+                f"the rule {name!r} is there twice",
+                "Rename one of them: explanations name the rule that decided.",
+            )
+        seen.add(name)
+        if serve and serve not in (ON, OFF, *variants):
+            findings.error(
+                document,
+                ("targeting", position, "serve"),
+                f"{serve!r} is neither a variant of the flag nor on or off",
+                did_you_mean(serve, (*variants, ON, OFF)),
+            )
 
 
 def _check_plan(document: SourceDocument, index: DocumentIndex, findings: Findings) -> None:

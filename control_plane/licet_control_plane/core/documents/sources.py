@@ -1,14 +1,13 @@
 """Documents as people write them: one model for each kind, and its translation to ``licet.domain.catalog``.
 
-A model sees one document alone. What needs a second document is in ``references`` and ``conditions``; what this
-version does not do yet is refused, before, by ``availability``.
+A model sees one document alone. What needs a second document is in ``references`` and ``conditions``.
 """
 
 from __future__ import annotations
 
 import math
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, Field, Strict, ValidationInfo, field_validator
 
@@ -23,7 +22,6 @@ from licet.domain.catalog import (
     Enforcement,
     Entitlement,
     Feature,
-    Flag,
     OnExpiry,
     OnUnavailable,
     Plan,
@@ -36,6 +34,7 @@ from licet.domain.catalog import (
 )
 from licet.domain.money import Fee, Price, Step, TierMode, Tiers
 from licet.domain.redaction import RecordMode
+from licet_control_plane.core.documents.flags import FlagSource
 from licet_control_plane.core.documents.limits import LimitSource
 from licet_control_plane.core.documents.model import Source
 from licet_control_plane.core.documents.scalars import (
@@ -425,25 +424,6 @@ class RoleSource(Source):
     def to_domain(self) -> Role:
         """The record both programs act on."""
         return Role(self.name, self.actions)
-
-
-class RolloutSource(Source):
-    """``{percent: 20, by: tenant}``."""
-
-    percent: Annotated[float, Strict(), Field(ge=0, le=100, allow_inf_nan=False)] = 100.0
-    by: Literal["tenant", "subject"] = "tenant"
-
-
-class FlagSource(Source):
-    """``kind: Flag``."""
-
-    name: Name
-    feature: Name
-    rollout: RolloutSource = RolloutSource()
-
-    def to_domain(self) -> Flag:
-        """The record both programs act on."""
-        return Flag(self.name, self.feature, self.rollout.percent, self.rollout.by)
 
 
 class StageSource(Source):

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, StrictBool
 
 from licet.domain.catalog import Catalog, Grant, License, LicenseStatus, Plan
 from licet.domain.entitlements import entitlements_of
+from licet.domain.flags import OFF, ON
 from licet.domain.ids import TENANT_PATTERN, UNITS_MAX, LimitKey
 from licet.domain.money import parse_budget
 from licet.domain.outcomes import Effect, Reason
@@ -175,6 +176,7 @@ class ExpectSource(Source):
     remaining: dict[str, Amount] = Field(default_factory=dict)
     cost: Annotated[Amount | None, Field()] = None
     shadow: tuple[str, ...] | None = None
+    variants: dict[str, str] = Field(default_factory=dict)
     invalid: str | None = None
 
 
@@ -320,9 +322,23 @@ def _check_names(suite: Suite, catalog: Catalog, findings: Findings) -> None:
             if used.limit not in known:
                 findings.unknown(document, (*path, "given", "used"), "limit", used.limit, known)
         for steps_path, expect in _expectations(test, path):
+            _check_variants(document, steps_path, expect, catalog, findings)
             for key in expect.remaining:
                 if given.license_ is not None and key not in known:
                     findings.unknown(document, (*steps_path, "remaining", key), "limit", key, known)
+
+
+def _check_variants(
+    document: SourceDocument, path: Path, expect: ExpectSource, catalog: Catalog, findings: Findings
+) -> None:
+    for name, served in expect.variants.items():
+        flag = catalog.flags.get(name)
+        if flag is None:
+            findings.unknown(document, (*path, "variants", name), "flag", name, catalog.flags)
+            continue
+        choices = [*(variant.name for variant in flag.variants), OFF] if flag.variants else [ON, OFF]
+        if served not in choices:
+            findings.unknown(document, (*path, "variants", name), "variant", served, choices)
 
 
 def _expectations(test: TestSource, path: Path) -> list[tuple[Path, ExpectSource]]:
