@@ -8,8 +8,8 @@ from typing import Final
 from licet.domain.catalog import Action, Attribute, matches
 from licet.domain.conditions import CONTEXT_PREFIX, ConditionEnvironment, ConditionError
 from licet_control_plane.core.documents.findings import Findings, Path
+from licet_control_plane.core.documents.index import DocumentIndex
 from licet_control_plane.core.documents.nodes import Node, SourceDocument
-from licet_control_plane.core.documents.references import DocumentIndex
 
 ENVIRONMENTS_MAX: Final = 64
 """Environments kept at once, at 200 KB each. Policies are checked one by one, and few actions differ in attributes."""
@@ -108,6 +108,7 @@ def _check_one(
             document.position_inside(when, line, column),
             message,
             f"The condition is asked about {_listed(sorted(names))}.",
+            code="condition",
         )
 
 

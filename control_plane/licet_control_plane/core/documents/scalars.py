@@ -80,6 +80,16 @@ def _limit_name(text: str) -> str:
     return text
 
 
+def _removal(text: str) -> str:
+    feature, colon, limit = text.partition(":")
+    if not NAME_PATTERN.fullmatch(feature) or len(text) > TEXT_CHARS_MAX or (colon and not limit):
+        raise refused(
+            f"{text!r} is neither a feature nor the key of a limit",
+            "Write a feature, such as 'reports', or a limit's key, such as 'reports:month'.",
+        )
+    return text
+
+
 def _action_pattern(text: str) -> str:
     if len(text) > NAME_CHARS_MAX or not _PATTERN.fullmatch(text):
         raise refused(f"{text!r} is not a pattern of actions", "Write an exact name, 'prefix.*', or '*'.")
@@ -159,6 +169,8 @@ def _not_blank(text: str) -> str:
 Name = Annotated[str, AfterValidator(_name)]
 AttributeName = Annotated[str, AfterValidator(_attribute_name)]
 LimitName = Annotated[str, AfterValidator(_limit_name)]
+Removal = Annotated[str, AfterValidator(_removal)]
+"""A feature's name, or a limit's key."""
 ActionPattern = Annotated[str, AfterValidator(_action_pattern)]
 Approver = Annotated[str, AfterValidator(_approver)]
 ScopePath = Annotated[str, AfterValidator(_scope_path)]

@@ -11,11 +11,10 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from licet.domain.catalog import Document
 from licet_control_plane.core.documents.availability import refuse_unavailable
 from licet_control_plane.core.documents.findings import Findings, Path
 from licet_control_plane.core.documents.nodes import SourceDocument
-from licet_control_plane.core.documents.sources import SOURCE_OF_KIND
+from licet_control_plane.core.documents.sources import SOURCE_OF_KIND, DocumentSource
 from licet_control_plane.core.suggestion import did_you_mean
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -38,8 +37,8 @@ _SHAPES: Final = {
 }
 
 
-def check_schema(document: SourceDocument, findings: Findings) -> Document | None:
-    """The record that a document says; ``None`` when it has errors, all of which are then among ``findings``."""
+def check_schema(document: SourceDocument, findings: Findings) -> DocumentSource | None:
+    """What a document says by itself; ``None`` when it has errors, all of which are then among ``findings``."""
     kind = document.kind
     if kind == "License":
         findings.error(
@@ -55,7 +54,7 @@ def check_schema(document: SourceDocument, findings: Findings) -> Document | Non
         return None
     explained = refuse_unavailable(document, findings)
     written = check_model(document, model, findings, explained)
-    return written.to_domain() if written is not None and not explained else None
+    return written if not explained else None
 
 
 def check_model(
