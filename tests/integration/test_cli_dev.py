@@ -230,6 +230,18 @@ def test_starter_catalog_is_valid(licet_command: CommandLine, tmp_path: Path) ->
     assert ended.json == {"valid": True, "files": 1, "errors": [], "warnings": []}
 
 
+def test_warnings_stand_in_the_way_only_when_asked(licet_command: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "catalog.yaml").write_text(EXAMPLE + "---\nkind: Feature\nname: unused\n")
+    ended = licet_command("policy", "validate", tmp_path)
+    assert (ended.code, "valid, 1 warning." in ended.out) == (0, True)
+    assert "[unused-feature]" in ended.err
+    ended = licet_command("policy", "validate", tmp_path, "--strict", "--json")
+    assert (ended.code, ended.json["valid"]) == (1, True)
+    (warning,) = ended.json["warnings"]
+    assert list(warning) == ["file", "line", "column", "path", "message", "fix", "code", "severity"]
+    assert (warning["file"], warning["code"], warning["severity"]) == ("catalog.yaml", "unused-feature", "warning")
+
+
 @pytest.mark.parametrize("command", ["renew", "release"])
 def test_what_is_no_seat_is_refused_before_anybody_is_asked(licet_command: CommandLine, command: str) -> None:
     ended = licet_command("seat", command, "acme", "nonsense", "--sidecar", "127.0.0.1:1")

@@ -6,15 +6,19 @@ Filled in steps: ``indexed`` knows the written documents, ``add`` those that are
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from licet.domain.catalog import Action, Plan, Role
 from licet_control_plane.core.documents.findings import Findings
 from licet_control_plane.core.documents.model import Source
 from licet_control_plane.core.documents.nodes import SourceDocument
 from licet_control_plane.core.documents.sources import ActionSource
+
+_AFTER_NAMES: Final = chr(0x10FFFF)
+"""After every character that a name can have, also one that is not valid."""
 
 _Source = TypeVar("_Source", bound=Source)
 
@@ -32,6 +36,8 @@ class DocumentIndex:
     plans: dict[str, Plan] = field(default_factory=dict)
     roles: dict[str, Role] = field(default_factory=dict)
     _sources: dict[tuple[type[Source], str], Source] = field(default_factory=dict)
+    _matching: dict[tuple[str, ...], frozenset[str]] = field(default_factory=dict)
+    _action_names: list[str] = field(default_factory=list)
 
     def named(self, kind: str) -> Mapping[str, SourceDocument]:
         """The documents of a kind, by name."""
@@ -47,6 +53,26 @@ class DocumentIndex:
             self._sources[type(source), document.name] = source
             if isinstance(source, ActionSource):
                 self.actions[source.name] = source.to_domain()
+
+    def matching(self, patterns: Sequence[str]) -> frozenset[str]:
+        """The written actions that match one of ``patterns``: as ``catalog.matches``, for many patterns and actions."""
+        key = tuple(patterns)
+        found = self._matching.get(key)
+        if found is None:
+            # A bundle has as many patterns as rules, so that one by one against every action would take minutes.
+            self._action_names = self._action_names or sorted(self.named("Action"))
+            found = frozenset(name for pattern in key for name in self._matching_one(pattern))
+            self._matching[key] = found
+        return found
+
+    def _matching_one(self, pattern: str) -> Sequence[str]:
+        names = self._action_names
+        if pattern == "*":
+            return names
+        if pattern.endswith(".*"):
+            prefix = pattern[:-1]
+            return names[bisect_left(names, prefix) : bisect_left(names, prefix + _AFTER_NAMES)]
+        return (pattern,) if pattern in self.named("Action") else ()
 
     def source(self, name: str, model: type[_Source]) -> _Source | None:
         """What the model read of the document of that name; ``None`` when it has errors or is not there."""

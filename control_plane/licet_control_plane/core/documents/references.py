@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from licet.domain.catalog import Action, AttributeType, Entitlement, Limit, matches
+from licet.domain.catalog import Action, AttributeType, Entitlement, Limit
 from licet.domain.conditions import CONTEXT_PREFIX
 from licet.domain.redaction import RecordMode
 from licet_control_plane.core.documents.findings import Findings, Path
@@ -56,7 +56,7 @@ def _check_patterns(document: SourceDocument, index: DocumentIndex, findings: Fi
     actions = index.named("Action")
     for position, node in enumerate(document.root.at("actions").items()):
         pattern = node.text()
-        if pattern and not any(matches((pattern,), name) for name in actions):
+        if pattern and not index.matching((pattern,)):
             findings.warning(
                 document,
                 ("actions", position),

@@ -10,6 +10,7 @@ from licet_control_plane.core.documents.conditions import check_conditions
 from licet_control_plane.core.documents.findings import DocumentError, Findings
 from licet_control_plane.core.documents.index import indexed
 from licet_control_plane.core.documents.inheritance import resolve_plans, resolve_roles
+from licet_control_plane.core.documents.lint import check_sense
 from licet_control_plane.core.documents.nodes import SourceDocument
 from licet_control_plane.core.documents.reading import DOCUMENTS_MAX, SourceFile, read
 from licet_control_plane.core.documents.references import check_references
@@ -58,6 +59,8 @@ def validate(files: Iterable[SourceFile]) -> Validated:
         resolve_roles(index, findings)
         records += [*index.plans.values(), *index.roles.values()]
         check_references(index, findings)
-        check_conditions(index, findings)
+        checked = check_conditions(index, findings)
+        if not findings.errors():
+            check_sense(index, checked, findings)
     errors = findings.errors()
     return Validated(None if errors else Catalog.of(records), errors, findings.warnings())
