@@ -220,7 +220,7 @@ def _check_shadows(placed: list[_Placed], findings: Findings) -> None:
             findings.warning(
                 one.document,
                 one.place,
-                f"the rule never decides: {why}",
+                f"the rule never decides{', unless its condition fails' if one.number else ''}: {why}",
                 "Remove it, or change one of the two.",
                 code="shadowed-rule",
             )
