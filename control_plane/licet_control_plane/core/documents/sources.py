@@ -37,7 +37,7 @@ from licet.domain.catalog import (
 from licet.domain.money import Fee, Price, Step, TierMode, Tiers
 from licet.domain.redaction import RecordMode
 from licet_control_plane.core.documents.limits import LimitSource
-from licet_control_plane.core.documents.model import Source
+from licet_control_plane.core.documents.model import Source, one_of
 from licet_control_plane.core.documents.scalars import (
     TEXT_CHARS_MAX,
     ActionPattern,
@@ -154,7 +154,11 @@ def _attribute_value(kind: AttributeType, value: Any) -> AttributeValue:
 
 
 AttributeWritten = Annotated[
-    AttributeSource, BeforeValidator(lambda written: {"type": written} if isinstance(written, str) else written)
+    AttributeSource,
+    BeforeValidator(
+        lambda written: {"type": written} if isinstance(written, str) else written,
+        json_schema_input_type=AttributeSource | AttributeType,
+    ),
 ]
 
 
@@ -216,6 +220,8 @@ class ReservationSource(Source):
 
 class ActionSource(Source):
     """``kind: Action``."""
+
+    model_config = one_of("feature", "meters")
 
     name: Name
     meters: Annotated[dict[LimitName, Name], Field(min_length=1, max_length=METERS_MAX)] | None = None
@@ -295,6 +301,8 @@ class PriceSource(Source):
     ``by`` and ``amounts`` price by an attribute; with tiers, each step has its own ``amounts``.
     """
 
+    model_config = one_of("amount", "tiers")
+
     amount: Nanos | None = None
     tiers: TiersSource | None = None
     per_units: PositiveUnits = 1
@@ -371,6 +379,11 @@ class EntitlementSource(Source):
         )
 
 
+EntitlementWritten = Annotated[
+    EntitlementSource, BeforeValidator(_empty_when_null, json_schema_input_type=EntitlementSource | None)
+]
+
+
 class PlanSource(Source):
     """``kind: Plan``. With ``extends`` it says what is other than in that plan: ``inheritance`` puts both together."""
 
@@ -379,7 +392,7 @@ class PlanSource(Source):
     extends: Name | None = None
     without: Annotated[tuple[Removal, ...], Field(max_length=REMOVALS_MAX)] = ()
     fee: FeeAmount | None = None
-    features: dict[Name, Annotated[EntitlementSource, BeforeValidator(_empty_when_null)]] | None = None
+    features: dict[Name, EntitlementWritten] | None = None
 
     @field_validator("without")
     @classmethod
