@@ -56,12 +56,25 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A loop, a map, or what is nested too deeply. Different ones differ in ``id``."""
+    """A loop, a map, or what is nested too deeply. Different ones of the same source differ in ``id``."""
 
     id: int
 
 
 Expression = Constant | Name | Select | Call | Items | Opaque
+
+
+def is_whole(expression: Expression) -> bool:
+    """Whether nothing in it is ``Opaque``: only then do equal trees of two sources mean that both say the same."""
+    match expression:
+        case Opaque():
+            return False
+        case Select(operand, _, _):
+            return is_whole(operand)
+        case Call(_, parts) | Items(parts):
+            return all(map(is_whole, parts))
+        case _:
+            return True
 
 
 class Node(NamedTuple):
@@ -143,7 +156,7 @@ class CheckedExpression:
                         pending.append((value, depth + 1))
 
     def tree(self) -> Expression:
-        """The expression as a value: equal for sources that differ only in how they are written."""
+        """The expression as a value; where it ``is_whole``, equal for sources that differ only in form."""
         return _tree(self._root, 0)
 
 

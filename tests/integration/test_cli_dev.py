@@ -249,7 +249,7 @@ def test_schemas_are_printed_and_written(licet_command: CommandLine, tmp_path: P
     assert licet_command("policy", "schema").json["title"] == "Document"
     ended = licet_command("policy", "schema", "Pan")
     assert (ended.code, "Did you mean 'Plan'?" in ended.err) == (2, True)
-    ended = licet_command("policy", "schema", "--out", tmp_path / "schemas", "--json")
+    ended = licet_command("policy", "schema", "--output", tmp_path / "schemas", "--json")
     assert [Path(name).stem for name in ended.json["files"]] == list(KINDS)
     assert json.loads((tmp_path / "schemas" / "Role.json").read_text())["title"] == "Role"
 

@@ -264,6 +264,13 @@ def test_a_rule_that_never_decides_is_told(policies: str, message: str) -> None:
         + policy("  - {name: d, effect: deny}\n", name="zz", more="enforcement: shadow\n"),
         policy(f"  - {{name: r, {ASK}}}\n", more="enforcement: shadow\n")
         + policy("  - {name: d, effect: deny}\n", name="zz"),
+        # Two loops, which look alike from outside, and two maps.
+        policy(
+            "  - {name: d, effect: deny, when: 'context.tags.exists(t, t == \"a\")'}\n"
+            "  - {name: r, effect: deny, when: 'context.tags.exists(t, t == \"b\")'}\n"
+            '  - {name: m, effect: deny, when: \'{"a": 1} == {"a": context.count}\'}\n'
+            '  - {name: n, effect: deny, when: \'{"a": 2} == {"a": context.count}\'}\n'
+        ),
         # Of two denials the first one decides, wherever the other is.
         policy("  - {name: r, effect: deny, when: quantity > 1}\n  - {name: d, effect: deny}\n"),
         # Rules of other policies exempt from nothing.
@@ -320,15 +327,17 @@ atoms = st.one_of(
     _joined(st.just("license.plan"), orders, st.sampled_from(('"pro"', '"free"', '"none"'))),
     st.sampled_from(("context.beta", "true", "false", "context.beta == true", "1 / quantity > 0")),
 )
-conditions = st.recursive(
-    atoms,
-    lambda inner: st.one_of(
+
+
+def _put_together(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.one_of(
         st.tuples(inner, st.sampled_from(("&&", "&&", "||")), inner).map(lambda some: f"({' '.join(some)})"),
         inner.map(lambda one: f"!({one})"),
         st.tuples(inner, inner, inner).map(lambda some: "({} ? {} : {})".format(*some)),
-    ),
-    max_leaves=6,
-)
+    )
+
+
+conditions = _put_together(st.one_of(atoms, _put_together(st.one_of(atoms, atoms, _put_together(atoms)))))
 
 
 def bindings(rng: random.Random) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def schema(
         str, typer.Argument(metavar="[KIND]", help="A kind, such as Plan; without it, any kind of a bundle.")
     ] = "",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write all of them to this directory, KIND.json each.")
+        Path | None, typer.Option("--output", "-o", help="Write all of them to this directory, KIND.json each.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -34,7 +34,7 @@ def schema(
     Examples:
       licet policy schema > Document.json
       licet policy schema Plan
-      licet policy schema --out schemas/
+      licet policy schema --output schemas/
     """
     from licet_control_plane.core.documents.json_schema import ANY, KINDS, schema_of
     from licet_control_plane.core.suggestion import did_you_mean

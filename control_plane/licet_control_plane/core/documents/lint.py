@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from licet.domain.catalog import Enforcement, LicenseStatus, Rule, RuleEffect
-from licet.domain.expressions import Call, CheckedExpression, Constant, Expression, Items, Name, Select
+from licet.domain.expressions import Call, CheckedExpression, Constant, Expression, Items, Name, Select, is_whole
 from licet_control_plane.core.documents.findings import Findings, Path
 from licet_control_plane.core.documents.index import DocumentIndex
 from licet_control_plane.core.documents.nodes import SourceDocument
@@ -68,7 +68,7 @@ class _Placed:
 def _rules(index: DocumentIndex, checked: Mapping[str, CheckedExpression]) -> Iterator[_Placed]:
     """Rules of all policies, in the order in which they are looked at. Those asked about no action are left out."""
     trees: dict[str, Expression] = {"": _ALWAYS}
-    numbers: dict[Expression, int] = {_ALWAYS: 0}
+    numbers: dict[tuple[Expression, str], int] = {(_ALWAYS, ""): 0}
     for name, document in sorted(index.named("Policy").items()):
         policy = index.source(name, PolicySource)
         if policy is None:
@@ -80,8 +80,10 @@ def _rules(index: DocumentIndex, checked: Mapping[str, CheckedExpression]) -> It
             if source not in trees and source in checked:
                 trees[source] = checked[source].tree()
             if actions and source in trees:
-                number = numbers.setdefault(trees[source], len(numbers))
-                yield _Placed(document, policy, position, rule, trees[source], number, actions)
+                tree = trees[source]
+                # Two loops look alike; whether they are tells only their text.
+                number = numbers.setdefault((tree, "" if is_whole(tree) else source), len(numbers))
+                yield _Placed(document, policy, position, rule, tree, number, actions)
 
 
 def _check_reach(index: DocumentIndex, findings: Findings) -> None:
