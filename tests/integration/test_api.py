@@ -112,6 +112,16 @@ async def test_a_pushed_bundle_is_published_and_is_the_current_one(api: Api) -> 
     assert {"kind": "Plan", "name": "pro"} in current["documents"]
 
 
+async def test_schemas_are_served_to_editors_which_send_no_key(api: Api) -> None:
+    listed = (await api.client.get("/v1/schemas", headers={"Authorization": ""})).json()["items"]
+    for one in listed:
+        answer = await api.client.get(one["url"], headers={"Authorization": ""})
+        assert (answer.status_code, answer.json()["title"]) == (200, one["kind"])
+        assert answer.headers["content-type"] == "application/schema+json"
+    missing = await api.client.get("/v1/schemas/Pan")
+    assert (missing.status_code, missing.json()["fix"]) == (404, "Did you mean 'Plan'?")
+
+
 async def test_the_same_bundle_again_publishes_nothing(api: Api) -> None:
     await api.push()
     again = await api.push()

@@ -156,14 +156,15 @@ def test_an_action_with_errors_makes_no_attribute_look_undeclared() -> None:
 def test_warns_of_patterns_that_match_nothing() -> None:
     text = WORLD + "kind: Role\nname: r\nactions: [llm.*, ▶llm.compleet]\n"
     before, _, after = text.partition(MARK)
-    (warning,) = validated(before + after).warnings
+    warning = next(one for one in validated(before + after).warnings if one.code == "matches-no-action")
     assert (warning.line, warning.column) == (before.count("\n") + 1, len(before) - before.rfind("\n"))
     assert warning.message == "'llm.compleet' matches no action, so that it has no effect"
     assert warning.fix == "Did you mean 'llm.complete'?"
 
 
 def test_warns_of_limits_on_what_no_action_draws_on() -> None:
-    (warning,) = validated(PLAN + "{reports: {limits: [{amount: 1, per: day}]}}").warnings
+    found = validated(PLAN + "{reports: {limits: [{amount: 1, per: day}]}}").warnings
+    warning = next(one for one in found if one.code == "limit-without-action")
     assert warning.message == "no action draws on 'reports', so that its limits have no effect"
 
 

@@ -17,6 +17,7 @@ from licet_control_plane.api import (
     problems,
     proof,
     quotas,
+    schemas,
     second_route,
     status,
     subjects,
@@ -54,4 +55,5 @@ def make_app(plane: ControlPlane) -> FastAPI:
     app.include_router(v1)
     app.include_router(second_route.router)
     app.include_router(status.open_router)
+    app.include_router(schemas.open_router)
     return app

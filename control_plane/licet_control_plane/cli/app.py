@@ -21,6 +21,7 @@ from licet_control_plane.cli import (
     quotas,
     reservations,
     run,
+    schemas,
     seats,
     simulate,
     subjects,
@@ -85,6 +86,7 @@ _seat.command("release", epilog=EXIT_CODES_HELP)(seats.release)
 
 _policy = _group("policy", "Plans, policies and the rest of the catalog, kept as files in a directory.")
 _policy.command("validate", epilog=EXIT_CODES_HELP)(bundles.validate)
+_policy.command("schema", epilog=EXIT_CODES_HELP)(schemas.schema)
 _policy.command("test", epilog=EXIT_CODES_HELP)(policy_tests.run_tests)
 _policy.command("push", epilog=EXIT_CODES_HELP)(bundles.push)
 _policy.command("explain", epilog=EXIT_CODES_HELP)(explaining.explain)

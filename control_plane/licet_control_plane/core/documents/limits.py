@@ -11,7 +11,7 @@ from licet.domain.entitlements import RATE_MAX
 from licet.domain.ids import LimitKey
 from licet.domain.money import Price
 from licet.domain.windows import Anchor, Period
-from licet_control_plane.core.documents.model import Source
+from licet_control_plane.core.documents.model import Source, one_of
 from licet_control_plane.core.documents.scalars import (
     Budget,
     Currency,
@@ -43,6 +43,8 @@ class LimitSource(Source):
 
     ``per`` comes first, because what the other fields may be depends on it.
     """
+
+    model_config = one_of("amount", "spend")
 
     per: Period
     amount: Units | None = None

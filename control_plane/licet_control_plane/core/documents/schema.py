@@ -10,10 +10,9 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from licet.domain.catalog import Document
 from licet_control_plane.core.documents.findings import Findings, Path
 from licet_control_plane.core.documents.nodes import SourceDocument
-from licet_control_plane.core.documents.sources import SOURCE_OF_KIND
+from licet_control_plane.core.documents.sources import SOURCE_OF_KIND, DocumentSource
 from licet_control_plane.core.suggestion import did_you_mean
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -36,8 +35,8 @@ _SHAPES: Final = {
 }
 
 
-def check_schema(document: SourceDocument, findings: Findings) -> Document | None:
-    """The record that a document says; ``None`` when it has errors, all of which are then among ``findings``."""
+def check_schema(document: SourceDocument, findings: Findings) -> DocumentSource | None:
+    """What a document says by itself; ``None`` when it has errors, all of which are then among ``findings``."""
     kind = document.kind
     if kind == "License":
         findings.error(
@@ -51,8 +50,7 @@ def check_schema(document: SourceDocument, findings: Findings) -> Document | Non
     if model is None:
         _report_kind(document, findings)
         return None
-    written = check_model(document, model, findings)
-    return written.to_domain() if written is not None else None
+    return check_model(document, model, findings)
 
 
 def check_model(document: SourceDocument, model: type[_Model], findings: Findings) -> _Model | None:

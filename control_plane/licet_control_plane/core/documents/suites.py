@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool
 
@@ -23,7 +23,7 @@ from licet_control_plane.core.documents.findings import DocumentError, Findings,
 from licet_control_plane.core.documents.model import Source
 from licet_control_plane.core.documents.nodes import SourceDocument
 from licet_control_plane.core.documents.reading import SourceFile, read
-from licet_control_plane.core.documents.scalars import PositiveUnits, Text, Units, refused
+from licet_control_plane.core.documents.scalars import MoneyForm, PositiveUnits, Text, Units, refused
 from licet_control_plane.core.documents.schema import check_model
 
 KIND: Final = "PolicyTest"
@@ -77,11 +77,14 @@ def _word_of(kind: type[Effect] | type[Reason]) -> Any:
             raise refused(f"{value!r} is not one of the {kind.__name__.lower()}s", f"There are: {names}.")
         return value
 
-    return BeforeValidator(check)
+    return BeforeValidator(check, json_schema_input_type=Literal[tuple(kind.__members__)])
 
 
-Instant = Annotated[datetime | None, BeforeValidator(_instant)]
-Amount = Annotated[int | tuple[int, str], BeforeValidator(_quantity)]
+Instant = Annotated[datetime | None, BeforeValidator(_instant, json_schema_input_type=str | None)]
+Amount = Annotated[
+    int | tuple[int, str],
+    BeforeValidator(_quantity, json_schema_input_type=Annotated[int, Field(ge=0, le=UNITS_MAX)] | MoneyForm),
+]
 Attribute = str | int | float | bool | list[str]
 
 
@@ -135,6 +138,9 @@ class ScopedUse(Source):
     context: dict[str, Attribute] = Field(default_factory=dict)
 
 
+UsedForm = tuple[ScopedUse, ...] | dict[str, Amount]
+
+
 def _used(value: Any) -> Any:
     """``{key: units}`` is short for a list."""
     if isinstance(value, dict):
@@ -149,7 +155,7 @@ class GivenSource(Source):
     tenant: Annotated[str, BeforeValidator(_tenant)] | None = None
     license: LicenseSource | None = None
     no_license: StrictBool = False
-    used: Annotated[tuple[ScopedUse, ...], BeforeValidator(_used)] = ()
+    used: Annotated[tuple[ScopedUse, ...], BeforeValidator(_used, json_schema_input_type=UsedForm)] = ()
 
 
 class AskSource(Source):
