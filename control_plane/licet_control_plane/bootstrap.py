@@ -135,7 +135,7 @@ def _prepare(config: ServerConfig, state_dir: StateDir) -> tuple[Database, Signi
 
 
 def _add_key(connection: Connection, role: str, key: str) -> None:
-    access.add_key(connection, name=role, role=role, key=key, now_us=time.time_ns() // 1_000)
+    access.create_key(connection, name=role, role=role, key=key, by="licet server", now_us=time.time_ns() // 1_000)
 
 
 def _open_archive(config: ServerConfig, database: Database, deployment: str) -> Archive | None:

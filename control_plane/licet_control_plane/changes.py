@@ -325,6 +325,7 @@ class Changes:
             before=license_to_wire(old.license) if old else None,
             after=wire,
             now_us=now_us,
+            tenant=license_.tenant,
         )
         return StoredLicense(license_, revision, now_us)
 

@@ -15,6 +15,7 @@ import structlog
 from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.signing import SigningKey
 from licet_control_plane.archive.follower import Archive
+from licet_control_plane.audit_keeper import AUDIT_HEAD_FILE, AuditKeeper
 from licet_control_plane.changes import Changes
 from licet_control_plane.checkpointer import Checkpointer
 from licet_control_plane.config import ServerConfig
@@ -62,6 +63,7 @@ class ControlPlane:
     sweeper: Sweeper
     asks: AsksReader
     checkpointer: Checkpointer
+    audit: AuditKeeper
     public_key: str
     archive: Archive | None
     sender: EventSender | None
@@ -70,6 +72,7 @@ class ControlPlane:
     months: MonthKeeper
     metrics: Metrics
     now_s: Callable[[], float]
+    denials_unrecorded: int = 0
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     @classmethod
@@ -147,6 +150,9 @@ class ControlPlane:
             sweeper=sweeper,
             asks=asks,
             checkpointer=Checkpointer(database, key, every_s=config.checkpoint_every_s, now_s=now_s),
+            audit=AuditKeeper(
+                database, key, file=config.state_dir / AUDIT_HEAD_FILE, deployment=deployment, now_s=now_s
+            ),
             public_key=key.public_key,
             archive=archive,
             sender=EventSender(
@@ -176,6 +182,7 @@ class ControlPlane:
             asyncio.create_task(_supervised("months", self.months.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
             asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
+            asyncio.create_task(_supervised("audit", self.audit.run)),
             *self._sending(),
         ]
 
@@ -234,6 +241,8 @@ class ControlPlane:
         metrics.counter("licet_ledger_duplicates", "Events that came again.", lambda: drain.duplicates)
         metrics.counter("licet_ledger_conflicts", "Events that came again otherwise.", lambda: drain.conflicts)
         metrics.gauge("licet_ledger_checkpoint", "Number of the newest checkpoint.", lambda: self.checkpointer.number)
+        metrics.gauge("licet_audit_entries", "Signed entries of the audit trail.", lambda: self.audit.number)
+        metrics.counter("licet_access_denied_unrecorded", "Not in the audit trail.", lambda: self.denials_unrecorded)
         metrics.counter("licet_ledger_lost", "Events declared lost.", lambda: drain.declared_lost)
         metrics.gauge(
             "licet_ledger_partitions_ready", "1 with partitions made ahead.", lambda: float(not self.months.trouble)

@@ -20,12 +20,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from licet.wire.signing import SigningKey
+from licet_control_plane.core.access import KEY_ID_BYTES, SECRET_BYTES, key_text
 from licet_control_plane.core.sealed_events import KEY_BYTES
 from licet_control_plane.core.subject_keys import LedgerKey
-
-API_KEY_PREFIX: Final = "licet_"
-_API_KEY_BYTES: Final = 32
-
 
 LEDGER_KEY_FILE: Final = "ledger-key"
 
@@ -122,7 +119,7 @@ class StateDir:
 
     def new_api_key(self, name: str) -> str:
         """Make an API key and leave it in the file ``name``. The caller keeps only its hash."""
-        key = API_KEY_PREFIX + secrets.token_urlsafe(_API_KEY_BYTES)
+        key = key_text(secrets.token_bytes(KEY_ID_BYTES), secrets.token_bytes(SECRET_BYTES))
         self._write(self.path / name, f"{key}\n".encode(), mode=0o600)
         return key
 

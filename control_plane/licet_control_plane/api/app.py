@@ -5,6 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, FastAPI
 
 from licet_control_plane.api import (
+    api_keys,
+    audit,
     bundle_history,
     bundles,
     decisions,
@@ -22,8 +24,9 @@ from licet_control_plane.api import (
     subjects,
     usage,
 )
-from licet_control_plane.api.auth import authenticate
+from licet_control_plane.api.auth import Gate, authenticate
 from licet_control_plane.api.limits import BodyLimit
+from licet_control_plane.api.requests import RequestIds
 from licet_control_plane.control_plane import ControlPlane
 
 
@@ -31,7 +34,9 @@ def make_app(plane: ControlPlane) -> FastAPI:
     """The API over a control plane. Starts and ends nothing."""
     app = FastAPI(title="Licet control plane", openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None)
     app.state.plane = plane
+    app.state.gate = Gate()
     app.add_middleware(BodyLimit)
+    app.add_middleware(RequestIds)
     problems.install(app)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
     for part in (
@@ -49,6 +54,8 @@ def make_app(plane: ControlPlane) -> FastAPI:
         invoices,
         quotas,
         status,
+        api_keys,
+        audit,
     ):
         v1.include_router(part.router)
     app.include_router(v1)
