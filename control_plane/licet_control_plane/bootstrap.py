@@ -86,7 +86,7 @@ async def run_server(
                 if on_listening is not None:
                     on_listening(port)
                 try:
-                    await serve(make_app(plane), listener, stop)
+                    await serve(make_app(plane), listener, stop, trusted_proxies=config.trusted_proxies)
                 finally:
                     await plane.stop()
                     log.info("control plane stopped")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -31,6 +32,7 @@ class ServerConfig:
     ``events_url``: where usage events are posted to, signed with ``events_secret``; empty for nowhere.
     ``events_personal``: with what is personal in them.
     ``archive_dir``: where usage is archived before it is acknowledged; ``None`` for nowhere.
+    ``trusted_proxies``: whose ``X-Forwarded-For`` is believed, addresses and networks.
     ``new_generation`` is for one start after the database was restored from a backup that Redis is ahead of.
     """
 
@@ -49,6 +51,7 @@ class ServerConfig:
     events_url: str = ""
     events_secret: bytes = field(default=b"", repr=False)
     events_personal: bool = False
+    trusted_proxies: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, environ: Mapping[str, str] = os.environ, **flags: Any) -> Self:
@@ -89,6 +92,7 @@ class ServerConfig:
             events_url=events_url,
             events_secret=events_secret,
             events_personal=str(value("events_personal", "LICET_EVENTS_PERSONAL", "")).lower() in ("1", "true", "yes"),
+            trusted_proxies=_networks(str(value("trusted_proxies", "LICET_TRUSTED_PROXIES", ""))),
             archive_dir=Path(archive) if (archive := str(value("archive_dir", "LICET_ARCHIVE_DIR", ""))) else None,
         )
 
@@ -96,6 +100,16 @@ class ServerConfig:
     def database(self) -> str:
         """The database's URL, the default worked out."""
         return self.database_url or f"sqlite:///{self.state_dir / 'licet.db'}"
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    found = [one.strip() for one in text.split(",") if one.strip()]
+    for one in found:
+        try:
+            ip_network(one)
+        except ValueError as error:
+            raise ConfigError(f"trusted proxies {one!r}: give addresses or networks, such as 10.0.0.0/8") from error
+    return tuple(found)
 
 
 def _events_secret(url: str, path: str) -> bytes:

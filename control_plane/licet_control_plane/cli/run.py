@@ -69,6 +69,13 @@ def server(
         bool | None,
         typer.Option("--events-personal", help="With subjects, resources and context. [default: without]"),
     ] = None,
+    trusted_proxies: Annotated[
+        str | None,
+        typer.Option(
+            "--trusted-proxies",
+            help="Addresses and networks, with commas, whose X-Forwarded-For is believed. [default: none]",
+        ),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option("--log-level", help="debug, info, warning or error. [default: info]")
     ] = None,
@@ -105,6 +112,7 @@ def server(
             events_url=events_url,
             events_secret_file=events_secret_file,
             events_personal=events_personal,
+            trusted_proxies=trusted_proxies,
             log_level=log_level,
             new_generation=new_generation,
         )

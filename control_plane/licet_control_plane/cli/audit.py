@@ -1,0 +1,165 @@
+"""``licet audit log|verify|head``: what was changed, by whom, and that nobody changed the record of it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOption, bad, instant, seconds
+from licet_control_plane.cli.context import server_target
+from licet_control_plane.cli.failure import EXIT_NO, EXIT_USAGE, CliError
+from licet_control_plane.cli.output import emit_json, note, say, table
+
+PAGE: Final = 500
+SHOWN: Final = 50
+
+
+def log(
+    by: Annotated[str, typer.Option("--by", help="Who: the name of a key, or oidc:SUBJECT.")] = "",
+    action: Annotated[str, typer.Option("--action", help="What, such as license.update; license.* for all.")] = "",
+    target: Annotated[str, typer.Option("--target", help="On what, as the trail names it.")] = "",
+    tenant: Annotated[str, typer.Option("--tenant", help="About this tenant.")] = "",
+    since: Annotated[str | None, typer.Option("--since", help="From a date on, or of so long, such as 24h.")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="Before this date.")] = None,
+    limit: Annotated[int, typer.Option("--limit", help="So many at most; 0 for all.", min=0)] = SHOWN,
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Show what was changed, the newest first: when, who, from where, and with --json before and after.
+
+    \b
+    Examples:
+      licet audit log --since 24h --action 'license.*'
+      licet audit log --tenant acme --limit 0 --json
+    """
+    from licet_control_plane.cli.rest import ControlPlane
+
+    query: dict[str, Any] = {"by": by, "action": action, "target": target, "tenant": tenant}
+    query = {name: value for name, value in query.items() if value}
+    query |= {"from": _since(since), "to": instant(to, "--to") if to else None}
+    items: list[dict[str, Any]] = []
+    before: int | None = None
+    with ControlPlane(server_target(server, api_key)) as control_plane:
+        while True:
+            wanted = min(PAGE, limit - len(items)) if limit else PAGE
+            page = control_plane.get("/v1/audit", limit=wanted, before=before, **query)
+            items += page["items"]
+            before = page["next"]
+            if before is None or (limit and len(items) >= limit):
+                break
+    if as_json:
+        emit_json({"items": items, "next": before})
+        return
+    columns = ("number", "at", "by", "via", "address", "action", "target", "tenant")
+    table(columns, ([str(item["number"]), *(item[name] for name in columns[1:])] for item in items))
+    if before is not None:
+        note(f"there are more before number {items[-1]['number']}: --limit 0 shows all")
+
+
+def verify(
+    head: Annotated[
+        list[Path] | None,
+        typer.Option("--head", help="Hold the trail to the signed head in this file too; may be repeated."),
+    ] = None,
+    public_key: Annotated[
+        list[str] | None,
+        typer.Option("--public-key", help="Whose signatures count besides the server's, ed25519:…; may be repeated."),
+    ] = None,
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Recompute every hash of the audit trail and hold it to its signed heads. Exits with 1, and names the first entry
+    that was altered, removed, inserted or moved.
+
+    The server has the heads that it signed, within a second of each entry, in its database and in its state directory.
+    One that was kept elsewhere shows even what whoever has all of that rewrote: licet audit head.
+
+    \b
+    Example:
+      licet audit verify --head monday.json
+    """
+    from licet_control_plane.cli.progress import bar, move
+    from licet_control_plane.cli.rest import ControlPlane
+
+    body = {"heads": [_document(path) for path in head or ()], "public_keys": public_key or []}
+    result: dict[str, Any] = {}
+    with ControlPlane(server_target(server, api_key)) as control_plane, bar(unit="entries") as shown:
+        for line in control_plane.post_lines("/v1/audit/verify", body):
+            step = json.loads(line)
+            if "error" in step:
+                raise CliError(f"the audit trail could not be read: {step['error']}", fix="look at the server's log")
+            if "progress" in step:
+                move(shown, step["progress"]["done"], step["progress"]["of"])
+            result = step.get("result", result)
+    if not result:
+        raise CliError("the server ended the answer before its end.", fix="look at its log, and ask again")
+    if as_json:
+        emit_json(result)
+    elif result["ok"]:
+        say(f"{result['entries']:,} entries, as they were recorded; held to {result['heads']} signed heads")
+        say(f"head {result['head']}")
+    else:
+        say(f"NOT as it was recorded: {result['fault']['what']}")
+        say(f"the {result['entries']:,} entries before it fit")
+    if not result["ok"]:
+        raise typer.Exit(EXIT_NO)
+
+
+def head(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write it to this file, to be kept where the server cannot reach.")
+    ] = None,
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Sign the end of the audit trail as it is now. Whoever keeps the file can show later that nothing up to it was
+    changed: licet audit verify --head FILE.
+
+    \b
+    Example:
+      licet audit head --out monday.json
+    """
+    from licet_control_plane.cli.rest import ControlPlane
+
+    with ControlPlane(server_target(server, api_key)) as control_plane:
+        result = control_plane.get("/v1/audit/head")
+    if out is not None:
+        try:
+            out.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise CliError(
+                f"{out} cannot be written: {error.strerror}.", fix="name another file with --out", exit_code=EXIT_USAGE
+            ) from error
+    if as_json:
+        emit_json(result)
+        return
+    say(f"entry {result['number']}, hash {result['hash']}")
+    if out is not None:
+        note(f"written to {out}; keep it where the server cannot reach")
+
+
+def _document(path: Path) -> str:
+    from licet_control_plane.store.audit_trail import document_of
+
+    try:
+        return base64.b64encode(document_of(path.read_text())).decode()
+    except (OSError, ValueError) as error:
+        raise bad(f"--head {path}: {error}.", "give a file that licet audit head --out wrote") from error
+
+
+def _since(text: str | None) -> str | None:
+    if text is None:
+        return None
+    if text[-1:] in "smhd" and "-" not in text:
+        from datetime import UTC, datetime, timedelta
+
+        at = datetime.now(UTC) - timedelta(seconds=seconds(text, "--since"))
+        return at.isoformat().replace("+00:00", "Z")
+    return instant(text, "--since")
