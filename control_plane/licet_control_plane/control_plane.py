@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from licet_control_plane.config import ServerConfig
 from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.drain.months import MonthKeeper
 from licet_control_plane.drain.worker import DrainCounts, ShardWorker
+from licet_control_plane.oidc import Issuer
 from licet_control_plane.publisher.asks import AsksReader
 from licet_control_plane.publisher.documents import RedisDocuments
 from licet_control_plane.publisher.fleet import Fleet
@@ -71,6 +73,7 @@ class ControlPlane:
     workers: list[ShardWorker]
     months: MonthKeeper
     metrics: Metrics
+    issuer: Issuer | None
     now_s: Callable[[], float]
     denials_unrecorded: int = 0
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -169,6 +172,7 @@ class ControlPlane:
             workers=workers,
             months=MonthKeeper(database, now_s=now_s),
             metrics=Metrics(),
+            issuer=Issuer(config.oidc, clock_s=time.monotonic) if config.oidc else None,
             now_s=now_s,
         )
         plane._measure()
@@ -208,6 +212,8 @@ class ControlPlane:
         await self.redis.aclose()
         if self.sender is not None:
             await self.sender.close()
+        if self.issuer is not None:
+            await self.issuer.close()
         if self.archive is not None:
             await asyncio.to_thread(self.archive.close)
         await asyncio.to_thread(self.database.close)

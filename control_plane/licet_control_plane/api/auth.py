@@ -25,6 +25,8 @@ from licet_control_plane.api.requests import request_id
 from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.core.access import Role, allowed, hash_of, is_mistyped, roles_with
 from licet_control_plane.core.attempts import Attempts, source_of
+from licet_control_plane.core.claims import ClaimsRefused
+from licet_control_plane.oidc import Issuer, IssuerUnavailable, TokenRefused
 from licet_control_plane.store import access
 from licet_control_plane.store.access import Origin
 from licet_control_plane.store.database import DatabaseUnavailable
@@ -36,6 +38,10 @@ FAILURES_BURST: Final = 20
 FAILURES_PER_S: Final = 1 / 3
 ADMITTED_MAX: Final = 1_000
 """Credentials that are known to have been good, for addresses that must wait."""
+TOKEN_DOTS: Final = 2
+"""In a token; no API key has any."""
+ISSUER_RETRY_S: Final = 10
+CREDENTIAL_CHARS_MAX: Final = 256
 DENIALS_BURST: Final = 20
 """Attempts of one caller or address that the audit trail has at once; then twenty an hour."""
 DENIALS_PER_S: Final = 20 / 3_600
@@ -108,7 +114,7 @@ async def authenticate(request: Request) -> Caller:
     try:
         caller = await _caller(request)
     except Problem as unknown:
-        if unknown.status == 401 and rule.changes:
+        if unknown.status in (401, 403) and rule.changes:
             nobody = Origin("", "", _address(request), request_id(request))
             await _denied(request, rule, nobody, by="", tenant=tenant, problem=unknown)
         raise
@@ -169,16 +175,22 @@ async def _caller(request: Request) -> Caller:
         gate.failures.take(source, plane.now_s())
         raise Problem(
             401,
-            "The API key is not admitted.",
+            "The API key or token is not admitted.",
             "Use the key in the file admin-key in the server's state directory, or one made with it. Keys are revoked"
-            " and expire: licet api-key list shows when.",
+            " and expire: licet api-key list shows when. Why a token was refused is in the server's log.",
         )
     gate.admitted(digest)
     return found
 
 
 async def _found(plane: ControlPlane, credential: str) -> Caller | None:
-    """Whom a credential belongs to."""
+    """Whom a credential belongs to.
+
+    Raises:
+        Problem: a token that is good gives no role; or nothing can be said of it now.
+    """
+    if plane.issuer is not None and credential.count(".") == TOKEN_DOTS:
+        return await _bearer(plane.issuer, credential)
     if is_mistyped(credential):
         return None
     now_us = int(plane.now_s() * 1_000_000)
@@ -189,6 +201,20 @@ async def _found(plane: ControlPlane, credential: str) -> Caller | None:
         with contextlib.suppress(DatabaseUnavailable):  # not worth refusing anybody
             await plane.database.write(access.note_use, key.id, now_us=now_us)
     return Caller(key.name, Role(key.role), key.tenant, "api-key", key.id)
+
+
+async def _bearer(issuer: Issuer, token: str) -> Caller | None:
+    try:
+        found = await issuer.bearer(token)
+    except TokenRefused as error:
+        log.info("a token was refused", reason=str(error))
+        return None
+    except IssuerUnavailable as error:
+        fix = "Look at the issuer and at --oidc-issuer; or use an API key."
+        raise Problem(503, f"The token cannot be verified: {error}.", fix, retry_after_s=ISSUER_RETRY_S) from error
+    except ClaimsRefused as error:
+        raise Problem(403, str(error), error.fix) from error
+    return Caller(found.name, found.role, found.tenant, "oidc", issuer.name[:CREDENTIAL_CHARS_MAX])
 
 
 def gate_of(request: Request) -> Gate:
