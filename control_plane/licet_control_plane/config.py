@@ -19,15 +19,6 @@ DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
 OFF: Final = "off"
 RECLAIM_AFTER_S_MIN: Final = 300.0
 """Longer than a restart, a drained node, or a partition that heals by itself usually takes."""
-OIDC_DEFAULTS: Final = {
-    "issuer": "",
-    "audience": "",
-    "roles": "",
-    "role_claim": "groups",
-    "tenant_claim": "",
-    "name_claim": "sub",
-    "jwks_url": "",
-}
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -108,10 +99,13 @@ class ServerConfig:
             events_personal=str(value("events_personal", "LICET_EVENTS_PERSONAL", "")).lower() in ("1", "true", "yes"),
             trusted_proxies=_networks(str(value("trusted_proxies", "LICET_TRUSTED_PROXIES", ""))),
             oidc=_issuer(
-                *(
-                    str(value(f"oidc_{name}", f"LICET_OIDC_{name.upper()}", default))
-                    for name, default in OIDC_DEFAULTS.items()
-                )
+                issuer=str(value("oidc_issuer", "LICET_OIDC_ISSUER", "")),
+                audience=str(value("oidc_audience", "LICET_OIDC_AUDIENCE", "")),
+                roles=str(value("oidc_roles", "LICET_OIDC_ROLES", "")),
+                role_claim=str(value("oidc_role_claim", "LICET_OIDC_ROLE_CLAIM", "groups")),
+                tenant_claim=str(value("oidc_tenant_claim", "LICET_OIDC_TENANT_CLAIM", "")),
+                name_claim=str(value("oidc_name_claim", "LICET_OIDC_NAME_CLAIM", "sub")),
+                jwks_url=str(value("oidc_jwks_url", "LICET_OIDC_JWKS_URL", "")),
             ),
             archive_dir=Path(archive) if (archive := str(value("archive_dir", "LICET_ARCHIVE_DIR", ""))) else None,
         )
@@ -123,7 +117,7 @@ class ServerConfig:
 
 
 def _issuer(
-    issuer: str, audience: str, roles: str, role_claim: str, tenant_claim: str, name_claim: str, jwks_url: str
+    *, issuer: str, audience: str, roles: str, role_claim: str, tenant_claim: str, name_claim: str, jwks_url: str
 ) -> IssuerConfig | None:
     if not issuer:
         if audience or roles or jwks_url:
