@@ -50,9 +50,7 @@ class AuditKeeper:
         failures = 0
         while True:
             try:
-                number, _ = await self._database.read(audit_trail.head)
-                if number != self.number:
-                    await self.sign()
+                await self.keep()
                 failures = 0
             except (DatabaseUnavailable, HeadUnreadable, OSError) as error:
                 failures += 1
@@ -61,6 +59,12 @@ class AuditKeeper:
                 await asyncio.sleep(backoff_s(failures))
                 continue
             await asyncio.sleep(SIGN_EVERY_S)
+
+    async def keep(self) -> None:
+        """Sign the head if an entry was added since. Raises as ``sign``."""
+        number, _ = await self._database.read(audit_trail.head)
+        if number != self.number:
+            await self.sign()
 
     async def sign(self) -> Head | None:
         """The head, signed now; ``None`` of an empty trail.

@@ -101,6 +101,7 @@ RULES: Final[dict[Route, Rule]] = {
     ("GET", "/v1/audit"): _RECORDS_OF_TENANT,
     ("GET", "/v1/audit/head"): _RECORDS,
     ("POST", "/v1/audit/verify"): _RECORDS,
+    ("GET", "/v1/audit/evidence"): _RECORDS,
     ("GET", "/v1/api-keys"): Rule(Need.MANAGE, Reach.DEPLOYMENT),
     ("POST", "/v1/api-keys"): Rule(Need.MANAGE, Reach.DEPLOYMENT, "api_key.create"),
     ("DELETE", "/v1/api-keys/{key}"): Rule(Need.MANAGE, Reach.DEPLOYMENT, "api_key.revoke"),

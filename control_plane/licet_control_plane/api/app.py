@@ -10,6 +10,7 @@ from licet_control_plane.api import (
     bundle_history,
     bundles,
     decisions,
+    evidence,
     grants,
     invoices,
     kept_aside,
@@ -56,6 +57,7 @@ def make_app(plane: ControlPlane) -> FastAPI:
         status,
         api_keys,
         audit,
+        evidence,
     ):
         v1.include_router(part.router)
     app.include_router(v1)

@@ -157,3 +157,4 @@ _audit = _group("audit", "Who changed what, and that nobody changed the record o
 _audit.command("log", epilog=EXIT_CODES_HELP)(audit.log)
 _audit.command("verify", epilog=EXIT_CODES_HELP)(audit.verify)
 _audit.command("head", epilog=EXIT_CODES_HELP)(audit.head)
+_audit.command("evidence", epilog=EXIT_CODES_HELP)(audit.evidence)

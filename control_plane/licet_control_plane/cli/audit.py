@@ -1,4 +1,4 @@
-"""``licet audit log|verify|head``: what was changed, by whom, and that nobody changed the record of it."""
+"""``licet audit log|verify|head|evidence``: what was changed, by whom, and that nobody changed the record of it."""
 
 from __future__ import annotations
 
@@ -143,6 +143,98 @@ def head(
     say(f"entry {result['number']}, hash {result['hash']}")
     if out is not None:
         note(f"written to {out}; keep it where the server cannot reach")
+
+
+def evidence(
+    from_: Annotated[str | None, typer.Option("--from", help="Beginning: a date, UTC.")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="End, not included: a date, UTC.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="The file to write.")] = None,
+    check: Annotated[
+        Path | None, typer.Option("--check", help="Instead: check this file. Asks no server.", metavar="FILE")
+    ] = None,
+    public_key: Annotated[
+        list[str] | None,
+        typer.Option("--public-key", help="With --check: whose signature counts, ed25519:…; may be repeated."),
+    ] = None,
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Put what an auditor asks for into one signed archive: the rules in force, each change with who and from where,
+    the approvals, and the signed heads of the audit trail and the ledger with what recounting both found.
+
+    With --check, verify one: signature, every file, the chain of the changes. The public key must come from elsewhere
+    than the archive.
+
+    \b
+    Examples:
+      licet audit evidence --from 2026-10-01 --to 2027-01-01 --output q4.zip
+      licet audit evidence --check q4.zip --public-key "$(cat public-key.txt)"
+    """
+    if check is not None:
+        if from_ or to or output:
+            raise bad("--check goes without --from, --to and --output.", "leave them out")
+        _check(check, public_key or [], as_json)
+        return
+    if not (from_ and to and output):
+        raise bad("--from, --to and --output belong together.", "give all three, or --check FILE")
+    from urllib.parse import urlencode
+
+    from licet_control_plane.cli.rest import ControlPlane
+
+    query = urlencode({"from": instant(from_, "--from"), "to": instant(to, "--to")})
+    draft = output.with_name(f".{output.name}.part")
+    size = 0
+    with ControlPlane(server_target(server, api_key)) as control_plane:
+        note(f"recounting the audit trail and the ledger of {control_plane.target.server}")
+        try:
+            with control_plane.stream(f"/v1/audit/evidence?{query}") as pieces, draft.open("wb") as file:
+                for piece in pieces:
+                    size += file.write(piece)
+            draft.replace(output)
+        except OSError as error:
+            raise CliError(
+                f"{output} cannot be written: {error}.", fix="name another file", exit_code=EXIT_USAGE
+            ) from error
+        finally:
+            draft.unlink(missing_ok=True)
+    if as_json:
+        emit_json({"output": str(output), "bytes": size})
+    else:
+        say(f"{output}: {size:,} bytes; check it with: licet audit evidence --check {output} --public-key …")
+
+
+def _check(path: Path, public_keys: list[str], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from licet.wire.signing import Verifier
+    from licet_control_plane.evidence import EvidenceRefused
+    from licet_control_plane.evidence import check as check_evidence
+
+    if not public_keys:
+        raise bad("--check needs --public-key.", "give the text of public-key.txt, from whom you trust")
+    try:
+        verifier = Verifier(public_keys)
+        with path.open("rb") as file:
+            found = asdict(check_evidence(file, verifier))
+    except ValueError as error:
+        raise bad(f"--public-key: {error}.", "give the text of public-key.txt") from error
+    except OSError as error:
+        raise bad(f"--check {path}: {error.strerror}.", "name the archive") from error
+    except EvidenceRefused as error:
+        raise CliError(
+            f"{path} is NOT evidence: {error}.", fix="ask for a new one, or look for who altered it"
+        ) from error
+    ok = found["audit_ok"] and found["ledger_ok"]
+    if as_json:
+        emit_json({"ok": ok, **found})
+    else:
+        said = f"{found['rules']} bundles, {found['changes']:,} changes, {found['approvals']:,} of them approvals"
+        say(f"signed, whole and unaltered: deployment {found['deployment']}, {said}")
+        for name, what in (("audit_ok", "the audit trail"), ("ledger_ok", "the ledger")):
+            say(f"  {what} {'was' if found[name] else 'was NOT'} as it was recorded when this was made")
+    if not ok:
+        raise typer.Exit(EXIT_NO)
 
 
 def _document(path: Path) -> str:

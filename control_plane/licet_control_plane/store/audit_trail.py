@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from sqlalchemy import ColumnElement, Connection, Row, delete, select
+from sqlalchemy import ColumnElement, Connection, Row, delete, func, select
 
 from licet.wire.signing import Statement, VerificationError, Verifier
 from licet_control_plane.core.audit_chain import GENESIS, Entry, Fault, Recount, recount
@@ -122,11 +122,29 @@ def page(
     return [_entry(row) for row in connection.execute(query)]
 
 
-def walk(connection: Connection, which: AuditFilter) -> Iterator[tuple[Entry, bytes]]:
-    """Entries with their hashes, the oldest first."""
-    query = select(audit).where(*which.conditions()).order_by(audit.c.number)
+def numbered(connection: Connection, first: int, last: int) -> Iterator[tuple[Entry, bytes]]:
+    """Entries by number, both ends included."""
+    query = select(audit).where(audit.c.number.between(first, last)).order_by(audit.c.number)
     for row in connection.execution_options(yield_per=PAGE).execute(query):
         yield _entry(row)
+
+
+def span(connection: Connection, *, from_us: int, to_us: int) -> tuple[int, int]:
+    """Numbers of the first and the last entry of an interval. Clocks may step back, so that some between may be of
+    other times. Without any: the place where they would be, ``(n + 1, n)``."""
+    row = connection.execute(
+        select(func.min(audit.c.number), func.max(audit.c.number)).where(audit.c.at >= from_us, audit.c.at < to_us)
+    ).one()
+    if row[0] is not None:
+        return row[0], row[1]
+    before = connection.scalar(select(func.max(audit.c.number)).where(audit.c.at < from_us)) or 0
+    return before + 1, before
+
+
+def hash_at(connection: Connection, number: int) -> bytes | None:
+    """The hash of an entry."""
+    found = connection.scalar(select(audit.c.hash).where(audit.c.number == number))
+    return None if found is None else bytes(found)
 
 
 def head(connection: Connection) -> tuple[int, bytes]:
