@@ -14,8 +14,9 @@ from typing import Final
 
 import structlog
 
-from licet.wire.signing import SigningKey, VerificationError, Verifier
+from licet.wire.signing import VerificationError
 from licet_control_plane.redis_link import backoff_s
+from licet_control_plane.signing_keys import SigningKeys
 from licet_control_plane.store import audit_trail
 from licet_control_plane.store.audit_trail import Head, Recounted
 from licet_control_plane.store.database import Database, DatabaseUnavailable
@@ -35,7 +36,7 @@ class AuditKeeper:
     """``run`` is the task; ``number`` is that of the last entry whose head this process signed or found signed."""
 
     def __init__(
-        self, database: Database, key: SigningKey, *, file: Path, deployment: str, now_s: Callable[[], float]
+        self, database: Database, key: SigningKeys, *, file: Path, deployment: str, now_s: Callable[[], float]
     ) -> None:
         self._database = database
         self._key = key
@@ -78,7 +79,7 @@ class AuditKeeper:
         )
         if document is None:
             return None
-        made = Head.of(document, self._verifier())
+        made = Head.of(document, self._key.verifier())
         kept = await asyncio.to_thread(self._kept)
         if kept is not None and kept.number > made.number:
             # The file is the proof that something is missing: it stays. ``verify`` says what.
@@ -141,7 +142,7 @@ class AuditKeeper:
 
     def _head(self, document: bytes, where: str) -> Head:
         try:
-            return Head.of(document, self._verifier())
+            return Head.of(document, self._key.verifier())
         except VerificationError as error:
             raise HeadUnreadable(f"the signed head {where}: {error}") from error
 
@@ -152,6 +153,3 @@ class AuditKeeper:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(self._file)
-
-    def _verifier(self) -> Verifier:
-        return Verifier([self._key.public_key])

@@ -72,6 +72,7 @@ async def run_server(
                     deployment=deployment,
                     archive=archive,
                     now_s=time.time,
+                    keep_keys=state_dir.keep_keys,
                 )
                 plane.start()
                 port: int = listener.getsockname()[1]

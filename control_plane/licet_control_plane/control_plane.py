@@ -34,6 +34,7 @@ from licet_control_plane.publisher.reclaim import Reclaimer
 from licet_control_plane.publisher.registers import RedisRegisters
 from licet_control_plane.publisher.sweep import Sweeper
 from licet_control_plane.redis_link import Redis, connect, location
+from licet_control_plane.signing_keys import Keep, Resigner, SigningKeys
 from licet_control_plane.sink.sender import EventSender
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.subjects import SubjectKeys
@@ -53,8 +54,9 @@ class ControlPlane:
     deployment: str
     database: Database
     ledger_key: LedgerKey
-    key: SigningKey
+    key: SigningKeys
     redis: Redis
+    resigner: Resigner
     changes: Changes
     publisher: Publisher
     quotas: Quotas
@@ -66,7 +68,6 @@ class ControlPlane:
     asks: AsksReader
     checkpointer: Checkpointer
     audit: AuditKeeper
-    public_key: str
     archive: Archive | None
     sender: EventSender | None
     drain: DrainCounts
@@ -89,8 +90,17 @@ class ControlPlane:
         deployment: str,
         now_s: Callable[[], float],
         archive: Archive | None = None,
+        keep_keys: Keep | None = None,
     ) -> Self:
-        """Make the parts. Nothing is connected yet. What it is given it closes at the end."""
+        """Make the parts. Nothing is connected yet. What it is given it closes at the end.
+
+        ``key`` is the first signing key of a new database; ``keep_keys`` is told when it is another one.
+
+        Raises:
+            StartError: the database has other keys.
+        """
+        keys = SigningKeys.open(database, ledger_key, key, may_replace=config.new_generation, keep=keep_keys)
+        keys.keep()
         names = RedisNames(config.redis_prefix)
         redis = connect(config.redis_url)
         wake = asyncio.Event()
@@ -111,7 +121,7 @@ class ControlPlane:
             asks,
             reclaimer,
             sweeper,
-            key,
+            keys,
             location=location(config.redis_url),
             holder=name,
             new_generation=config.new_generation,
@@ -127,7 +137,7 @@ class ControlPlane:
                 redis,
                 names,
                 database,
-                key,
+                keys,
                 subject_keys,
                 counts,
                 archive=archive,
@@ -141,9 +151,10 @@ class ControlPlane:
             deployment=deployment,
             database=database,
             ledger_key=ledger_key,
-            key=key,
+            key=keys,
+            resigner=Resigner(database, keys, redis, names, wake=wake, now_s=now_s),
             redis=redis,
-            changes=Changes(database, key, wake=wake, now_s=now_s),
+            changes=Changes(database, keys, wake=wake, now_s=now_s),
             publisher=publisher,
             quotas=quotas,
             fleet=fleet,
@@ -152,11 +163,10 @@ class ControlPlane:
             reclaimer=reclaimer,
             sweeper=sweeper,
             asks=asks,
-            checkpointer=Checkpointer(database, key, every_s=config.checkpoint_every_s, now_s=now_s),
+            checkpointer=Checkpointer(database, keys, every_s=config.checkpoint_every_s, now_s=now_s),
             audit=AuditKeeper(
-                database, key, file=config.state_dir / AUDIT_HEAD_FILE, deployment=deployment, now_s=now_s
+                database, keys, file=config.state_dir / AUDIT_HEAD_FILE, deployment=deployment, now_s=now_s
             ),
-            public_key=key.public_key,
             archive=archive,
             sender=EventSender(
                 database,
@@ -178,6 +188,11 @@ class ControlPlane:
         plane._measure()
         return plane
 
+    @property
+    def public_key(self) -> str:
+        """Of the key that signs now."""
+        return self.key.public_key
+
     def start(self) -> None:
         """Begin publishing, listening and draining."""
         self._tasks = [
@@ -187,6 +202,7 @@ class ControlPlane:
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
             asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
             asyncio.create_task(_supervised("audit", self.audit.run)),
+            asyncio.create_task(_supervised("signing keys", self.resigner.run)),
             *self._sending(),
         ]
 

@@ -190,6 +190,9 @@ async def test_every_route_that_changes_something_leaves_an_entry_with_who_and_f
         ("DELETE", "/v1/api-keys/{key}"): {},
     }
     done[("POST", "/v1/bundles/{revision}/rollback")] = {}
+    done[("POST", "/v1/signing-keys")] = done[("POST", "/v1/signing-keys/rotate")] = {}
+    done[("POST", "/v1/signing-keys/{key}/retire")] = {}
+    first_key = (await site.ask("GET", "/v1/signing-keys")).json()["items"][0]["id"]
     for route, one in RULES.items():
         if not one.records:
             continue
@@ -199,8 +202,10 @@ async def test_every_route_that_changes_something_leaves_an_entry_with_who_and_f
         if route[1].endswith("/rollback"):
             other = BUNDLE.replace("100", "200")
             await site.ask("POST", "/v1/bundles", documents=[{"path": "a.yaml", "content": other}])
+        if route[1].endswith("/retire"):
+            await until(partial(_resigned, site))
         before = await site.actions()
-        path = _filled(route[1], "acme").replace("nobody", "short")
+        path = _filled(route[1], "acme").replace("nobody", first_key if "signing" in route[1] else "short")
         async with site.as_(operator, "192.0.2.7") as client:
             response = await client.request(route[0], path, json=body, headers={"X-Request-Id": "order-17"})
         assert response.is_success, (route, response.text)
@@ -217,6 +222,11 @@ async def test_every_route_that_changes_something_leaves_an_entry_with_who_and_f
     assert (await site.verified())["ok"]
     for module in set(LETTER_AND_LEDGER.values()):
         assert "audit" in (Path(__file__).parent / module).read_text()
+
+
+async def _resigned(site: Site) -> bool:
+    items = (await site.ask("GET", "/v1/signing-keys")).json()["items"]
+    return any(item["state"] == "active" and item["resigned_at"] for item in items)
 
 
 async def test_the_trail_is_filtered_and_followed_by_cursor(site: Site) -> None:

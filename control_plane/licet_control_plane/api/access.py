@@ -105,6 +105,10 @@ RULES: Final[dict[Route, Rule]] = {
     ("GET", "/v1/api-keys"): Rule(Need.MANAGE, Reach.DEPLOYMENT),
     ("POST", "/v1/api-keys"): Rule(Need.MANAGE, Reach.DEPLOYMENT, "api_key.create"),
     ("DELETE", "/v1/api-keys/{key}"): Rule(Need.MANAGE, Reach.DEPLOYMENT, "api_key.revoke"),
+    ("GET", "/v1/signing-keys"): _READ,
+    ("POST", "/v1/signing-keys"): Rule(Need.MANAGE, Reach.DEPLOYMENT, "signing_key.generate"),
+    ("POST", "/v1/signing-keys/rotate"): Rule(Need.MANAGE, Reach.DEPLOYMENT, "signing_key.rotate"),
+    ("POST", "/v1/signing-keys/{key}/retire"): Rule(Need.MANAGE, Reach.DEPLOYMENT, "signing_key.retire"),
     # Sidecars.
     ("POST", "/v1/sidecar/snapshot"): Rule(Need.HAND_IN, Reach.DEPLOYMENT),
     ("POST", "/v1/usage/batches"): Rule(Need.HAND_IN, Reach.DEPLOYMENT, why=_USAGE),

@@ -21,6 +21,7 @@ from licet_control_plane.api import (
     proof,
     quotas,
     second_route,
+    signing_keys,
     status,
     subjects,
     usage,
@@ -58,6 +59,7 @@ def make_app(plane: ControlPlane) -> FastAPI:
         api_keys,
         audit,
         evidence,
+        signing_keys,
     ):
         v1.include_router(part.router)
     app.include_router(v1)

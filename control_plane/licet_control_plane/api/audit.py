@@ -92,7 +92,7 @@ async def verify_audit(request: Request, body: RecountOrder) -> StreamingRespons
     half second, then ``result`` or ``error``."""
     plane = plane_of(request)
     try:
-        verifier = Verifier([plane.public_key, *body.public_keys])
+        verifier = Verifier([*plane.key.public_keys, *body.public_keys])
         given = [Head.of(base64.b64decode(text, validate=True), verifier) for text in body.heads]
     except (VerificationError, binascii.Error, ValueError) as error:
         raise Problem(

@@ -24,6 +24,7 @@ from licet_control_plane.cli import (
     reservations,
     run,
     seats,
+    signing_keys,
     simulate,
     subjects,
     usage,
@@ -158,3 +159,9 @@ _audit.command("log", epilog=EXIT_CODES_HELP)(audit.log)
 _audit.command("verify", epilog=EXIT_CODES_HELP)(audit.verify)
 _audit.command("head", epilog=EXIT_CODES_HELP)(audit.head)
 _audit.command("evidence", epilog=EXIT_CODES_HELP)(audit.evidence)
+
+_signing_key = _group("signing-key", "The key that everything published is signed with.")
+_signing_key.command("generate", epilog=EXIT_CODES_HELP)(signing_keys.generate)
+_signing_key.command("rotate", epilog=EXIT_CODES_HELP)(signing_keys.rotate)
+_signing_key.command("retire", epilog=EXIT_CODES_HELP)(signing_keys.retire)
+_signing_key.command("list", epilog=EXIT_CODES_HELP)(signing_keys.list_)

@@ -72,6 +72,21 @@ api_keys: Final = Table(
     Column("last_used_at", BigInteger),  # a minute old at most
 )
 
+signing_keys: Final = Table(
+    # Keys that sign what is published. Of the valid ones the private half is here, under the ledger's key, so that
+    # every control plane of the database signs with the same.
+    "signing_keys",
+    metadata,
+    Column("key_id", String(16), primary_key=True),
+    Column("public_key", String(64), nullable=False),
+    Column("private", LargeBinary),  # wrapped; null once retired
+    Column("state", String(16), nullable=False),  # next, active, previous, retired
+    Column("created_at", BigInteger, nullable=False),
+    Column("activated_at", BigInteger),
+    Column("resigned_at", BigInteger),  # since when all that is published is signed with it
+    Column("retired_at", BigInteger),
+)
+
 revisions: Final = Table(
     # The outbox, and the record of everything that was ever published. Rows are never changed but for published_at.
     "revisions",

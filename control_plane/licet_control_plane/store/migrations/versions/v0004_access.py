@@ -1,4 +1,4 @@
-"""API keys with ids, tenants and ends; the audit trail as a hash chain."""
+"""API keys with ids, tenants and ends; the audit trail as a hash chain; signing keys."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ depends_on = None
 def upgrade() -> None:
     _api_keys()
     _audit()
+    op.create_table(
+        "signing_keys",
+        sa.Column("key_id", sa.String(length=16), nullable=False),
+        sa.Column("public_key", sa.String(length=64), nullable=False),
+        sa.Column("private", sa.LargeBinary(), nullable=True),
+        sa.Column("state", sa.String(length=16), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("activated_at", sa.BigInteger(), nullable=True),
+        sa.Column("resigned_at", sa.BigInteger(), nullable=True),
+        sa.Column("retired_at", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("key_id", name=op.f("pk_signing_keys")),
+    )
 
 
 def _api_keys() -> None:
