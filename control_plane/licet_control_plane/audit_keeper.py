@@ -74,9 +74,7 @@ class AuditKeeper:
             DatabaseUnavailable: the database failed.
             HeadUnreadable, OSError: the file cannot be read or written.
         """
-        document = await self._database.write(
-            audit_trail.sign_head, self._key.sign, now_us=int(self._now_s() * 1_000_000)
-        )
+        document = await self._database.write(audit_trail.sign_head, self._key, now_us=int(self._now_s() * 1_000_000))
         if document is None:
             return None
         made = Head.of(document, self._key.verifier())

@@ -27,8 +27,8 @@ Files = dict[str, bytes]
 
 
 @pytest.fixture
-async def site(tmp_path: Path, valkey_process: ValkeyProcess) -> AsyncIterator[Site]:
-    async with deployment(tmp_path / "state", valkey_process.url) as running:
+async def site(tmp_path: Path, valkey_process: ValkeyProcess, database_url: str) -> AsyncIterator[Site]:
+    async with deployment(tmp_path / "state", valkey_process.url, database_url=database_url) as running:
         made = Site(running)
         await made.ask("POST", "/v1/bundles", documents=[{"path": "../a.yaml", "content": BUNDLE}])
         await made.ask("POST", "/v1/licenses", tenant="acme", plan="pro")

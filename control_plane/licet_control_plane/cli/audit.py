@@ -112,8 +112,8 @@ def verify(
 
 
 def head(
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write it to this file, to be kept where the server cannot reach.")
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Write it to this file, to be kept where the server cannot reach.")
     ] = None,
     as_json: JsonOption = False,
     server: ServerOption = None,
@@ -124,25 +124,27 @@ def head(
 
     \b
     Example:
-      licet audit head --out monday.json
+      licet audit head --output monday.json
     """
     from licet_control_plane.cli.rest import ControlPlane
 
     with ControlPlane(server_target(server, api_key)) as control_plane:
         result = control_plane.get("/v1/audit/head")
-    if out is not None:
+    if output is not None:
         try:
-            out.write_text(json.dumps(result, indent=2) + "\n")
+            output.write_text(json.dumps(result, indent=2) + "\n")
         except OSError as error:
             raise CliError(
-                f"{out} cannot be written: {error.strerror}.", fix="name another file with --out", exit_code=EXIT_USAGE
+                f"{output} cannot be written: {error.strerror}.",
+                fix="name another file with --output",
+                exit_code=EXIT_USAGE,
             ) from error
     if as_json:
         emit_json(result)
         return
     say(f"entry {result['number']}, hash {result['hash']}")
-    if out is not None:
-        note(f"written to {out}; keep it where the server cannot reach")
+    if output is not None:
+        note(f"written to {output}; keep it where the server cannot reach")
 
 
 def evidence(
@@ -243,7 +245,7 @@ def _document(path: Path) -> str:
     try:
         return base64.b64encode(document_of(path.read_text())).decode()
     except (OSError, ValueError) as error:
-        raise bad(f"--head {path}: {error}.", "give a file that licet audit head --out wrote") from error
+        raise bad(f"--head {path}: {error}.", "give a file that licet audit head --output wrote") from error
 
 
 def _since(text: str | None) -> str | None:

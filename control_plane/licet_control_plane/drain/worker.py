@@ -343,6 +343,7 @@ class ShardWorker:
         self, connection: Connection, number: int, batch: UsageBatch | None, *, by: str
     ) -> tuple[bool, Recorded]:
         now_us = int(self._now_s() * 1_000_000)
+        ledger.lock_shard(connection, self._shard)  # before the audit trail, as whoever records a letter does
         settled = dead_letters.settle(connection, number, dead_letters.DROPPED, by=by, now_us=now_us)
         if not settled or batch is None:
             return settled, Recorded()

@@ -10,16 +10,16 @@ import base64
 import binascii
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, func, select
 
-from licet.wire.signing import Statement, VerificationError, Verifier
+from licet.wire.signing import Signer, Statement, VerificationError, Verifier
 from licet_control_plane.core.audit_chain import GENESIS, Entry, Fault, Recount, recount
 from licet_control_plane.store import meta
 from licet_control_plane.store.database import upsert
-from licet_control_plane.store.revisions import Sign
 from licet_control_plane.store.schema import audit, audit_checkpoints, audit_head
 
 KIND: Final = "audit"
@@ -124,9 +124,9 @@ def page(
 
 def numbered(connection: Connection, first: int, last: int) -> Iterator[tuple[Entry, bytes]]:
     """Entries by number, both ends included."""
-    query = select(audit).where(audit.c.number.between(first, last)).order_by(audit.c.number)
-    for row in connection.execution_options(yield_per=PAGE).execute(query):
-        yield _entry(row)
+    while first <= last and (found := page(connection, AuditFilter(), after=first - 1, limit=PAGE)):
+        yield from (one for one in found if one[0].number <= last)
+        first = found[-1][0].number + 1
 
 
 def span(connection: Connection, *, from_us: int, to_us: int) -> tuple[int, int]:
@@ -159,14 +159,19 @@ def newest_signed(connection: Connection) -> bytes | None:
     return None if found is None else bytes(found)
 
 
-def sign_head(connection: Connection, sign: Sign, *, now_us: int) -> bytes | None:
-    """Sign the head as it is, and keep that; ``None`` of an empty trail."""
+def sign_head(connection: Connection, signer: Signer, *, now_us: int) -> bytes | None:
+    """The head as it is, signed: now, unless it is already. ``None`` of an empty trail."""
     row = connection.execute(select(audit_head).with_for_update()).first()
     if row is None or not row.number:
         return None
+    if (newest := newest_signed(connection)) is not None:
+        with suppress(VerificationError):  # of a key that was rotated, or forged
+            known = Head.of(newest, Verifier([signer.public_key]))
+            if (known.number, known.hash) == (row.number, bytes(row.hash)):
+                return newest
     about = meta.read(connection)
     payload = {"at_us": now_us, "hash": bytes(row.hash)}
-    document = sign(Statement(about.deployment, KIND, KEY, about.generation, row.number, payload))
+    document = signer.sign(Statement(about.deployment, KIND, KEY, about.generation, row.number, payload))
     made = upsert(connection, audit_checkpoints).values(number=row.number, at=now_us, document=document)
     connection.execute(
         made.on_conflict_do_update(
@@ -209,10 +214,7 @@ def verify(connection: Connection, held: Sequence[Head], deployment: str) -> Ite
     known: dict[int, bytes] = {}
     done = Recount()
     last = 0
-    query = select(audit).where(audit.c.number > 0).order_by(audit.c.number)
-    pages = connection.execution_options(yield_per=PAGE).execute(query).partitions()
-    for rows in pages:
-        found = [_entry(row) for row in rows]
+    while found := page(connection, AuditFilter(), after=last, limit=PAGE):
         known |= {entry.number: hash_ for entry, hash_ in found if entry.number in wanted}
         done = recount(done, found, lambda hash_: _numbers_of(connection, hash_))
         last = found[-1][0].number
