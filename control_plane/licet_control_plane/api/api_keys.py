@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from licet.domain.ids import TENANT_PATTERN
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, storable
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us, parse_us
 from licet_control_plane.core.access import KEY_ID_BYTES, SECRET_BYTES, Role, key_text
@@ -78,7 +78,7 @@ async def revoke_key(request: Request, key: str, caller: Annotated[Caller, Depen
     plane = plane_of(request)
     now_us = int(plane.now_s() * 1_000_000)
     try:
-        revoked = await plane.database.write(access.revoke_key, key, by=caller.name, now_us=now_us)
+        revoked = await plane.database.write(access.revoke_key, storable(key, "key"), by=caller.name, now_us=now_us)
     except KeyUnknown as error:
         raise Problem(404, f"There is no key {str(error)!r}.", "GET /v1/api-keys lists them.") from error
     return _described(revoked, now_us)

@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from licet.wire.signing import VerificationError, Verifier
-from licet_control_plane.api.auth import TenantAsked, plane_of
+from licet_control_plane.api.auth import TenantAsked, plane_of, storable
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.proof import JSON_LINES, PROGRESS_S
 from licet_control_plane.api.times import format_us, parse_us
@@ -52,9 +52,9 @@ async def list_entries(
     if before is not None and after is not None:
         raise Problem(422, "before, after: one of the two.", "Leave one out.")
     which = AuditFilter(
-        by=by,
-        action=action,
-        target=target,
+        by=storable(by, "by"),
+        action=storable(action, "action"),
+        target=storable(target, "target"),
         tenant=tenant,
         from_us=parse_us(from_, "from") if from_ else 0,
         to_us=parse_us(to, "to") if to else None,

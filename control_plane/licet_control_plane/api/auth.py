@@ -130,7 +130,19 @@ async def authenticate(request: Request) -> Caller:
 
 async def tenant_asked(caller: Annotated[Caller, Depends(authenticate)], tenant: str = "") -> str:
     """The parameter ``tenant`` of a list or a sum; the caller's own if that has only one."""
+    storable(tenant, "tenant")
     return caller.confine(tenant)
+
+
+def storable(text: str, name: str) -> str:
+    """A text that is asked for in the database.
+
+    Raises:
+        Problem: 422, PostgreSQL has no text with this character in it.
+    """
+    if "\0" in text:
+        raise Problem(422, f"{name}: it holds the character U+0000.", "Leave it out.")
+    return text
 
 
 TenantAsked = Annotated[str, Depends(tenant_asked)]
@@ -238,11 +250,11 @@ async def _denied(request: Request, rule: Rule, origin: Origin, *, by: str, tena
             access.record,
             by=by or "unknown",
             action="access.denied",
-            target=f"{request.method} {request.url.path}"[:256],
+            target=f"{request.method} {request.url.path}".replace("\0", "?")[:256],
             before=None,
             after=what,
             now_us=int(now_s * 1_000_000),
-            tenant=tenant[:128],
+            tenant=tenant.replace("\0", "?")[:128],
         )
     except DatabaseUnavailable as error:
         log.error("a refused attempt could not be recorded", reason=str(error))
