@@ -99,7 +99,7 @@ def _written(
         heads={
             "public_key": plane.public_key,
             "audit": {"head": _text(signed), "verified": trail},
-            "ledger": {"checkpoint": _text(checkpoint), "verified": ledger},
+            "ledger": {"checkpoint": _text(checkpoint.document if checkpoint else None), "verified": ledger},
         },
         sign=plane.key.sign,
     )
