@@ -231,7 +231,7 @@ async def test_exports_and_drops_are_in_the_audit_trail(stack: Stack) -> None:
     await stack.record(1, 4, MAY)
     await stack.export(MAY)
     await stack.drop(MAY)
-    query = select(audit.c.action, audit.c.target, audit.c.by).order_by(audit.c.id)
+    query = select(audit.c.action, audit.c.target, audit.c.by).order_by(audit.c.number)
     rows = await stack.database.read(lambda connection: connection.execute(query).all())
     assert [tuple(row) for row in rows] == [
         ("ledger.export", "2026-05", "admin"),

@@ -236,7 +236,7 @@ def _behind(plane: ControlPlane) -> None:
 
 
 def _verifier(plane: ControlPlane) -> Verifier:
-    return Verifier([plane.public_key])
+    return plane.key.verifier()
 
 
 def _month(text: str) -> Month:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -16,9 +14,8 @@ from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOp
 from licet_control_plane.cli.context import server_target
 from licet_control_plane.cli.failure import EXIT_NO, EXIT_USAGE, CliError
 from licet_control_plane.cli.output import emit_json, note, say
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
+from licet_control_plane.cli.progress import bar as _bar
+from licet_control_plane.cli.progress import move as _move
 
 FINDINGS_SHOWN: Final = 20
 
@@ -337,26 +334,6 @@ def _by_hand(url: str, documents: list[str], public_keys: list[str], ledger_key:
         fix = "give a ledger's database; a copy of SQLite's file must lie where it can be written"
         raise CliError(f"the database cannot be read: {getattr(error, 'orig', error)}", fix=fix) from error
     raise CliError("the verification ended early.", fix="run the command again")
-
-
-@contextmanager
-def _bar(doing: str = "verifying", unit: str = "events") -> Iterator[Bar | None]:
-    """A bar on standard error, for a person who waits there."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        bar.add_task(unit, total=None)
-        yield bar
-
-
-def _move(bar: Bar | None, done: int, of: int) -> None:
-    if bar is not None:
-        bar.update(bar.task_ids[0], completed=done, total=of)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, Self
 
 from sqlalchemy import Connection, delete, insert, select
 
-from licet.wire.signing import SigningKey, Statement, VerificationError, Verifier
+from licet.wire.signing import Signer, Statement, VerificationError, Verifier
 from licet_control_plane.store import meta
 from licet_control_plane.store.schema import checkpoints, shards
 
@@ -100,7 +100,7 @@ def newest(connection: Connection) -> Stored | None:
     return None if row is None else Stored(row.number, row.at, bytes(row.document))
 
 
-def make(connection: Connection, key: SigningKey, *, now_us: int) -> bytes | None:
+def make(connection: Connection, key: Signer, *, now_us: int) -> bytes | None:
     """The newest signed document, made now if anything was recorded since the last; ``None`` while there is nothing."""
     about = meta.lock(connection)  # one at a time
     heads = [

@@ -10,6 +10,7 @@ row lock (``meta.lock``, the shard's row in ``ledger.record``), and locks severa
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,8 +102,10 @@ class Database:
             DatabaseUnavailable: the database failed; nothing was changed.
             SQLAlchemyError: the data does not fit the tables; trying again will not help. Nothing was changed.
         """
+        # With the caller's context: it says who acts, for the audit trail.
+        context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(
-            self._writer, partial(self.write_now, work, *args, **kwargs)
+            self._writer, lambda: context.run(partial(self.write_now, work, *args, **kwargs))
         )
 
     async def read(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 
 from sqlalchemy import Connection, and_, or_, select
 
-from licet.wire.signing import SigningKey, Statement, VerificationError, Verifier, unverified
+from licet.wire.signing import Signer, Statement, VerificationError, Verifier, unverified
 from licet_control_plane.core.recorded import RecordedSeqs
 from licet_control_plane.store.partitions import Month
 from licet_control_plane.store.schema import blocks
@@ -74,7 +74,7 @@ class Export:
     @classmethod
     def signed(
         cls,
-        key: SigningKey,
+        key: Signer,
         *,
         deployment: str,
         generation: int,

@@ -434,6 +434,11 @@ class _Head:
     erasures: int
 
 
+def lock_shard(connection: Connection, shard: int) -> None:
+    """Make this transaction the only one of its shard until it ends."""
+    _lock(connection, shard)
+
+
 def _lock(connection: Connection, shard: int) -> _Head:
     row = connection.execute(select(shards).where(shards.c.shard == shard).with_for_update()).first()
     if row is None:
