@@ -115,7 +115,7 @@ RULES: Final[dict[Route, Rule]] = {
 }
 
 UNLISTED: Final = Rule(Need.MANAGE, Reach.DEPLOYMENT)
-OPEN: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+OPEN: Final = frozenset({"/healthz", "/readyz", "/metrics", "/v1/schemas", "/v1/schemas/{kind}"})
 """Routes for whoever reaches the port: probes and Prometheus."""
 
 

@@ -60,7 +60,8 @@ def _variant_value(value: Any) -> str:
 
 
 Percent = Annotated[float, Strict(), Field(ge=0, le=100, allow_inf_nan=False)]
-Instant = Annotated[int, BeforeValidator(_instant_s)]
+InstantForm = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+Instant = Annotated[int, BeforeValidator(_instant_s, json_schema_input_type=InstantForm)]
 """Seconds since the Unix epoch."""
 
 
@@ -78,15 +79,24 @@ class StepSource(Source):
     percent: Percent
 
 
+Weight = Annotated[int, Strict(), Field(ge=0, le=WEIGHT_MAX)]
+
+
 class VariantSource(Source):
     """``50``, or ``{weight: 50, value: {toolbar: wide}}``."""
 
-    weight: Annotated[int, Strict(), Field(ge=0, le=WEIGHT_MAX)] = 1
-    value: Annotated[str | None, BeforeValidator(_variant_value)] = Field(default=None, validate_default=False)
+    weight: Weight = 1
+    value: Annotated[
+        str | None, BeforeValidator(_variant_value, json_schema_input_type=str | bool | int | float | dict[str, Any])
+    ] = Field(default=None, validate_default=False)
 
 
 VariantWritten = Annotated[
-    VariantSource, BeforeValidator(lambda written: written if isinstance(written, dict) else {"weight": written})
+    VariantSource,
+    BeforeValidator(
+        lambda written: written if isinstance(written, dict) else {"weight": written},
+        json_schema_input_type=VariantSource | Weight,
+    ),
 ]
 
 
