@@ -35,6 +35,8 @@ async def site(tmp_path: Path, valkey_process: ValkeyProcess, database_url: str)
         await made.ask("POST", "/v1/bundles", documents=[{"path": "b.yaml", "content": BUNDLE.replace("100", "9")}])
         approved: dict[str, Any] = {"by": "ada", "action": "access_request.approve", "target": "r1"}
         await made.sql(partial(access.record, **approved, before=None, after={}, now_us=2_000_000_000_000_000))
+        assert (await made.ask("GET", "/v1/audit/head")).status_code == 200
+        await running.headed(3)  # published, and the same from here on
         yield made
 
 
