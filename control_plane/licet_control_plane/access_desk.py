@@ -140,6 +140,7 @@ class AccessDesk:
             before=_audited(before),
             after=_audited(after),
             now_us=now_us,
+            tenant=after.tenant,
         )
         return StoredRequest(after, revision)
 
@@ -205,6 +206,7 @@ class AccessDesk:
                 before=_audited(before),
                 after=_audited(after),
                 now_us=now_us,
+                tenant=after.tenant,
             )
         return len(overdue)
 
@@ -217,6 +219,7 @@ class AccessDesk:
             before=None,
             after=_audited(request),
             now_us=now_us,
+            tenant=request.tenant,
         )
 
     def _tell(self, connection: Connection, changed: Iterable[AccessRequest], *, by: str, now_us: int) -> int:

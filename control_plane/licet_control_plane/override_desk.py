@@ -141,7 +141,16 @@ class OverrideDesk:
     def _audit(
         connection: Connection, action: str, override: Override, before: Any, after: Any, *, by: str, now_us: int
     ) -> None:
-        access.record(connection, by=by, action=action, target=override.rule, before=before, after=after, now_us=now_us)
+        access.record(
+            connection,
+            by=by,
+            action=action,
+            target=override.rule,
+            before=before,
+            after=after,
+            now_us=now_us,
+            tenant=override.tenant,
+        )
 
     def _now_us(self) -> int:
         return int(self._now_s() * 1_000_000)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from licet.domain.approvals import TEXT_CHARS_MAX, RequestState
 from licet_control_plane.access_desk import RequestUnknown, principal
 from licet_control_plane.api.amounts import Amount
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.core import access_requests as core
@@ -64,7 +64,7 @@ class Reason(BaseModel):
 @router.get("")
 async def list_requests(
     request: Request,
-    tenant: Annotated[str, Query(pattern=r"^[A-Za-z0-9._-]{0,128}$")] = "",
+    tenant: TenantAsked,
     state: Annotated[RequestState | None, Query()] = None,
     cursor: Annotated[str, Query(max_length=64)] = "",
     limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = 100,
@@ -170,7 +170,7 @@ def _stage(one: AccessRequest) -> dict[str, Any]:
 
 
 def _principal(request: Request, caller: Caller) -> Principal:
-    return principal(caller.name, caller.role, plane_of(request).config.approver_groups)
+    return principal(caller.name, caller.role.value, plane_of(request).config.approver_groups)
 
 
 def _cursor(text: str) -> Cursor | None:
