@@ -14,7 +14,8 @@ from licet.wire.names import RedisNames
 from licet.wire.registers import RUN_SECTIONS, Pair, run_of
 from licet_sidecar.adapters.redis_link import connect
 from licet_sidecar.adapters.redis_state_source import CHANGES_PER_READ_MAX, KEYS_PER_READ_MAX, RedisStateSource
-from licet_sidecar.ports import Change, LinkDown, LinkRefused, StateSource
+from licet_sidecar.core.sync import Change
+from licet_sidecar.ports import LinkDown, LinkRefused, StateSource
 from tests.support.fake_state_source import FakeStateSource
 from tests.support.valkey import ValkeyProcess, free_port
 
@@ -116,7 +117,7 @@ async def test_nothing_is_there_before_it_is_published(shelf: Shelf) -> None:
     assert await source.read_chunks(["ab"]) == [None]
     assert await source.read_licenses(["acme"]) == [None]
     assert await source.read_license("acme") == (None, Pair(0, ""), None, run_id)
-    assert await source.read_changes(0, 1) == []
+    assert await source.read_changes(0, 1) == ([], run_id)
 
 
 async def test_documents_come_back_byte_for_byte(shelf: Shelf) -> None:
@@ -149,10 +150,11 @@ async def test_more_licenses_than_fit_in_one_read_come_in_order(shelf: Shelf) ->
 async def test_changes_after_a_revision_come_in_order(shelf: Shelf) -> None:
     changes = [Change(1, "bundle", "bundle"), Change(2, "license", "acme"), Change(5, "license", "globex")]
     await shelf.announce(*changes)
-    assert await shelf.source.read_changes(0, 1) == changes
-    assert await shelf.source.read_changes(1, 1) == changes[1:]
-    assert await shelf.source.read_changes(3, 1) == changes[2:]
-    assert await shelf.source.read_changes(5, 1) == []
+    run_id = await shelf.run_id()
+    assert await shelf.source.read_changes(0, 1) == (changes, run_id)
+    assert await shelf.source.read_changes(1, 1) == (changes[1:], run_id)
+    assert await shelf.source.read_changes(3, 1) == (changes[2:], run_id)
+    assert await shelf.source.read_changes(5, 1) == ([], run_id)
 
 
 async def test_a_reading_waits_for_the_first_change(shelf: Shelf) -> None:
@@ -160,7 +162,7 @@ async def test_a_reading_waits_for_the_first_change(shelf: Shelf) -> None:
     await asyncio.sleep(0.01)
     assert not reading.done()
     await shelf.announce(Change(1, "license", "acme"))
-    assert await asyncio.wait_for(reading, 5) == [Change(1, "license", "acme")]
+    assert await asyncio.wait_for(reading, 5) == ([Change(1, "license", "acme")], await shelf.run_id())
 
 
 async def test_a_reading_that_was_given_up_does_not_disturb_the_next(shelf: Shelf) -> None:
@@ -170,7 +172,8 @@ async def test_a_reading_that_was_given_up_does_not_disturb_the_next(shelf: Shel
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
     await shelf.announce(Change(1, "license", "acme"))
-    assert await shelf.source.read_changes(0, 1_000) == [Change(1, "license", "acme")]
+    found, _ = await shelf.source.read_changes(0, 1_000)
+    assert found == [Change(1, "license", "acme")]
 
 
 async def test_many_can_read_at_once(shelf: Shelf) -> None:
@@ -194,8 +197,8 @@ async def real(valkey_process: ValkeyProcess) -> AsyncIterator[RedisShelf]:
 async def test_a_long_stream_comes_in_pieces(real: RedisShelf) -> None:
     changes = [Change(number, "license", f"t{number}") for number in range(1, CHANGES_PER_READ_MAX + 11)]
     await real.announce(*changes)
-    first = await real.source.read_changes(0, 1)
-    rest = await real.source.read_changes(first[-1].revision, 1)
+    first, _ = await real.source.read_changes(0, 1)
+    rest, _ = await real.source.read_changes(first[-1].revision, 1)
     assert (first + rest, len(first)) == (changes, CHANGES_PER_READ_MAX)
 
 

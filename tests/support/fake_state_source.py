@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from licet.domain.catalog import Catalog, License
 from licet.wire import documents
 from licet.wire.registers import Pair
-from licet_sidecar.ports import Change
+from licet_sidecar.core.sync import Change
 from tests.support.published import Signer
 
 
@@ -76,20 +76,20 @@ class FakeStateSource:
         await self._reading("read_licenses")
         return answer
 
-    async def read_changes(self, after: int, block_ms: int) -> list[Change]:
+    async def read_changes(self, after: int, block_ms: int) -> tuple[list[Change], str]:
         """See ``StateSource``."""
         deadline = asyncio.get_running_loop().time() + block_ms / 1_000
         while True:
             self._news.clear()
-            found = [change for change in self.changes if change.revision > after]
+            found, run_id = [change for change in self.changes if change.revision > after], self.run_id
             await self._reading("read_changes")
             if found:
-                return found
+                return found, run_id
             try:
                 async with asyncio.timeout_at(deadline):
                     await self._news.wait()
             except TimeoutError:
-                return []
+                return [], self.run_id
 
     async def _reading(self, method: str) -> None:
         self.reads.append(method)

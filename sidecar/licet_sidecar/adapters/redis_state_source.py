@@ -10,7 +10,8 @@ from redis.asyncio import Redis
 from licet.wire.names import RedisNames
 from licet.wire.registers import RUN_SECTIONS, Pair
 from licet_sidecar.adapters.redis_link import decoded, run_id_in, translated
-from licet_sidecar.ports import Change, LinkDown
+from licet_sidecar.core.sync import Change
+from licet_sidecar.ports import LinkDown
 
 CHANGES_PER_READ_MAX: Final = 1_000
 KEYS_PER_READ_MAX: Final = 256
@@ -59,12 +60,17 @@ class RedisStateSource:
         """See ``StateSource``."""
         return await self._get_many([self._names.license(tenant) for tenant in tenants])
 
-    async def read_changes(self, after: int, block_ms: int) -> list[Change]:
+    async def read_changes(self, after: int, block_ms: int) -> tuple[list[Change], str]:
         """See ``StateSource``."""
         async with translated(self._url):
-            reply: Any = await self._blocking.xread(
-                {self._names.changes(): f"{after}-0"}, count=CHANGES_PER_READ_MAX, block=block_ms
-            )
+            # One connection leads to one server: the run is that of the entries, and not of a moment before them.
+            pipeline = self._blocking.pipeline(transaction=False)
+            pipeline.xread({self._names.changes(): f"{after}-0"}, count=CHANGES_PER_READ_MAX, block=block_ms)
+            pipeline.execute_command("INFO", *RUN_SECTIONS)
+            reply, info = await pipeline.execute()
+        return self._changes_in(reply), run_id_in(info)
+
+    def _changes_in(self, reply: Any) -> list[Change]:
         if not reply:
             return []
         streams = list(reply.values()) if isinstance(reply, dict) else [entries for _, entries in reply]
