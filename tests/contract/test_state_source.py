@@ -113,9 +113,9 @@ async def shelf(request: pytest.FixtureRequest) -> AsyncIterator[Shelf]:
 async def test_nothing_is_there_before_it_is_published(shelf: Shelf) -> None:
     source, run_id = shelf.source, await shelf.run_id()
     assert await source.read_head() == (None, run_id)
-    assert await source.read_manifest() is None
+    assert await source.read_manifest() == (None, run_id)
     assert await source.read_chunks(["ab"]) == [None]
-    assert await source.read_licenses(["acme"]) == [None]
+    assert await source.read_licenses(["acme"]) == ([None], run_id)
     assert await source.read_license("acme") == (None, Pair(0, ""), None, run_id)
     assert await source.read_changes(0, 1) == ([], run_id)
 
@@ -129,7 +129,7 @@ async def test_documents_come_back_byte_for_byte(shelf: Shelf) -> None:
     run_id = await shelf.run_id()
     assert run_id
     assert await source.read_head() == (b"head" + raw, run_id)
-    assert await source.read_manifest() == b"manifest" + raw
+    assert await source.read_manifest() == (b"manifest" + raw, run_id)
     assert await source.read_license("acme") == (b"license" + raw, Pair(7, "abc"), b"head" + raw, run_id)
 
 
@@ -144,7 +144,7 @@ async def test_more_licenses_than_fit_in_one_read_come_in_order(shelf: Shelf) ->
     for tenant in tenants[::2]:
         await shelf.put_license(tenant, tenant.encode())
     expected = [None if number % 2 else tenant.encode() for number, tenant in enumerate(tenants)]
-    assert await shelf.source.read_licenses(tenants) == expected
+    assert await shelf.source.read_licenses(tenants) == (expected, await shelf.run_id())
 
 
 async def test_changes_after_a_revision_come_in_order(shelf: Shelf) -> None:

@@ -52,9 +52,9 @@ class FakeStateSource:
         await self._reading("read_head")
         return answer
 
-    async def read_manifest(self) -> bytes | None:
+    async def read_manifest(self) -> tuple[bytes | None, str]:
         """See ``StateSource``."""
-        answer = self.manifest
+        answer = self.manifest, self.run_id
         await self._reading("read_manifest")
         return answer
 
@@ -70,9 +70,9 @@ class FakeStateSource:
         await self._reading("read_license")
         return answer
 
-    async def read_licenses(self, tenants: Sequence[str]) -> list[bytes | None]:
+    async def read_licenses(self, tenants: Sequence[str]) -> tuple[list[bytes | None], str]:
         """See ``StateSource``."""
-        answer = [self.licenses.get(tenant) for tenant in tenants]
+        answer = [self.licenses.get(tenant) for tenant in tenants], self.run_id
         await self._reading("read_licenses")
         return answer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from redis.asyncio import Redis
 
@@ -35,14 +35,16 @@ class RedisStateSource:
             head, info = await pipeline.execute()
         return head, run_id_in(info)
 
-    async def read_manifest(self) -> bytes | None:
+    async def read_manifest(self) -> tuple[bytes | None, str]:
         """See ``StateSource``."""
-        async with translated(self._url):
-            return cast("bytes | None", await self._redis.get(self._names.bundle()))
+        (manifest,), run_id = await self._get_many([self._names.bundle()])
+        return manifest, run_id
 
     async def read_chunks(self, digests: Sequence[str]) -> list[bytes | None]:
         """See ``StateSource``."""
-        return await self._get_many([self._names.chunk(digest) for digest in digests])
+        # By digest: whatever server they are from, they are those or none.
+        chunks, _ = await self._get_many([self._names.chunk(digest) for digest in digests])
+        return chunks
 
     async def read_license(self, tenant: str) -> tuple[bytes | None, Pair, bytes | None, str]:
         """See ``StateSource``."""
@@ -56,7 +58,7 @@ class RedisStateSource:
         pair = Pair(int(epoch), decoded(run)) if epoch and run else Pair(0, "")
         return license_, pair, head, run_id_in(info)
 
-    async def read_licenses(self, tenants: Sequence[str]) -> list[bytes | None]:
+    async def read_licenses(self, tenants: Sequence[str]) -> tuple[list[bytes | None], str]:
         """See ``StateSource``."""
         return await self._get_many([self._names.license(tenant) for tenant in tenants])
 
@@ -86,12 +88,16 @@ class RedisStateSource:
                 raise LinkDown(f"entry {decoded(entry_id)} of the change stream is not one of ours") from error
         return changes
 
-    async def _get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+    async def _get_many(self, keys: Sequence[str]) -> tuple[list[bytes | None], str]:
         values: list[bytes | None] = []
+        runs: set[str] = set()
         for start in range(0, len(keys), KEYS_PER_READ_MAX):
             async with translated(self._url):
                 pipeline = self._redis.pipeline(transaction=False)  # not MGET: on Redis Cluster the keys are spread
                 for key in keys[start : start + KEYS_PER_READ_MAX]:
                     pipeline.get(key)
-                values.extend(await pipeline.execute())
-        return values
+                pipeline.execute_command("INFO", *RUN_SECTIONS)
+                *found, info = await pipeline.execute()
+            values.extend(found)
+            runs.add(run_id_in(info))
+        return values, runs.pop() if len(runs) == 1 else ""

@@ -8,8 +8,8 @@ Rules, beside those of ``core.sync``:
 
 1. A document is read again until no change is missing between it and the others, and never taken when it is older than
    the change that named it: a server that took over may be behind the one the change was read from.
-2. When everything is read again, the server is the same, checked, one at the end as at the beginning, and the bundle is
-   not older than the head says.
+2. All of it is read from the one server that the control plane vouched for, and the bundle is not older than the head
+   says.
 3. A load is registered before it reads. A change that names the tenant meanwhile marks it dirty, and it is read again.
 4. A load counts only on the server that the state in force was read from, and waits until its revision is in force.
 5. Absence is believed only where no limits of the tenant are.
@@ -78,12 +78,12 @@ class ReadHead:
 
 @dataclass(frozen=True, slots=True)
 class ReadBundle:
-    """``Bundle``."""
+    """``(Bundle, run id)``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadLicenses:
-    """``dict[str, Tenant]``, all of them."""
+    """``(dict[str, Tenant | None], run id)``: ``None`` where there is none."""
 
     tenants: tuple[str, ...]
 
@@ -303,7 +303,7 @@ class Following:
             bundle=None if empty else signed.head.bundle,
             tenants=dict.fromkeys(self.engine.tenants, 0),
         )
-        yield from self._take(touched, statement.generation, run, whole=True, empty=empty)
+        yield from self._take(touched, statement.generation, run, empty=empty, whole=True)
         self.take_head(signed, run)
 
     def _must_be_checked(self, signed: SignedHead | None, run: str) -> None:
@@ -320,7 +320,7 @@ class Following:
         if not self._take_note(touched, changes):
             self.wants_resync = True
             return
-        yield from self._take(touched, self.state.generation, self.state.run, whole=False)
+        yield from self._take(touched, self.state.generation, self.state.run)
 
     def _take_note(self, touched: Changes, changes: Iterable[Change]) -> bool:
         """Adds entries to what was touched. ``False`` when they do not follow on it."""
@@ -345,7 +345,7 @@ class Following:
             self._dirty.add(tenant)
 
     def _take(
-        self, touched: Changes, generation: int, run: str, *, whole: bool, empty: Rulebook | None = None
+        self, touched: Changes, generation: int, run: str, *, empty: Rulebook | None = None, whole: bool = False
     ) -> Steps:
         """Reads what was touched until nothing read is newer than the changes read, then installs it in one step."""
         bundle: Bundle | None = None
@@ -353,13 +353,19 @@ class Following:
         named_bundle, named = touched.bundle, dict(touched.tenants)
         for _ in range(CATCH_UP_READS_MAX):
             if named_bundle is not None:
-                bundle = yield ReadBundle()
+                bundle, found_run = yield ReadBundle()
+                self._must_be_from(found_run, run)
                 self._judge_bundle(bundle, generation, named_bundle)
             if named:
-                found: dict[str, Tenant] = yield ReadLicenses(tuple(sorted(named)))
+                found, found_run = yield ReadLicenses(tuple(sorted(named)))
+                self._must_be_from(found_run, run)
                 for name, tenant in found.items():
-                    self._judge_license(name, tenant, generation, named[name])
-                licenses.update(found)
+                    if tenant is not None:
+                        self._judge_license(name, tenant, generation, named[name])
+                        licenses[name] = tenant
+                    elif generation <= self.state.generation:
+                        # Else it was withdrawn: a generation begins when something was lost for good.
+                        raise Inconsistent(f"the license of {name} is missing in Redis")
             newest = max(
                 [touched.cursor, *(tenant.revision for tenant in licenses.values())]
                 + ([bundle.statement.revision] if bundle else [])
@@ -369,22 +375,23 @@ class Following:
             changes, found_run = yield ReadChanges(touched.cursor)
             if not found_run:
                 raise Unchecked("everything is to be read again")
+            self._must_be_from(found_run, run)
             more = Changes(touched.cursor)
-            if found_run != run or not self._take_note(more, changes):
+            if not self._take_note(more, changes):
                 raise Inconsistent("the change stream has a gap")
             touched.cursor, named_bundle, named = more.cursor, more.bundle, more.tenants
         else:
             raise Inconsistent("changes come faster than they can be read")
         if whole:
-            yield from self._check_again(run)
+            # Also those that were loaded meanwhile, from the server before.
+            for name in self.engine.tenants.keys() - licenses.keys():
+                self.engine.forget_license(name)
         self._install(bundle, licenses.values(), (generation, touched.cursor), run=run, empty=empty)
 
-    def _check_again(self, run: str) -> Steps:
-        """What was read without the numbers of changes at hand was read from the server that was checked."""
-        signed, run_now = yield ReadHead()
-        self._must_be_checked(signed, run_now)
-        if run_now != run:
-            raise Unchecked("another Redis server answered while everything was read")
+    def _must_be_from(self, found: str, run: str) -> None:
+        """What belongs together is read from one server: the one that was checked, or the state in force is from."""
+        if found != run:
+            raise Unchecked("another Redis server answered while the state was read")
 
     def _judge_bundle(self, bundle: Bundle, generation: int, named: int) -> None:
         held = self.bundle.statement.version if self.bundle else (0, 0)

@@ -336,8 +336,8 @@ class SyncService:
             reading.cancel()
             await asyncio.gather(waking, reading, return_exceptions=True)
 
-    async def _read_bundle(self) -> Bundle:
-        document = await self._source.read_manifest()
+    async def _read_bundle(self) -> tuple[Bundle, str]:
+        document, run_id = await self._source.read_manifest()
         if document is None:
             raise Inconsistent("no bundle is in Redis: run `licet policy push`, or wait for the control plane")
         statement = self._verified(document, documents.BUNDLE, documents.BUNDLE_KEY)
@@ -349,15 +349,15 @@ class SyncService:
             if chunk is None:
                 raise Inconsistent(f"chunk {digest[:12]}… of the bundle is missing in Redis")
             chunks[digest] = chunk
-        return self._verified_bundle(document, chunks)
+        return self._verified_bundle(document, chunks), run_id
 
-    async def _read_licenses(self, tenants: tuple[str, ...]) -> dict[str, Tenant]:
-        found: dict[str, Tenant] = {}
-        for name, document in zip(tenants, await self._source.read_licenses(tenants), strict=True):
-            if document is None:
-                raise Inconsistent(f"the license of {name} is missing in Redis")
-            found[name] = self._verified_license(document, key=name)
-        return found
+    async def _read_licenses(self, tenants: tuple[str, ...]) -> tuple[dict[str, Tenant | None], str]:
+        read, run_id = await self._source.read_licenses(tenants)
+        found = {
+            name: self._verified_license(document, key=name) if document is not None else None
+            for name, document in zip(tenants, read, strict=True)
+        }
+        return found, run_id
 
     async def _read_license(self, tenant: str) -> following.LicenseRead:
         boot_ms = self._clock.boot_ms()
