@@ -56,6 +56,7 @@ class Rule(Enum):
     REFUSE_WHEN_NEWER = auto()
     REPUBLISH_ON_A_NEW_RUN = auto()
     REPUBLISH_BEFORE_THE_SENTINEL = auto()
+    NOTED_BY_WHO_LEADS = auto()
     TIME_OF_THE_CHECK = auto()
     FLOOR_ON_DISK = auto()
     EVICTED_FROM_DISK = auto()
@@ -63,6 +64,10 @@ class Rule(Enum):
 
 class Down(Exception):
     """The server cannot be reached."""
+
+
+class Overtaken(Exception):
+    """Another publisher took over."""
 
 
 class Stopped(Exception):
@@ -180,6 +185,7 @@ class SimulatedPublisher:
         self.stopped = ""
         self.server: Server | None = None
         self.loaded = False
+        self.renewed = -math.inf
         self.revision = 0
         self.epoch = 0
         self.steps = self._run()
@@ -199,6 +205,8 @@ class SimulatedPublisher:
             self.server = self.simulation.reached()
             try:
                 yield from self._round()
+            except Overtaken:
+                self.loaded, self.renewed = False, -math.inf
             except Stopped as stop:
                 self.stopped = str(stop)
                 return
@@ -209,6 +217,9 @@ class SimulatedPublisher:
         if database.holder != self.name and database.holds_until > simulation.now:
             self.loaded = False
             return
+        if simulation.now - self.renewed >= LEASE_S:
+            self.loaded = False
+        self.renewed = simulation.now
         database.holder, database.holds_until = self.name, simulation.now + LEASE_S
         if not self.loaded:
             self.revision, self.epoch, self.loaded = database.published, database.epoch, True
@@ -307,7 +318,8 @@ class SimulatedPublisher:
                 case Restore.SENTINEL:
                     self._at().sentinel = self.epoch
                 case Restore.RUN_NOTED:
-                    database.run = found.run_id
+                    if database.holder == self.name or not self.simulation.keeps(Rule.NOTED_BY_WHO_LEADS):
+                        database.run = found.run_id
 
     def _copy(self, database: Database) -> Generator[None, None, float]:
         while True:
@@ -330,6 +342,10 @@ class SimulatedPublisher:
                         self._announce(row)
                 self.revision = row.revision
             yield
+            leads = database.holder == self.name and database.epoch == self.epoch
+            if not leads and self.simulation.keeps(Rule.NOTED_BY_WHO_LEADS):
+                self.loaded = False
+                raise Overtaken
             database.published = max(database.published, self.revision)
 
     def _write(self, row: Document) -> None:
@@ -789,8 +805,13 @@ class SyncSimulation:
         if any(sidecar.disk.floor > self.database.version for sidecar in self.sidecars):
             self._begin_generation()  # an operator sees who does not confirm
         began = self.now
+        ends = began + HEAL_S + LEASE_S
         while not self._settled(began):
-            if self.now > began + HEAL_S + LEASE_S:
+            if self.now > ends and self.restored:
+                # One of them acted on what the backup, and Redis, do not know: an operator sees who does not confirm.
+                self._begin_generation()
+                ends = self.now + HEAL_S
+            elif self.now > ends:
                 states = {one.name: one.following.state.version for one in self.sidecars}
                 self._fail(f"not everybody reached {self.database.version}: {states}")
             self.now += 0.05
@@ -1014,7 +1035,9 @@ class SyncSimulation:
             self.complete_since = self.now
 
     def take_heartbeats(self, server: Server) -> None:
-        """What a look brings."""
+        """What a look brings: at the server that everybody is to use."""
+        if server is not self.server:
+            return
         self.looked = self.now
         for name, heartbeat in server.heartbeats.items():
             old = self.registry.get(name)

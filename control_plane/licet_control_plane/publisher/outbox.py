@@ -9,19 +9,25 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Final
 
+from sqlalchemy import Connection
+
 from licet.domain.catalog import Catalog
 from licet.wire.documents import BUNDLE, LICENSE, digest_of
 from licet.wire.signing import VerificationError, read_own
 from licet_control_plane.core.publishing import COPYING, Write, contiguous
 from licet_control_plane.publisher.documents import RedisDocuments
 from licet_control_plane.publisher.quotas import SLICE, Quotas, changed_plans, limits_under
-from licet_control_plane.store import bundles, licenses, revisions
+from licet_control_plane.store import bundles, licenses, meta, publisher_lease, revisions
 from licet_control_plane.store.bundles import Bundle
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.revisions import Revision
 
 BATCH_MAX: Final = 200
 """Revisions copied before they are noted as published: one transaction for all of them."""
+
+
+class Overtaken(Exception):
+    """Another publisher took over while this one was paused: what it knows of Redis is of the past."""
 
 
 class OutboxCopier:
@@ -84,14 +90,18 @@ class OutboxCopier:
         if not digest or (revision, digest) == self._last:
             return True
         known = await self._database.read(revisions.get, revision)
-        if known is not None and known.generation == generation:
-            if await self._database.read(revisions.digest, revision) != digest:
-                return False
+        own = await self._database.read(revisions.digest, revision)
+        if known is not None and known.generation == generation and own != digest:
+            return False
         self._last = (revision, digest)
         return True
 
-    async def copy(self, deployment: str, *, now_us: int) -> list[str]:
-        """Copy what is in the outbox. Returns tenants whose mark was found lost: begin them, and call again."""
+    async def copy(self, deployment: str, *, holder: str, epoch: int, now_us: int) -> list[str]:
+        """Copy what is in the outbox. Returns tenants whose mark was found lost: begin them, and call again.
+
+        Raises:
+            Overtaken: ``holder`` does not lead any more, or what Redis holds was lost since ``epoch``.
+        """
         while rows := await self._database.read(revisions.outbox, after=self.revision, limit=BATCH_MAX):
             rows = rows[: contiguous([row.revision for row in rows], after=self.revision)]
             if not rows:
@@ -105,7 +115,8 @@ class OutboxCopier:
                 elif lost := await self._copy_licenses(deployment, part):
                     return lost
                 self.revision = part[-1].revision
-            await self._database.write(revisions.mark_published, up_to=self.revision, now_us=now_us)
+            if not await self._database.write(_note, holder, epoch, up_to=self.revision, now_us=now_us):
+                raise Overtaken
         return []
 
     async def republish(self, deployment: str) -> None:
@@ -178,3 +189,11 @@ class OutboxCopier:
         found = await self._database.read(licenses.of_tenants, list(revision_of))
         limits = {tenant: limits_under(stored.license, self.catalog) for tenant, stored in found.items()}
         return await self._quotas.publish(limits, revision_of) if limits else []
+
+
+def _note(connection: Connection, holder: str, epoch: int, *, up_to: int, now_us: int) -> bool:
+    """Note what was published, if it was by who leads, and nothing was lost since."""
+    if not publisher_lease.leads(connection, holder) or meta.read(connection).epoch != epoch:
+        return False
+    revisions.mark_published(connection, up_to=up_to, now_us=now_us)
+    return True

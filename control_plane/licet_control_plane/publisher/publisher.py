@@ -36,7 +36,7 @@ from licet_control_plane.publisher import generation
 from licet_control_plane.publisher.asks import AsksReader
 from licet_control_plane.publisher.documents import ChangeRefused, Look, RedisDocuments
 from licet_control_plane.publisher.fleet import Fleet
-from licet_control_plane.publisher.outbox import OutboxCopier
+from licet_control_plane.publisher.outbox import OutboxCopier, Overtaken
 from licet_control_plane.publisher.quotas import SLICE, InForce, Quotas
 from licet_control_plane.publisher.reclaim import Reclaimer
 from licet_control_plane.publisher.sweep import Sweeper
@@ -117,6 +117,7 @@ class Publisher:
         self._location = location
         self._holder = holder
         self._renewed_s = -math.inf
+        self._loaded = False
         self._new_generation = new_generation
         self._wake = wake
         self._now_s = now_s
@@ -139,16 +140,14 @@ class Publisher:
     async def run(self) -> None:
         """Publish until cancelled, through everything that passes by itself; end when it must stop."""
         failures = 0
-        loaded = False
         while True:
             try:
                 if not await self._leads():
-                    loaded = False
                     await self._stand_by()
                     continue
-                if not loaded:
+                if not self._loaded:
                     await self._load()
-                    loaded = True
+                    self._loaded = True
                 await self._step()
                 failures = 0
                 await self._wait(HEAD_S - (_clock_s() - self._looked_s))
@@ -156,6 +155,9 @@ class Publisher:
             except (RedisUnavailable, RedisRefused, DatabaseUnavailable) as error:
                 failures += 1
                 self._waits(error)
+            except Overtaken:
+                log.warning("another control plane took over while this one was paused")
+                self._loaded, self._renewed_s = False, -math.inf
             except (PublishingStopped, ChangeRefused) as error:
                 self._stops(error)
                 return
@@ -172,6 +174,8 @@ class Publisher:
         asked_s = _clock_s()
         if asked_s - self._renewed_s < publisher_lease.LEASE_S / 3:
             return True
+        if asked_s - self._renewed_s >= publisher_lease.LEASE_S:
+            self._loaded = False  # somebody else may have led meanwhile
         now_us = int(self._now_s() * 1_000_000)
         if await self._database.write(publisher_lease.take, self._holder, now_us=now_us) != self._holder:
             return False
@@ -182,6 +186,7 @@ class Publisher:
     async def _stand_by(self) -> None:
         """Know what the other one knows, for whoever asks this one."""
         self._asks.wanted.clear()
+        self._loaded = False
         self._renewed_s = self._looked_s = -math.inf
         await self._load()
         if self.status.state != "standby":
@@ -298,7 +303,7 @@ class Publisher:
                 case Restore.SENTINEL:
                     await self._documents.set_sentinel(self._meta.deployment, self._quotas.epoch)
                 case Restore.RUN_NOTED:
-                    await self._database.write(meta.set_redis_run, found.run_id)
+                    await self._database.write(publisher_lease.note_run, self._holder, found.run_id)
         self._meta = await self._database.read(meta.read)
 
     async def _copy_outbox(self) -> None:
@@ -307,7 +312,9 @@ class Publisher:
             # Until nothing more is found: what a head says holds for the moment before that last look.
             copied = self._copier.revision
             self._read_us = now_us = int(self._now_s() * 1_000_000)
-            while lost := await self._copier.copy(self._meta.deployment, now_us=now_us):
+            while lost := await self._copier.copy(
+                self._meta.deployment, holder=self._holder, epoch=self._quotas.epoch, now_us=now_us
+            ):
                 # A mark is missing. Was it the only thing? If all is lost, that is for the look to find and restore.
                 self._looked_s = -math.inf
                 await self._look()

@@ -322,8 +322,11 @@ class Following:
             return
         yield from self._take(touched, self.state.generation, self.state.run)
 
-    def _take_note(self, touched: Changes, changes: Iterable[Change]) -> bool:
-        """Adds entries to what was touched. ``False`` when they do not follow on it."""
+    def _take_note(self, touched: Changes, changes: Iterable[Change], read: Collection[str] = ()) -> bool:
+        """Adds entries to what was touched. ``False`` when they do not follow on it.
+
+        ``read``: tenants whose license was read and is not in force yet; a load may have evicted the one that was.
+        """
         changes = list(changes)
         if not self.state.follow(touched.cursor, [change.revision for change in changes]):
             return False
@@ -333,7 +336,7 @@ class Following:
                 touched.bundle = change.revision
             elif change.kind == documents.LICENSE:
                 self._tenant_changed(change.key)
-                if change.key in self.engine.tenants:
+                if change.key in self.engine.tenants or change.key in read:
                     touched.tenants[change.key] = change.revision
             else:
                 return False
@@ -377,7 +380,7 @@ class Following:
                 raise Unchecked("everything is to be read again")
             self._must_be_from(found_run, run)
             more = Changes(touched.cursor)
-            if not self._take_note(more, changes):
+            if not self._take_note(more, changes, licenses):
                 raise Inconsistent("the change stream has a gap")
             touched.cursor, named_bundle, named = more.cursor, more.bundle, more.tenants
         else:
@@ -480,8 +483,7 @@ class Following:
             self.engine.install_bundle(bundle.rulebook)
         elif empty is not None:
             self.engine.install_bundle(empty)
-        for tenant in licenses:
-            self.engine.install_license(tenant)
+        self._install_licenses(licenses)
         self.state.reached(*version, run)
         self.engine.generation, self.engine.revision = version
         self.snapshot_due = True
