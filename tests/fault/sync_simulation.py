@@ -36,7 +36,7 @@ STALENESS_S: Final = 300.0
 LEASE_S: Final = 15.0
 STEPS: Final = 400
 HEAL_S: Final = 30.0
-TRACE_KEPT: Final = 900
+TRACE_KEPT: Final = 60
 
 
 class Violation(AssertionError):

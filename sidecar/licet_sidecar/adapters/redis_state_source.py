@@ -11,7 +11,6 @@ from licet.wire.names import RedisNames
 from licet.wire.registers import RUN_SECTIONS, Pair
 from licet_sidecar.adapters.redis_link import decoded, run_id_in, translated
 from licet_sidecar.core.sync import Change
-from licet_sidecar.ports import LinkDown
 
 CHANGES_PER_READ_MAX: Final = 1_000
 KEYS_PER_READ_MAX: Final = 256
@@ -81,11 +80,9 @@ class RedisStateSource:
             entries = [entry for part in entries for entry in part]  # RESP3 nests the entries once more
         changes = []
         for entry_id, fields in entries:
-            try:
-                revision = int(decoded(entry_id).partition("-")[0])
-                changes.append(Change(revision, fields[b"kind"].decode(), fields[b"key"].decode()))
-            except (KeyError, ValueError) as error:
-                raise LinkDown(f"entry {decoded(entry_id)} of the change stream is not one of ours") from error
+            revision = int(decoded(entry_id).partition("-")[0])
+            kind, key = (fields.get(name, b"").decode(errors="replace") for name in (b"kind", b"key"))
+            changes.append(Change(revision, kind, key))
         return changes
 
     async def _get_many(self, keys: Sequence[str]) -> tuple[list[bytes | None], str]:

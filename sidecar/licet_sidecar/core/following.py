@@ -35,6 +35,8 @@ from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.sync import Change, Changes, HeadVerdict, SyncState
 
 CATCH_UP_READS_MAX: Final = 50
+RESYNC: Final = "resync"
+"""Kind of an entry that names no document: entries were lost, and whoever was behind them reads everything again."""
 ABSENCE_READS_MAX: Final = 3
 """How often a license is read that is missing while its limits are there: those are written first."""
 MALFORMED: Final = (ValueError, KeyError, TypeError)
@@ -338,8 +340,10 @@ class Following:
                 self._tenant_changed(change.key)
                 if change.key in self.engine.tenants or change.key in read:
                     touched.tenants[change.key] = change.revision
-            else:
+            elif change.kind == RESYNC:
                 return False
+            else:
+                raise Inconsistent(f"entry {change.revision} of the change stream is not one of ours")
         return True
 
     def _tenant_changed(self, tenant: str) -> None:
