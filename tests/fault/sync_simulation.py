@@ -770,7 +770,7 @@ class SyncSimulation:
             self.registry.values(),
             generation=row.generation,
             revision=row.revision,
-            published=True,
+            published=row.revision <= self.database.published,
             staleness_s_max=STALENESS_S,
             looked_s=self.looked,
             complete_since_s=self.complete_since,
