@@ -27,12 +27,21 @@ log = structlog.get_logger(__name__)
 class Problem(Exception):
     """A request that is not done. ``detail`` says what was wrong, ``fix`` what to do."""
 
-    def __init__(self, status: int, detail: str, fix: str, *, errors: list[dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        fix: str,
+        *,
+        errors: list[dict[str, Any]] | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
         self.fix = fix
         self.errors = errors
+        self.retry_after_s = retry_after_s
 
 
 def response(
@@ -56,7 +65,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Problem)
     async def _problem(_request: Request, error: Problem) -> JSONResponse:
-        headers = {"WWW-Authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else None
+        headers = {"WWW-Authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else {}
+        if error.retry_after_s is not None:
+            headers["Retry-After"] = str(error.retry_after_s)
         return response(error.status, error.detail, error.fix, errors=error.errors, headers=headers)
 
     @app.exception_handler(ChangeInvalid)

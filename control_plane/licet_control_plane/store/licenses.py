@@ -48,10 +48,12 @@ def save(connection: Connection, license_: License, *, revision: int, now_us: in
 
 
 def page(
-    connection: Connection, *, plan: str = "", status: str = "", after: str = "", limit: int = 100
+    connection: Connection, *, tenant: str = "", plan: str = "", status: str = "", after: str = "", limit: int = 100
 ) -> list[StoredLicense]:
-    """Licenses by tenant, after ``after``."""
+    """Licenses by tenant, after ``after``; ``tenant``: of this one only."""
     query = select(licenses).where(licenses.c.tenant > after).order_by(licenses.c.tenant).limit(limit)
+    if tenant:
+        query = query.where(licenses.c.tenant == tenant)
     if plan:
         query = query.where(licenses.c.plan == plan)
     if status:

@@ -14,9 +14,9 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from licet.domain.catalog import Catalog, license_from_wire
+from licet.domain.catalog import license_from_wire
 from licet.wire import documents, envelope
-from licet.wire.documents import Head, Manifest, catalog_of_chunks
+from licet.wire.documents import Head, Manifest
 from licet.wire.documents import Snapshot as RouteSnapshot
 from licet.wire.signing import Statement, Verifier
 from licet_sidecar.adapters.state_directory import StateDirectory, StateDirectoryError
@@ -30,7 +30,9 @@ from licet_sidecar.core.sync import Change, HeadVerdict, SyncState
 from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown, LinkRefused, PulseReport, SecondRoute, StateSource
 from licet_sidecar.services.link import LinkState
+from licet_sidecar.services.slices import in_slices
 from licet_sidecar.services.tally import Tally
+from licet_sidecar.services.unpacking import Unpacking
 
 BLOCK_MS: Final = 5_000
 RETRY_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -81,6 +83,7 @@ class SyncService:
         self._generation = 0
         self._head_told: Head | None = None
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._unpacking = Unpacking()
         self._advanced = asyncio.Condition()
         self._resync_wanted = asyncio.Event()
         self._head_written: bytes | None = None
@@ -349,7 +352,11 @@ class SyncService:
             if chunk is None:
                 raise Inconsistent(f"chunk {digest[:12]}… of the bundle is missing in Redis")
             chunks[digest] = chunk
-        return self._verified_bundle(document, chunks), run_id
+        await self._unpacking.unpack(Manifest.from_payload(statement.payload).chunks, chunks)
+        bundle = self._verified_bundle(document, chunks)
+        # What checks ask for is compiled before the bundle is in force, so that none of them waits for all of it.
+        await in_slices(bundle.rulebook.warmed(self._engine.rulebook))
+        return bundle, run_id
 
     async def _read_licenses(self, tenants: tuple[str, ...]) -> tuple[dict[str, Tenant | None], str]:
         read, run_id = await self._source.read_licenses(tenants)
@@ -410,7 +417,7 @@ class SyncService:
             return held
         statement = self._verified(document, documents.BUNDLE, documents.BUNDLE_KEY)
         manifest = Manifest.from_payload(statement.payload)
-        catalog: Catalog = catalog_of_chunks((chunks[digest] for digest in manifest.chunks), manifest.chunks)
+        catalog = self._unpacking.catalog(manifest.chunks, chunks)
         rulebook = Rulebook(
             catalog,
             generation=statement.generation,
