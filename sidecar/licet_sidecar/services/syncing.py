@@ -428,7 +428,7 @@ class SyncService:
         version = {"generation": statement.generation, "revision": statement.revision}
         if held is not None and manifest.has_content_of(Manifest.from_payload(held.statement.payload)):
             rulebook = held.rulebook.with_overrides(manifest.overrides, **version)
-            return Bundle(statement, document, held.chunks, rulebook)
+            return _Bundle(statement, document, held.chunks, rulebook)
         catalog = self._unpacking.catalog(manifest.chunks, chunks)
         rulebook = Rulebook(
             catalog, **version, observe=manifest.observe, salt=manifest.salt, overrides=manifest.overrides
