@@ -205,7 +205,8 @@ class PostgresProcess:
         with contextlib.suppress(BrokenPipeError):
             shell.stdin.write(b"keep\n")
             shell.stdin.flush()
-        shell.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            shell.stdin.close()
         shell.kill()
         shell.wait()
 
