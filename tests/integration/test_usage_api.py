@@ -346,6 +346,8 @@ async def test_an_event_is_shown_with_everything_it_says(served: Served) -> None
         "shadow": [],
         "about": "r",
         "expires_at": None,
+        "access_request_id": "",
+        "justification": "",
     }
 
 
