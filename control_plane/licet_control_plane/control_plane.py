@@ -132,7 +132,7 @@ class ControlPlane:
             wake=wake,
             now_s=now_s,
         )
-        changes = Changes(database, key, wake=wake, now_s=now_s)
+        changes = Changes(database, keys, wake=wake, now_s=now_s)
         access_desk = AccessDesk(database, changes, wake=wake, now_s=now_s)
         counts = DrainCounts()
         # Shared: all of them write in the database's one writing thread.
