@@ -15,12 +15,14 @@ import structlog
 from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.signing import SigningKey
 from licet_control_plane.archive.follower import Archive
+from licet_control_plane.catalogs import Catalogs
 from licet_control_plane.changes import Changes
 from licet_control_plane.checkpointer import Checkpointer
 from licet_control_plane.config import ServerConfig
 from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.drain.months import MonthKeeper
 from licet_control_plane.drain.worker import DrainCounts, ShardWorker
+from licet_control_plane.license_keeper import LicenseKeeper
 from licet_control_plane.publisher.asks import AsksReader
 from licet_control_plane.publisher.documents import RedisDocuments
 from licet_control_plane.publisher.fleet import Fleet
@@ -53,6 +55,8 @@ class ControlPlane:
     key: SigningKey
     redis: Redis
     changes: Changes
+    license_keeper: LicenseKeeper
+    catalogs: Catalogs
     publisher: Publisher
     quotas: Quotas
     fleet: Fleet
@@ -130,6 +134,7 @@ class ControlPlane:
             )
             for shard in range(USAGE_SHARDS)
         ]
+        changes = Changes(database, key, wake=wake, now_s=now_s)
         plane = cls(
             config=config,
             deployment=deployment,
@@ -137,7 +142,9 @@ class ControlPlane:
             ledger_key=ledger_key,
             key=key,
             redis=redis,
-            changes=Changes(database, key, wake=wake, now_s=now_s),
+            changes=changes,
+            license_keeper=LicenseKeeper(database, changes, now_s=now_s),
+            catalogs=Catalogs(database),
             publisher=publisher,
             quotas=quotas,
             fleet=fleet,
@@ -174,6 +181,7 @@ class ControlPlane:
             asyncio.create_task(_supervised("publisher", self.publisher.run)),
             asyncio.create_task(_supervised("asks", self.asks.run)),
             asyncio.create_task(_supervised("months", self.months.run)),
+            asyncio.create_task(_supervised("licenses", self.license_keeper.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
             asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
             *self._sending(),
@@ -242,6 +250,7 @@ class ControlPlane:
         metrics.gauge("licet_dead_letters", "Batches set aside and not settled.", lambda: drain.dead_letters.letters)
         metrics.gauge("licet_dead_letters_held", "Batches that found no room.", lambda: sum(drain.held.values()))
         metrics.gauge("licet_ledger_conflicts_kept", "Conflicts in the ledger.", lambda: drain.conflicts_kept)
+        metrics.counter("licet_license_renewals", "Terms renewed by themselves.", lambda: self.license_keeper.renewals)
         if self.sender is not None:
             sent = self.sender.counts
             metrics.counter("licet_events_sent", "Usage events that the receiver took.", lambda: sent.events)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from importlib.metadata import version
+
 from fastapi import APIRouter, Depends, FastAPI
 
 from licet_control_plane.api import (
@@ -12,8 +15,11 @@ from licet_control_plane.api import (
     invoices,
     kept_aside,
     ledger,
+    license_moves,
     licenses,
     months,
+    openapi,
+    plans,
     problems,
     proof,
     quotas,
@@ -23,21 +29,39 @@ from licet_control_plane.api import (
     usage,
 )
 from licet_control_plane.api.auth import authenticate
+from licet_control_plane.api.conditional import ConditionalGet
+from licet_control_plane.api.idempotency import Idempotency
 from licet_control_plane.api.limits import BodyLimit
+from licet_control_plane.api.rate import RateLimit
 from licet_control_plane.control_plane import ControlPlane
 
 
 def make_app(plane: ControlPlane) -> FastAPI:
     """The API over a control plane. Starts and ends nothing."""
-    app = FastAPI(title="Licet control plane", openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Licet control plane",
+        version=version("licet"),
+        openapi_url="/v1/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=openapi.operation_id,
+    )
     app.state.plane = plane
+    # The last one that is added is the first that a request meets.
+    app.add_middleware(ConditionalGet)
+    app.add_middleware(Idempotency, plane=plane)
     app.add_middleware(BodyLimit)
+    if plane.config.api_rate:
+        app.add_middleware(RateLimit, per_s=plane.config.api_rate, now_s=time.monotonic)
     problems.install(app)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
     for part in (
         bundles,
         bundle_history,
         licenses,
+        license_moves,
+        plans,
         grants,
         ledger,
         decisions,
@@ -50,8 +74,9 @@ def make_app(plane: ControlPlane) -> FastAPI:
         quotas,
         status,
     ):
-        v1.include_router(part.router)
+        v1.include_router(part.router, tags=[part.__name__.rpartition(".")[2].replace("_", "-")])
     app.include_router(v1)
-    app.include_router(second_route.router)
-    app.include_router(status.open_router)
+    app.include_router(second_route.router, tags=["second-route"])
+    app.include_router(status.open_router, tags=["probes"])
+    openapi.describe(app)
     return app

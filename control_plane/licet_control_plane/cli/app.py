@@ -14,6 +14,7 @@ from licet_control_plane.cli import (
     grants,
     kept_aside,
     ledger,
+    license_moves,
     licenses,
     months,
     policies,
@@ -99,7 +100,13 @@ _license = _group("license", "What each tenant holds.")
 _license.command("create", epilog=EXIT_CODES_HELP)(licenses.create)
 _license.command("get", epilog=EXIT_CODES_HELP)(licenses.get)
 _license.command("list", epilog=EXIT_CODES_HELP)(licenses.list_)
+_license.command("put", epilog=EXIT_CODES_HELP)(licenses.put)
 _license.command("update", epilog=EXIT_CODES_HELP)(licenses.update)
+_license.command("suspend", epilog=EXIT_CODES_HELP)(license_moves.suspend)
+_license.command("resume", epilog=EXIT_CODES_HELP)(license_moves.resume)
+_license.command("cancel", epilog=EXIT_CODES_HELP)(license_moves.cancel)
+_license.command("renew", epilog=EXIT_CODES_HELP)(license_moves.renew)
+_license.command("change-plan", epilog=EXIT_CODES_HELP)(license_moves.change_plan)
 
 _grant = _group("grant", "Top-ups of one limit of a license, for a time.")
 _grant.command("add", epilog=EXIT_CODES_HELP)(grants.add)

@@ -51,6 +51,10 @@ def server(
             "--checkpoint-every", help="How often the ledger's heads are signed, if they moved. [default: 60s]"
         ),
     ] = None,
+    api_rate: Annotated[
+        str | None,
+        typer.Option("--api-rate", help="Requests a second that one API key may make, or 'off'. [default: 200]"),
+    ] = None,
     archive_dir: Annotated[
         Path | None,
         typer.Option(
@@ -101,6 +105,7 @@ def server(
             staleness_max=staleness_max,
             reclaim_after=reclaim_after,
             checkpoint_every=checkpoint_every,
+            api_rate=api_rate,
             archive_dir=archive_dir,
             events_url=events_url,
             events_secret_file=events_secret_file,

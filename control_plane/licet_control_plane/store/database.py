@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -51,6 +53,19 @@ IDLE_IN_TRANSACTION_S_MAX: Final = 60
 MIGRATION_LOCK: Final = 0x6C69636574
 """Advisory lock ("licet") of the one control plane that migrates."""
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
+
+
+_ALSO: ContextVar[Callable[[Connection], None] | None] = ContextVar("also", default=None)
+
+
+@contextmanager
+def with_each_commit(also: Callable[[Connection], None]) -> Iterator[None]:
+    """Within it, each ``Database.write`` of this task does ``also`` in its own transaction, after its work."""
+    token = _ALSO.set(also)
+    try:
+        yield
+    finally:
+        _ALSO.reset(token)
 
 
 class DatabaseUnavailable(Exception):
@@ -101,9 +116,15 @@ class Database:
             DatabaseUnavailable: the database failed; nothing was changed.
             SQLAlchemyError: the data does not fit the tables; trying again will not help. Nothing was changed.
         """
-        return await asyncio.get_running_loop().run_in_executor(
-            self._writer, partial(self.write_now, work, *args, **kwargs)
-        )
+        also = _ALSO.get()
+
+        def all_of_it(connection: Connection) -> T:
+            result = work(connection, *args, **kwargs)
+            if also is not None:
+                also(connection)
+            return result
+
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._transact, True, all_of_it)
 
     async def read(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of ``work``, which sees one committed state and changes nothing.

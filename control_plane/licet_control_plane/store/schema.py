@@ -18,6 +18,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
     text,
 )
 
@@ -118,6 +119,26 @@ licenses: Final = Table(
     Column("grants", Text, nullable=False, server_default="[]"),  # JSON, as on the wire
     Column("revision", BigInteger, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
+    Column("grace_s", BigInteger, nullable=False, server_default="0"),
+    Column("cancels", Boolean, nullable=False, server_default=false()),
+    Column("renewal", Text, nullable=False, server_default=""),  # JSON, as on the wire; empty for none
+    Column("planned_plan", String(128), nullable=False, server_default=""),
+    Column("planned_s", BigInteger, nullable=False, server_default="0"),
+    Column("due_s", BigInteger, index=True),  # when something is to be done with it by itself; null for nothing
+)
+
+idempotency_keys: Final = Table(
+    # Requests that were sent with an Idempotency-Key, and their answers: see ``store/idempotency.py``.
+    "idempotency_keys",
+    metadata,
+    Column("caller", String(64), primary_key=True),  # SHA-256 of the credential, hex
+    Column("key", String(255), primary_key=True),
+    Column("request", String(64), nullable=False),  # SHA-256 of method, address and body, hex
+    Column("at", BigInteger, nullable=False, index=True),
+    Column("committed", Boolean, nullable=False),  # its change is in the database
+    Column("status", Integer),  # null until it was answered
+    Column("headers", Text),  # JSON
+    Column("body", LargeBinary),
 )
 
 marks: Final = Table(
