@@ -23,14 +23,17 @@ from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest, chunk_ca
 from licet.wire.signing import SigningKey, Statement
 from licet_control_plane.core.bundle_changes import document_changes
 from licet_control_plane.core.grants import GrantAsked, amount_of, grant_of, is_same, kept
-from licet_control_plane.core.lifecycle import Move, check_move, with_fields
+from licet_control_plane.core.lifecycle import NO_NOTICES, Move, check_move, next_due, with_fields
 from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.core.suggestion import did_you_mean
-from licet_control_plane.store import access, bundles, licenses, meta, revisions
+from licet_control_plane.core.webhook_events import change_type, license_data
+from licet_control_plane.store import access, bundles, licenses, meta, revisions, webhooks
 from licet_control_plane.store.bundles import Bundle
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.licenses import StoredLicense
 
+EXPIRING_NOTICE_S: Final = 14 * 86_400
+"""Two weeks: long enough to renew a contract."""
 ADDONS_MAX: Final = 100
 OVERRIDES_MAX: Final = 1_000
 
@@ -78,7 +81,17 @@ class Pushed:
 class Changes:
     """Makes changes; ``wake`` is set after each, so that the publisher looks at once."""
 
-    def __init__(self, database: Database, key: SigningKey, *, wake: asyncio.Event, now_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        key: SigningKey,
+        *,
+        wake: asyncio.Event,
+        now_s: Callable[[], float],
+        notice_s: int = EXPIRING_NOTICE_S,
+    ) -> None:
+        """``notice_s``: how long before its end the end of a term is announced."""
+        self.notice_s = notice_s
         self._database = database
         self._key = key
         self._wake = wake
@@ -400,7 +413,13 @@ class Changes:
         revision = revisions.append(
             connection, kind=LICENSE, key=license_.tenant, payload=wire, sign=self._key.sign, now_us=now_us, by=by
         )
-        licenses.save(connection, license_, revision=revision, now_us=now_us, new=old is None)
+        notices = old.notices if old else NO_NOTICES
+        due = next_due(license_, notices, notice_s=self.notice_s)
+        licenses.save(
+            connection, license_, revision=revision, now_us=now_us, new=old is None, due_s=due[0] if due else None
+        )
+        type_ = change_type(old.license if old else None, license_, action)
+        webhooks.announce(connection, type_, license_.tenant, license_data(license_, revision=revision), now_us=now_us)
         access.record(
             connection,
             by=by,
@@ -410,7 +429,7 @@ class Changes:
             after=wire,
             now_us=now_us,
         )
-        return StoredLicense(license_, revision, now_us)
+        return StoredLicense(license_, revision, now_us, notices)
 
     def _checked(self, connection: Connection, license_: License, overrides: Mapping[str, int | str] | None) -> License:
         """The license, with ``overrides`` if there are new ones.

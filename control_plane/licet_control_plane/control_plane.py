@@ -32,8 +32,10 @@ from licet_control_plane.publisher.quotas import Quotas
 from licet_control_plane.publisher.reclaim import Reclaimer
 from licet_control_plane.publisher.registers import RedisRegisters
 from licet_control_plane.publisher.sweep import Sweeper
+from licet_control_plane.quota_watcher import QuotaWatcher
 from licet_control_plane.redis_link import Redis, connect, location
 from licet_control_plane.sink.sender import EventSender
+from licet_control_plane.sink.webhook_sender import WebhookSender
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.subjects import SubjectKeys
 from licet_control_plane.telemetry import Metrics
@@ -57,6 +59,9 @@ class ControlPlane:
     changes: Changes
     license_keeper: LicenseKeeper
     catalogs: Catalogs
+    webhook_sender: WebhookSender
+    webhook_wake: asyncio.Event
+    quota_watcher: QuotaWatcher
     publisher: Publisher
     quotas: Quotas
     fleet: Fleet
@@ -134,7 +139,9 @@ class ControlPlane:
             )
             for shard in range(USAGE_SHARDS)
         ]
-        changes = Changes(database, key, wake=wake, now_s=now_s)
+        webhook_wake = asyncio.Event()
+        catalogs = Catalogs(database)
+        changes = Changes(database, key, wake=wake, now_s=now_s, notice_s=config.expiring_notice_s)
         plane = cls(
             config=config,
             deployment=deployment,
@@ -144,7 +151,17 @@ class ControlPlane:
             redis=redis,
             changes=changes,
             license_keeper=LicenseKeeper(database, changes, now_s=now_s),
-            catalogs=Catalogs(database),
+            catalogs=catalogs,
+            webhook_sender=WebhookSender(
+                database,
+                deployment=deployment,
+                ledger_key=ledger_key,
+                private=config.webhooks_private,
+                now_s=now_s,
+                wake=webhook_wake,
+            ),
+            webhook_wake=webhook_wake,
+            quota_watcher=QuotaWatcher(database, catalogs, now_s=now_s),
             publisher=publisher,
             quotas=quotas,
             fleet=fleet,
@@ -182,6 +199,8 @@ class ControlPlane:
             asyncio.create_task(_supervised("asks", self.asks.run)),
             asyncio.create_task(_supervised("months", self.months.run)),
             asyncio.create_task(_supervised("licenses", self.license_keeper.run)),
+            asyncio.create_task(_supervised("webhooks", self.webhook_sender.run)),
+            asyncio.create_task(_supervised("quota thresholds", self.quota_watcher.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
             asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
             *self._sending(),
@@ -251,6 +270,10 @@ class ControlPlane:
         metrics.gauge("licet_dead_letters_held", "Batches that found no room.", lambda: sum(drain.held.values()))
         metrics.gauge("licet_ledger_conflicts_kept", "Conflicts in the ledger.", lambda: drain.conflicts_kept)
         metrics.counter("licet_license_renewals", "Terms renewed by themselves.", lambda: self.license_keeper.renewals)
+        hooks = self.webhook_sender.counts
+        metrics.counter("licet_webhook_deliveries", "Messages that webhooks took.", lambda: hooks.delivered)
+        metrics.counter("licet_webhook_failures", "Times they did not.", lambda: hooks.failures)
+        metrics.counter("licet_webhooks_disabled", "Webhooks given up.", lambda: hooks.disabled)
         if self.sender is not None:
             sent = self.sender.counts
             metrics.counter("licet_events_sent", "Usage events that the receiver took.", lambda: sent.events)

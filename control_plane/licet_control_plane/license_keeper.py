@@ -1,5 +1,5 @@
-"""Does what licenses want done by themselves when it is due: renews them, changes their plan, and cancels them at the
-end of their term.
+"""Does what licenses want done by themselves when it is due: renews them, changes their plan, cancels them at the end
+of their term, and says that a term ends or has ended.
 
 Any number of control planes may run it: each license is looked at again in the transaction that changes it, under the
 lock of all changes, so that whoever comes second finds nothing due. A term that ended while nobody ran is renewed as
@@ -21,8 +21,9 @@ from licet.domain.catalog import License
 from licet_control_plane.changes import Changes
 from licet_control_plane.core.lifecycle import Due, Move, moved, next_due, renewed_by_itself
 from licet_control_plane.core.refusal import ChangeInvalid
+from licet_control_plane.core.webhook_events import EXPIRED, EXPIRING, license_data
 from licet_control_plane.redis_link import backoff_s
-from licet_control_plane.store import licenses, meta
+from licet_control_plane.store import licenses, meta, webhooks
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 
 LOOK_S: Final = 1.0
@@ -83,9 +84,11 @@ class LicenseKeeper:
         stored = licenses.get(connection, tenant)
         if stored is None:
             return None
-        found = next_due(stored.license)
-        if found is None or found[0] > now_s:
-            return None  # somebody else did it meanwhile
+        notice_s = self._changes.notice_s
+        found = next_due(stored.license, stored.notices, notice_s=notice_s)
+        if found is None or found[0] > now_s:  # somebody else did it meanwhile, or nobody had worked it out yet
+            licenses.note(connection, tenant, stored.notices, due_s=found[0] if found else None)
+            return None
         due = found[1]
         alter = partial(self._changes.alter, connection, tenant, by=BY)
         match due:
@@ -103,6 +106,14 @@ class LicenseKeeper:
                 except ChangeInvalid as error:
                     log.error("a change of plan cannot be made", tenant=tenant, reason=str(error), fix=error.fix)
                     alter(lambda license_, _: replace(license_, planned=None), action="license.change_plan_failed")
+            case Due.SAY_EXPIRING | Due.SAY_EXPIRED:
+                expiring = due is Due.SAY_EXPIRING
+                field = "expiring_for_s" if expiring else "expired_for_s"
+                notices = stored.notices._replace(**{field: stored.license.ends_s})
+                following = next_due(stored.license, notices, notice_s=notice_s)
+                licenses.note(connection, tenant, notices, due_s=following[0] if following else None)
+                data = license_data(stored.license, revision=stored.revision)
+                webhooks.announce(connection, EXPIRING if expiring else EXPIRED, tenant, data, now_us=now_s * 1_000_000)
         return due
 
 

@@ -14,12 +14,14 @@ from licet.domain.catalog import License, LicenseStatus, PlannedPlan, Renewal, l
 from licet.domain.windows import Period
 from licet_control_plane.core.lifecycle import (
     MOVES,
+    NO_NOTICES,
     RENEW_AHEAD_S,
     SAME,
     Due,
     Move,
     MoveRefused,
     No,
+    Notices,
     Stage,
     check_move,
     moved,
@@ -39,6 +41,7 @@ def at(text: str) -> int:
 
 
 START, END, GRACE_S = at("2027-01-31"), at("2027-02-28"), 7 * 86_400
+NOTICE_S = 3 * 86_400
 TERM = License("acme", "pro", starts_s=START, ends_s=END, grace_s=GRACE_S)
 MONTHLY = with_renewal(TERM, Period.MONTH, auto=True)
 IN = {
@@ -49,6 +52,10 @@ IN = {
     Stage.SUSPENDED: (replace(TERM, status=LicenseStatus.SUSPENDED), END - 1),
     Stage.CANCELED: (replace(TERM, status=LicenseStatus.CANCELED), END - 1),
 }
+
+
+def _due(license_: License, notices: Notices = NO_NOTICES) -> tuple[int, Due] | None:
+    return next_due(license_, notices, notice_s=NOTICE_S)
 
 
 def test_the_table_answers_every_move_from_every_stage() -> None:
@@ -148,7 +155,8 @@ def test_a_canceled_license_changes_only_once_it_is_brought_back() -> None:
 def test_canceling_at_the_end_stops_renewals_and_grace_and_can_be_taken_back() -> None:
     ends = moved(MONTHLY, Move.CANCEL_AT_END, START)
     assert (ends.stops_s, stage_of(ends, END)) == (END, Stage.EXPIRED)
-    assert next_due(ends) == (END, Due.CANCEL)
+    assert _due(ends) == (END - NOTICE_S, Due.SAY_EXPIRING)
+    assert _due(ends, Notices(END)) == (END, Due.CANCEL)
     stays = moved(ends, Move.RESUME, START)
     assert stays.stops_s == END + GRACE_S
     with pytest.raises(ChangeInvalid, match="no end"):
@@ -161,11 +169,20 @@ def test_a_suspended_license_that_is_resumed_stays_canceled_at_its_end() -> None
 
 
 def test_what_is_due_comes_in_order_and_a_plan_before_a_renewal() -> None:
-    assert next_due(TERM) is None
-    assert next_due(MONTHLY) == (END - RENEW_AHEAD_S, Due.RENEW)
+    assert _due(License("acme", "pro")) is None
+    assert _due(MONTHLY) == (END - RENEW_AHEAD_S, Due.RENEW)
     same_time = replace(MONTHLY, planned=PlannedPlan("big", END - RENEW_AHEAD_S))
-    assert next_due(same_time) == (END - RENEW_AHEAD_S, Due.CHANGE_PLAN)
-    assert next_due(replace(MONTHLY, status=LicenseStatus.CANCELED)) is None
+    assert _due(same_time) == (END - RENEW_AHEAD_S, Due.CHANGE_PLAN)
+    assert _due(replace(MONTHLY, status=LicenseStatus.CANCELED)) is None
+
+
+def test_the_end_of_a_term_is_announced_and_said_once_and_again_for_another_end() -> None:
+    assert _due(TERM) == (END - NOTICE_S, Due.SAY_EXPIRING)
+    assert _due(TERM, Notices(END)) == (END + GRACE_S, Due.SAY_EXPIRED)
+    assert _due(TERM, Notices(END, END)) is None
+    assert _due(TERM, Notices(0, END)) is None
+    longer = replace(TERM, ends_s=END + 86_400)
+    assert _due(longer, Notices(END, END)) == (longer.ends_s - NOTICE_S, Due.SAY_EXPIRING)
 
 
 def test_what_renews_is_on_the_wire_and_a_plain_license_is_as_it_was() -> None:

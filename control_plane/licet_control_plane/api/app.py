@@ -27,6 +27,7 @@ from licet_control_plane.api import (
     status,
     subjects,
     usage,
+    webhooks,
 )
 from licet_control_plane.api.auth import authenticate
 from licet_control_plane.api.conditional import ConditionalGet
@@ -71,6 +72,7 @@ def make_app(plane: ControlPlane) -> FastAPI:
         subjects,
         usage,
         invoices,
+        webhooks,
         quotas,
         status,
     ):

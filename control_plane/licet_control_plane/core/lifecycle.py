@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from licet.domain.catalog import License, LicenseStatus, Renewal
 from licet.domain.windows import FOREVER_S, Anchor, Period, window_of
@@ -323,25 +323,44 @@ def with_renewal(license_: License, period: Period | None, *, auto: bool) -> Lic
     return replace(license_, renewal=Renewal(period, anchor_s, auto))
 
 
+class Notices(NamedTuple):
+    """The ends of term (seconds) that were announced ahead, and said to have passed; 0 for none."""
+
+    expiring_for_s: int = 0
+    expired_for_s: int = 0
+
+
+NO_NOTICES: Final = Notices()
+
+
 class Due(StrEnum):
     """What a license wants done by itself, in the order in which it is done when several are due."""
 
     CHANGE_PLAN = "change plan"
     RENEW = "renew"
     CANCEL = "cancel"
+    SAY_EXPIRING = "say that it expires"
+    SAY_EXPIRED = "say that it expired"
 
 
-def next_due(license_: License) -> tuple[int, Due] | None:
-    """What is due next and when, seconds since the Unix epoch; ``None`` for nothing."""
+def next_due(license_: License, notices: Notices, *, notice_s: int) -> tuple[int, Due] | None:
+    """What is due next and when, seconds since the Unix epoch; ``None`` for nothing. ``notice_s``: how long before the
+    end of a term that is not renewed by itself it is announced."""
     if license_.status is LicenseStatus.CANCELED:
         return None
     found: list[tuple[int, Due]] = []
     if license_.planned:
         found.append((license_.planned.at_s, Due.CHANGE_PLAN))
-    if license_.ends_s and license_.cancels:
-        found.append((license_.ends_s, Due.CANCEL))
-    elif license_.ends_s and license_.renewal and license_.renewal.auto:
-        found.append((license_.ends_s - RENEW_AHEAD_S, Due.RENEW))
+    if license_.ends_s:
+        renews = license_.renewal is not None and license_.renewal.auto
+        if license_.cancels:
+            found.append((license_.ends_s, Due.CANCEL))
+        elif renews:
+            found.append((license_.ends_s - RENEW_AHEAD_S, Due.RENEW))
+        elif notices.expired_for_s != license_.ends_s:
+            found.append((license_.stops_s, Due.SAY_EXPIRED))
+        if not renews and license_.ends_s not in notices:
+            found.append((license_.ends_s - notice_s, Due.SAY_EXPIRING))
     return min(found, key=_when, default=None)
 
 

@@ -18,17 +18,18 @@ from licet.domain.catalog import (
     renewal_from_wire,
     renewal_to_wire,
 )
-from licet_control_plane.core.lifecycle import next_due
+from licet_control_plane.core.lifecycle import NO_NOTICES, Notices
 from licet_control_plane.store.schema import licenses
 
 
 @dataclass(frozen=True, slots=True)
 class StoredLicense:
-    """A license, the revision that published it, and when it was changed (microseconds)."""
+    """A license, the revision that published it, when it was changed (microseconds), and what was said of its term."""
 
     license: License
     revision: int
     updated_at_us: int
+    notices: Notices = NO_NOTICES
 
 
 def get(connection: Connection, tenant: str) -> StoredLicense | None:
@@ -37,9 +38,10 @@ def get(connection: Connection, tenant: str) -> StoredLicense | None:
     return _stored(row) if row else None
 
 
-def save(connection: Connection, license_: License, *, revision: int, now_us: int, new: bool) -> None:
-    """Insert or replace a tenant's license."""
-    due = next_due(license_)
+def save(
+    connection: Connection, license_: License, *, revision: int, now_us: int, new: bool, due_s: int | None = None
+) -> None:
+    """Insert or replace a tenant's license. ``due_s``: when something is to be done with it by itself."""
     values = {
         "plan": license_.plan,
         "status": license_.status.value,
@@ -53,7 +55,7 @@ def save(connection: Connection, license_: License, *, revision: int, now_us: in
         "renewal": json.dumps(renewal_to_wire(license_.renewal)) if license_.renewal else "",
         "planned_plan": license_.planned.plan if license_.planned else "",
         "planned_s": license_.planned.at_s if license_.planned else 0,
-        "due_s": due[0] if due else None,
+        "due_s": due_s,
         "revision": revision,
         "updated_at": now_us,
     }
@@ -69,6 +71,12 @@ def due(connection: Connection, *, now_s: int, limit: int) -> list[str]:
         select(licenses.c.tenant).where(licenses.c.due_s <= now_s).order_by(licenses.c.due_s).limit(limit)
     )
     return [row.tenant for row in rows]
+
+
+def note(connection: Connection, tenant: str, notices: Notices, *, due_s: int | None) -> None:
+    """Remember what was said of a license's term, and when something is to be done with it next."""
+    values = {**notices._asdict(), "due_s": due_s}
+    connection.execute(update(licenses).where(licenses.c.tenant == tenant).values(**values))
 
 
 def page(
@@ -129,4 +137,5 @@ def _stored(row: Row[Any]) -> StoredLicense:
         renewal=renewal_from_wire(json.loads(row.renewal)) if row.renewal else None,
         planned=PlannedPlan(row.planned_plan, row.planned_s) if row.planned_plan else None,
     )
-    return StoredLicense(license_, row.revision, row.updated_at)
+    notices = Notices(row.expiring_for_s, row.expired_for_s)
+    return StoredLicense(license_, row.revision, row.updated_at, notices)
