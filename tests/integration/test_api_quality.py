@@ -187,3 +187,26 @@ async def test_plans_and_entitlements_are_shown_as_customers_read_them(api: Api)
     limit = has["features"][0]["limits"][0]
     assert (limit["limit"], limit["used"], limit["granted"], limit["remaining"]) == ("reports:monthly", 0, 5, 105)
     assert (await api.client.get("/v1/tenants/nobody/entitlements")).status_code == 404
+
+
+@pytest.fixture
+async def on_each_database(tmp_path: Path, valkey_process: ValkeyProcess, database_url: str) -> AsyncIterator[Api]:
+    async with deployment(tmp_path / "state", valkey_process.url, database_url=database_url) as running:
+        transport = httpx.ASGITransport(make_app(running.plane), raise_app_exceptions=False)
+        headers = {"Authorization": f"Bearer {running.admin_key}"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://licet", headers=headers) as client:
+            yield Api(running, client)
+
+
+async def test_a_value_that_no_column_can_hold_is_no_failure_of_the_server(on_each_database: Api) -> None:
+    client, beyond = on_each_database.client, 2**63
+    for method, path, body in (
+        ("GET", f"/v1/revisions/{beyond}/rollout", None),
+        ("DELETE", f"/v1/usage/dead-letters/{beyond}", None),
+        ("GET", "/v1/licenses/a%00b", None),
+        ("GET", "/v1/usage/events?tenant=%00", None),
+        ("PUT", "/v1/licenses/a%00b", {"plan": "pro"}),
+        ("POST", "/v1/webhooks", {"url": "https://example.com/", "tenant": "a\0"}),
+    ):
+        answer = await client.request(method, path, json=body)
+        assert answer.status_code in (201, 404, 422, 200), (path, answer.text)

@@ -52,7 +52,8 @@ class Idempotency:
         """Pass a request on, or answer for it."""
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
         key = headers.get(HEADER)
-        if key is None or scope["method"] != "POST" or not _is_change(scope["path"]):
+        credential = headers.get("authorization", "")
+        if key is None or not credential or scope["method"] != "POST" or not _is_change(scope["path"]):
             await self._app(scope, receive, send)
             return
         key = key.strip().strip('"')
@@ -64,7 +65,6 @@ class Idempotency:
         body = await _body(receive)
         if body is None:
             return
-        credential = headers.get("authorization", "")
         caller = hashlib.sha256(credential.encode()).hexdigest()
         target = f"{scope['path']}?{scope['query_string'].decode('latin-1')}"
         request = hashlib.sha256(target.encode() + b"\n" + body).hexdigest()

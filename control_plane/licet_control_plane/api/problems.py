@@ -10,6 +10,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
 from licet_control_plane.changes import GrantExists, GrantUnknown, LicenseExists, LicenseUnknown, RevisionMoved
@@ -161,6 +162,14 @@ def install(app: FastAPI) -> None:
         fix = "Look at the address and the method: /v1/openapi.json lists what there is."
         detail = f"{request.method} {request.url.path}: {error.detail}."
         return response(error.status_code, detail, fix, headers=error.headers)
+
+    @app.exception_handler(DataError)
+    @app.exception_handler(OverflowError)
+    async def _unstorable(_request: Request, error: Exception) -> JSONResponse:
+        # PostgreSQL takes no NUL in a text and no number beyond 64 bits, SQLite no such number: nobody has one.
+        log.info("a value fits no column", reason=type(error).__name__)
+        fix = "Send texts without NUL characters, and numbers below 2^63."
+        return response(422, "A value of the request is one that nothing can have.", fix)
 
     @app.exception_handler(Exception)
     async def _internal(_request: Request, error: Exception) -> JSONResponse:
