@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, select, update
 
+from licet_control_plane.store.database import upsert
 from licet_control_plane.store.schema import idempotency_keys
 
 KEPT_S: Final = 86_400
@@ -56,8 +57,9 @@ def begin(connection: Connection, caller: str, key: str, request: str, *, now_us
     if row is None:
         _make_room(connection, caller)
         values = {"caller": caller, "key": key, "request": request, "at": now_us, "committed": False}
-        connection.execute(insert(idempotency_keys).values(**values))
-        return Standing.NEW
+        # Another control plane may have begun it since the line above.
+        begun = connection.execute(upsert(connection, idempotency_keys).values(**values).on_conflict_do_nothing())
+        return Standing.NEW if begun.rowcount == 1 else Standing.RUNNING
     if row.request != request:
         return Standing.OTHER
     if row.status is not None:
