@@ -56,7 +56,8 @@ def decision(tenant: str, number: int, at_us: int, **changes: Any) -> dict[str, 
         "decision_id": f"{tenant}{number}", "kind": "CHECK", "at_us": at_us + number, "tenant": tenant,
         "subject": {"type": "", "id": f"s{number}", "on_behalf_of": ""}, "action": "report.export",
         "resource": {"type": "", "id": ""}, "context": {}, "units": {"reports": 1}, "effect": "APPROVED",
-        "reason": "OK", "rule": "", "revision": 7, "exposures": {}, "cost": {"amount_nanos": 1_000_000_000, "currency": "USD"},
+        "reason": "OK", "rule": "", "revision": 7, "exposures": {},
+        "cost": {"amount_nanos": 1_000_000_000, "currency": "USD"},
         "stale": False, "degraded": False, **changes,
     }  # fmt: skip
 
