@@ -19,11 +19,12 @@ UV_VERSION := 0.13.9
 INSTALLED := $(VENV)/.installed
 PROTOS    := $(sort $(wildcard proto/licet/v1/*.proto))
 SEEDS     ?= 1000
+CASES     ?= 100000
 # Most of a test's time is waiting for real processes, so a few more than there are cores.
 TEST_WORKERS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fmt proto proto-check bench bench-ledger lock sim clean
+.PHONY: help setup demo test check fmt proto proto-check bench bench-ledger lock sim differential clean
 
 help: ## show this list
 	@echo "Licet: make <target>"
@@ -95,6 +96,9 @@ bench-ledger: setup ## ask a ledger of 10 million events; takes some minutes and
 sim: setup ## run the seeded fault simulations longer (SEEDS=1000), or one history again (SEED=7)
 	@LICET_SIM_SEEDS=$(SEEDS) LICET_SIM_SEED=$(SEED) $(BIN)/python -m pytest -q --timeout 7200 tests/fault \
 		$(if $(SEED),-k 'seeds or overspent or approved or holders or billed',) $(ARGS)
+
+differential: setup ## compare more decisions with the slow evaluator that reads documents itself (CASES=100000)
+	@LICET_DIFFERENTIAL_CASES=$(CASES) $(BIN)/python -m pytest -q --timeout 7200 tests/unit/test_compiled_differential.py $(ARGS)
 
 # Universal: one file serves Python 3.11 to 3.14, Linux and macOS. The one pre-release that is let in is asked for by
 # name in pyproject.toml, as its project publishes nothing else.

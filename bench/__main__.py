@@ -17,12 +17,17 @@ ROUND_TRIPS_PER_S_MAX = 2.0
 DRAIN_US_MAX = 50.0
 YEAR_MS_MAX = 100.0
 DRAINED_PER_S_MIN = 20_000
+FLAT_RATIO_MAX = 1.2
+VALIDATE_S_MAX = 10.0
+TAKE_S_MAX = 2.0
+BLOCKED_MS_MAX = 5.0
+MOVED_KB_MAX = 64.0
 
 
 def main() -> None:
     """Measures, prints, and says which of the promised numbers were held; the exit status is always 0."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parts = ["service", "waits", "processes", "proof", "ledger", "drain"]
+    parts = ["service", "waits", "processes", "proof", "ledger", "drain", "scale"]
     parser.add_argument("part", nargs="?", choices=parts, help="only this part")
     parser.add_argument("--events", type=int, help="size of the ledger; 100,000 unless told otherwise")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -94,8 +99,32 @@ def main() -> None:
             )
         found["drain"] = {name: dataclasses.asdict(drained) for name, drained in runs.items()}
         print(f"  promised: at least {DRAINED_PER_S_MIN:,} events/s", file=out)
+    if arguments.part in (None, "scale"):
+        from bench import scale
+
+        print("\nSize: many rules, many tenants, a large bundle (takes a minute)", file=out)
+        sizes = scale.run()
+        _print_scale(sizes, out)
+        found["scale"] = dataclasses.asdict(sizes)
     if arguments.json:
         print(json.dumps(found))
+
+
+def _print_scale(sizes: Any, out: Any) -> None:
+    for what, costs in (("rules", sizes.by_rules), ("tenants", sizes.by_tenants)):
+        (fewer, low), (more, high) = costs.items()
+        print(f"  a decision under {fewer:,} {what:8} {low}", file=out)
+        print(f"  a decision under {more:,} {what:8} {high}", file=out)
+        print(f"  {high.best_us / low.best_us:.2f} times; promised: at most {FLAT_RATIO_MAX}", file=out)
+    print(f"  10,000 rules validated in {sizes.validate_s:.1f} s of CPU; promised: {VALIDATE_S_MAX:.0f}", file=out)
+    for name, took_s, blocked_ms in (
+        ("10,000 rules", sizes.take_s, sizes.blocked_ms),
+        ("one changed rule of them", sizes.changed_take_s, sizes.changed_blocked_ms),
+    ):
+        print(f"  {name} taken in {took_s:.2f} s of CPU, at most {blocked_ms:.1f} ms in one go", file=out)
+    print(f"  promised: {TAKE_S_MAX:.0f} s, and {BLOCKED_MS_MAX:.0f} ms", file=out)
+    moved = f"{sizes.changed_bytes / 1024:.0f} KB for each sidecar"
+    print(f"  a push that changes one rule moves {moved}; promised: less than {MOVED_KB_MAX:.0f}", file=out)
 
 
 def _yardstick(out: Any) -> float:

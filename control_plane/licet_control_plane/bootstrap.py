@@ -72,6 +72,7 @@ async def run_server(
                     deployment=deployment,
                     archive=archive,
                     now_s=time.time,
+                    keep_keys=state_dir.keep_keys,
                 )
                 plane.start()
                 port: int = listener.getsockname()[1]
@@ -86,7 +87,7 @@ async def run_server(
                 if on_listening is not None:
                     on_listening(port)
                 try:
-                    await serve(make_app(plane), listener, stop)
+                    await serve(make_app(plane), listener, stop, trusted_proxies=config.trusted_proxies)
                 finally:
                     await plane.stop()
                     log.info("control plane stopped")
@@ -135,7 +136,7 @@ def _prepare(config: ServerConfig, state_dir: StateDir) -> tuple[Database, Signi
 
 
 def _add_key(connection: Connection, role: str, key: str) -> None:
-    access.add_key(connection, name=role, role=role, key=key, now_us=time.time_ns() // 1_000)
+    access.create_key(connection, name=role, role=role, key=key, by="licet server", now_us=time.time_ns() // 1_000)
 
 
 def _open_archive(config: ServerConfig, database: Database, deployment: str) -> Archive | None:

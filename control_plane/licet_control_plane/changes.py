@@ -20,7 +20,7 @@ from licet.domain.entitlements import entitlements_of
 from licet.domain.ids import TENANT_PATTERN, UNITS_MAX
 from licet.wire import envelope
 from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest, chunk_catalog, digest_of
-from licet.wire.signing import SigningKey, Statement
+from licet.wire.signing import Signer, Statement
 from licet_control_plane.core.bundle_changes import document_changes
 from licet_control_plane.core.grants import GrantAsked, amount_of, grant_of, is_same, kept
 from licet_control_plane.core.lifecycle import NO_NOTICES, Move, check_move, next_due, with_fields
@@ -84,7 +84,7 @@ class Changes:
     def __init__(
         self,
         database: Database,
-        key: SigningKey,
+        key: Signer,
         *,
         wake: asyncio.Event,
         now_s: Callable[[], float],
@@ -428,6 +428,7 @@ class Changes:
             before=license_to_wire(old.license) if old else None,
             after=wire,
             now_us=now_us,
+            tenant=license_.tenant,
         )
         return StoredLicense(license_, revision, now_us, notices)
 

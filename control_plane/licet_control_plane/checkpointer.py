@@ -8,7 +8,7 @@ from typing import Final
 
 import structlog
 
-from licet.wire.signing import SigningKey, Verifier
+from licet.wire.signing import Signer, Verifier
 from licet_control_plane.redis_link import backoff_s
 from licet_control_plane.store import checkpoints
 from licet_control_plane.store.checkpoints import Checkpoint
@@ -20,10 +20,9 @@ log: Final = structlog.get_logger(__name__)
 class Checkpointer:
     """``run`` is the task; ``make`` does it now. ``number`` is that of the newest checkpoint, 0 before the first."""
 
-    def __init__(self, database: Database, key: SigningKey, *, every_s: float, now_s: Callable[[], float]) -> None:
+    def __init__(self, database: Database, key: Signer, *, every_s: float, now_s: Callable[[], float]) -> None:
         self._database = database
         self._key = key
-        self._verifier = Verifier([key.public_key])
         self._every_s = every_s
         self._now_s = now_s
         self.number = 0
@@ -49,9 +48,10 @@ class Checkpointer:
         Raises:
             DatabaseUnavailable: the database failed.
         """
+        signed_by = self._key.public_key
         document = await self._database.write(checkpoints.make, self._key, now_us=int(self._now_s() * 1_000_000))
         if document is None:
             return None
-        made = Checkpoint.of(document, self._verifier)
+        made = Checkpoint.of(document, Verifier([signed_by]))
         self.number = made.number
         return made

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Final, Self
 
+from licet_control_plane.core.access import ROLES_OF_PEOPLE, Role
+from licet_control_plane.core.claims import ClaimRules
 from licet_control_plane.core.cloud_events import secret_of
+from licet_control_plane.oidc import IssuerConfig, is_safe
 
 DEFAULT_LISTEN: Final = "127.0.0.1:7430"
 DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
@@ -34,6 +38,8 @@ class ServerConfig:
     ``events_url``: where usage events are posted to, signed with ``events_secret``; empty for nowhere.
     ``events_personal``: with what is personal in them.
     ``archive_dir``: where usage is archived before it is acknowledged; ``None`` for nowhere.
+    ``trusted_proxies``: whose ``X-Forwarded-For`` is believed, addresses and networks.
+    ``oidc``: whose tokens are admitted beside API keys; ``None`` for nobody's.
     ``new_generation`` is for one start after the database was restored from a backup that Redis is ahead of.
     """
 
@@ -55,6 +61,8 @@ class ServerConfig:
     events_url: str = ""
     events_secret: bytes = field(default=b"", repr=False)
     events_personal: bool = False
+    trusted_proxies: tuple[str, ...] = ()
+    oidc: IssuerConfig | None = None
 
     @classmethod
     def of(cls, environ: Mapping[str, str] = os.environ, **flags: Any) -> Self:
@@ -99,6 +107,16 @@ class ServerConfig:
             events_url=events_url,
             events_secret=events_secret,
             events_personal=str(value("events_personal", "LICET_EVENTS_PERSONAL", "")).lower() in ("1", "true", "yes"),
+            trusted_proxies=_networks(str(value("trusted_proxies", "LICET_TRUSTED_PROXIES", ""))),
+            oidc=_issuer(
+                issuer=str(value("oidc_issuer", "LICET_OIDC_ISSUER", "")),
+                audience=str(value("oidc_audience", "LICET_OIDC_AUDIENCE", "")),
+                roles=str(value("oidc_roles", "LICET_OIDC_ROLES", "")),
+                role_claim=str(value("oidc_role_claim", "LICET_OIDC_ROLE_CLAIM", "groups")),
+                tenant_claim=str(value("oidc_tenant_claim", "LICET_OIDC_TENANT_CLAIM", "")),
+                name_claim=str(value("oidc_name_claim", "LICET_OIDC_NAME_CLAIM", "sub")),
+                jwks_url=str(value("oidc_jwks_url", "LICET_OIDC_JWKS_URL", "")),
+            ),
             archive_dir=Path(archive) if (archive := str(value("archive_dir", "LICET_ARCHIVE_DIR", ""))) else None,
         )
 
@@ -106,6 +124,40 @@ class ServerConfig:
     def database(self) -> str:
         """The database's URL, the default worked out."""
         return self.database_url or f"sqlite:///{self.state_dir / 'licet.db'}"
+
+
+def _issuer(
+    *, issuer: str, audience: str, roles: str, role_claim: str, tenant_claim: str, name_claim: str, jwks_url: str
+) -> IssuerConfig | None:
+    if not issuer:
+        if audience or roles or jwks_url:
+            raise ConfigError("OIDC settings without an issuer: set LICET_OIDC_ISSUER")
+        return None
+    for url in (issuer, jwks_url or issuer):
+        if not is_safe(url):
+            raise ConfigError(f"OIDC URL {url!r}: give one that begins with https://, or with http:// on this machine")
+    if not audience:
+        raise ConfigError("OIDC issuer without an audience: set LICET_OIDC_AUDIENCE, else tokens for others would do")
+    mapped: list[tuple[str, Role]] = []
+    for pair in filter(None, (one.strip() for one in roles.split(","))):
+        group, equals, name = pair.rpartition("=")
+        known = {role.value: role for role in ROLES_OF_PEOPLE}
+        if not equals or not group or name not in known:
+            raise ConfigError(f"OIDC roles {pair!r}: give GROUP=ROLE, with one of {', '.join(known)}")
+        mapped.append((group, known[name]))
+    if not mapped:
+        raise ConfigError("OIDC issuer without roles: set LICET_OIDC_ROLES, such as licet-admins=admin")
+    return IssuerConfig(issuer, audience, ClaimRules(tuple(mapped), role_claim, tenant_claim, name_claim), jwks_url)
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    found = [one.strip() for one in text.split(",") if one.strip()]
+    for one in found:
+        try:
+            ip_network(one)
+        except ValueError as error:
+            raise ConfigError(f"trusted proxies {one!r}: give addresses or networks, such as 10.0.0.0/8") from error
+    return tuple(found)
 
 
 def _events_secret(url: str, path: str) -> bytes:

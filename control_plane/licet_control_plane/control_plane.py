@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ import structlog
 from licet.wire.names import USAGE_SHARDS, RedisNames
 from licet.wire.signing import SigningKey
 from licet_control_plane.archive.follower import Archive
+from licet_control_plane.audit_keeper import AUDIT_HEAD_FILE, AuditKeeper
 from licet_control_plane.catalogs import Catalogs
 from licet_control_plane.changes import Changes
 from licet_control_plane.checkpointer import Checkpointer
@@ -23,6 +25,7 @@ from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.drain.months import MonthKeeper
 from licet_control_plane.drain.worker import DrainCounts, ShardWorker
 from licet_control_plane.license_keeper import LicenseKeeper
+from licet_control_plane.oidc import Issuer
 from licet_control_plane.publisher.asks import AsksReader
 from licet_control_plane.publisher.documents import RedisDocuments
 from licet_control_plane.publisher.fleet import Fleet
@@ -34,6 +37,7 @@ from licet_control_plane.publisher.registers import RedisRegisters
 from licet_control_plane.publisher.sweep import Sweeper
 from licet_control_plane.quota_watcher import QuotaWatcher
 from licet_control_plane.redis_link import Redis, connect, location
+from licet_control_plane.signing_keys import Keep, Resigner, SigningKeys
 from licet_control_plane.sink.sender import EventSender
 from licet_control_plane.sink.webhook_sender import WebhookSender
 from licet_control_plane.store.database import Database
@@ -54,8 +58,9 @@ class ControlPlane:
     deployment: str
     database: Database
     ledger_key: LedgerKey
-    key: SigningKey
+    key: SigningKeys
     redis: Redis
+    resigner: Resigner
     changes: Changes
     license_keeper: LicenseKeeper
     catalogs: Catalogs
@@ -71,14 +76,16 @@ class ControlPlane:
     sweeper: Sweeper
     asks: AsksReader
     checkpointer: Checkpointer
-    public_key: str
+    audit: AuditKeeper
     archive: Archive | None
     sender: EventSender | None
     drain: DrainCounts
     workers: list[ShardWorker]
     months: MonthKeeper
     metrics: Metrics
+    issuer: Issuer | None
     now_s: Callable[[], float]
+    denials_unrecorded: int = 0
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     @classmethod
@@ -92,8 +99,17 @@ class ControlPlane:
         deployment: str,
         now_s: Callable[[], float],
         archive: Archive | None = None,
+        keep_keys: Keep | None = None,
     ) -> Self:
-        """Make the parts. Nothing is connected yet. What it is given it closes at the end."""
+        """Make the parts. Nothing is connected yet. What it is given it closes at the end.
+
+        ``key`` is the first signing key of a new database; ``keep_keys`` is told when it is another one.
+
+        Raises:
+            StartError: the database has other keys.
+        """
+        keys = SigningKeys.open(database, ledger_key, key, may_replace=config.new_generation, keep=keep_keys)
+        keys.keep()
         names = RedisNames(config.redis_prefix)
         redis = connect(config.redis_url)
         wake = asyncio.Event()
@@ -114,7 +130,7 @@ class ControlPlane:
             asks,
             reclaimer,
             sweeper,
-            key,
+            keys,
             location=location(config.redis_url),
             holder=name,
             new_generation=config.new_generation,
@@ -130,7 +146,7 @@ class ControlPlane:
                 redis,
                 names,
                 database,
-                key,
+                keys,
                 subject_keys,
                 counts,
                 archive=archive,
@@ -141,13 +157,14 @@ class ControlPlane:
         ]
         webhook_wake = asyncio.Event()
         catalogs = Catalogs(database)
-        changes = Changes(database, key, wake=wake, now_s=now_s, notice_s=config.expiring_notice_s)
+        changes = Changes(database, keys, wake=wake, now_s=now_s, notice_s=config.expiring_notice_s)
         plane = cls(
             config=config,
             deployment=deployment,
             database=database,
             ledger_key=ledger_key,
-            key=key,
+            key=keys,
+            resigner=Resigner(database, keys, redis, names, wake=wake, now_s=now_s),
             redis=redis,
             changes=changes,
             license_keeper=LicenseKeeper(database, changes, now_s=now_s),
@@ -170,8 +187,10 @@ class ControlPlane:
             reclaimer=reclaimer,
             sweeper=sweeper,
             asks=asks,
-            checkpointer=Checkpointer(database, key, every_s=config.checkpoint_every_s, now_s=now_s),
-            public_key=key.public_key,
+            checkpointer=Checkpointer(database, keys, every_s=config.checkpoint_every_s, now_s=now_s),
+            audit=AuditKeeper(
+                database, keys, file=config.state_dir / AUDIT_HEAD_FILE, deployment=deployment, now_s=now_s
+            ),
             archive=archive,
             sender=EventSender(
                 database,
@@ -187,10 +206,16 @@ class ControlPlane:
             workers=workers,
             months=MonthKeeper(database, now_s=now_s),
             metrics=Metrics(),
+            issuer=Issuer(config.oidc, clock_s=time.monotonic) if config.oidc else None,
             now_s=now_s,
         )
         plane._measure()
         return plane
+
+    @property
+    def public_key(self) -> str:
+        """Of the key that signs now."""
+        return self.key.public_key
 
     def start(self) -> None:
         """Begin publishing, listening and draining."""
@@ -203,6 +228,8 @@ class ControlPlane:
             asyncio.create_task(_supervised("quota thresholds", self.quota_watcher.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
             asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
+            asyncio.create_task(_supervised("audit", self.audit.run)),
+            asyncio.create_task(_supervised("signing keys", self.resigner.run)),
             *self._sending(),
         ]
 
@@ -228,6 +255,8 @@ class ControlPlane:
         await self.redis.aclose()
         if self.sender is not None:
             await self.sender.close()
+        if self.issuer is not None:
+            await self.issuer.close()
         if self.archive is not None:
             await asyncio.to_thread(self.archive.close)
         await asyncio.to_thread(self.database.close)
@@ -261,6 +290,8 @@ class ControlPlane:
         metrics.counter("licet_ledger_duplicates", "Events that came again.", lambda: drain.duplicates)
         metrics.counter("licet_ledger_conflicts", "Events that came again otherwise.", lambda: drain.conflicts)
         metrics.gauge("licet_ledger_checkpoint", "Number of the newest checkpoint.", lambda: self.checkpointer.number)
+        metrics.gauge("licet_audit_entries", "Signed entries of the audit trail.", lambda: self.audit.number)
+        metrics.counter("licet_access_denied_unrecorded", "Not in the audit trail.", lambda: self.denials_unrecorded)
         metrics.counter("licet_ledger_lost", "Events declared lost.", lambda: drain.declared_lost)
         metrics.gauge(
             "licet_ledger_partitions_ready", "1 with partitions made ahead.", lambda: float(not self.months.trouble)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import uvicorn
@@ -56,14 +56,22 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(app: FastAPI, listener: socket.socket, stop: asyncio.Event) -> None:
-    """Serve until ``stop`` is set, then finish what is under way. Closes the listener."""
+async def serve(
+    app: FastAPI, listener: socket.socket, stop: asyncio.Event, *, trusted_proxies: Sequence[str] = ()
+) -> None:
+    """Serve until ``stop`` is set, then finish what is under way. Closes the listener.
+
+    What ``X-Forwarded-For`` says counts only from ``trusted_proxies`` (addresses and networks), from the right, up to
+    the first that is not one of them: anybody can write the rest.
+    """
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
+        proxy_headers=bool(trusted_proxies),
+        forwarded_allow_ips=list(trusted_proxies),
         timeout_graceful_shutdown=DRAIN_S_MAX,
     )
     server = _Server(config)

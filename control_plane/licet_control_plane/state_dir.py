@@ -20,14 +20,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from licet.wire.signing import SigningKey
+from licet_control_plane.core.access import KEY_ID_BYTES, SECRET_BYTES, key_text
 from licet_control_plane.core.sealed_events import KEY_BYTES
 from licet_control_plane.core.subject_keys import LedgerKey
 
-API_KEY_PREFIX: Final = "licet_"
-_API_KEY_BYTES: Final = 32
-
-
 LEDGER_KEY_FILE: Final = "ledger-key"
+SIGNING_KEY_FILE: Final = "signing-key.pem"
 
 
 class StartError(Exception):
@@ -79,7 +77,7 @@ class StateDir:
         Raises:
             StartError: it is missing, or not a key.
         """
-        path = self.path / "signing-key.pem"
+        path = self.path / SIGNING_KEY_FILE
         try:
             private = load_pem_private_key(path.read_bytes(), password=None)
         except FileNotFoundError as error:
@@ -96,9 +94,20 @@ class StateDir:
             ) from error
         if not isinstance(private, Ed25519PrivateKey):
             raise StartError(f"The signing key {path} is not an Ed25519 key.", "Put the right file back.")
-        key = SigningKey(private)
-        self._write(self.path / "public-key.txt", f"{key.public_key}\n".encode(), mode=0o644)
-        return key
+        return SigningKey(private)
+
+    def keep_keys(self, key: SigningKey, trusted: list[str]) -> None:
+        """Write down the active signing key, and the public keys that sidecars should trust.
+
+        Raises:
+            StartError: it cannot be written.
+        """
+        private = Ed25519PrivateKey.from_private_bytes(key.private_bytes())
+        pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        path = self.path / SIGNING_KEY_FILE
+        if not path.exists() or path.read_bytes() != pem:
+            self._write(path, pem, mode=0o600)
+        self._write(self.path / "public-key.txt", "".join(f"{one}\n" for one in trusted).encode(), mode=0o644)
 
     def ledger_key(self, *, may_create: bool) -> LedgerKey:
         """The key that keys of subjects are wrapped with; a new one on the first start (``may_create``).
@@ -122,7 +131,7 @@ class StateDir:
 
     def new_api_key(self, name: str) -> str:
         """Make an API key and leave it in the file ``name``. The caller keeps only its hash."""
-        key = API_KEY_PREFIX + secrets.token_urlsafe(_API_KEY_BYTES)
+        key = key_text(secrets.token_bytes(KEY_ID_BYTES), secrets.token_bytes(SECRET_BYTES))
         self._write(self.path / name, f"{key}\n".encode(), mode=0o600)
         return key
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from licet.client.messages import check_request, decision_of, effect_of, quota_of, reason_of
 from licet.client.model import Check, ContextValue, Decision, Quota, Subject
@@ -62,8 +64,17 @@ class Explanation:
 
 
 @dataclass(frozen=True, slots=True)
+class FlagState:
+    """What a flag serves: the variant's name, or ``on`` where it has none, or ``off``; and the variant's value."""
+
+    flag: str
+    variant: str
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
 class Entitlement:
-    """A feature as the license grants it. ``rolled_out`` is false while a rollout leaves the tenant or subject out."""
+    """A feature as the license grants it. ``rolled_out`` is false while a flag leaves the tenant or subject out."""
 
     feature: str
     title: str
@@ -71,6 +82,7 @@ class Entitlement:
     rolled_out: bool
     seats: int
     limits: tuple[LimitTrace, ...]
+    flags: tuple[FlagState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +176,10 @@ def entitlements_of(response: pb.ListEntitlementsResponse) -> Entitlements:
                 one.rolled_out,
                 one.seats,
                 tuple(_limit(limit) for limit in one.limits),
+                tuple(
+                    FlagState(flag.flag, flag.variant, json.loads(flag.value_json) if flag.value_json else None)
+                    for flag in one.flags
+                ),
             )
             for one in response.entitlements
         ),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import IntEnum
+from typing import Any
 
+from licet.domain.flags import VALUE_KEY, VARIANT_KEY
 from licet.domain.money import NANOS, format_nanos
 from licet.domain.outcomes import Effect, Reason
 
@@ -167,6 +170,15 @@ class Decision:
     access_request_id: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
     fallback: bool = False
+
+    def variant(self, flag: str, default: str = "") -> str:
+        """The variant of a feature that a flag serves; ``default`` when it serves none, or no sidecar answered."""
+        return self.metadata.get(f"{VARIANT_KEY}{flag}", default)
+
+    def variant_value(self, flag: str, default: Any = None) -> Any:
+        """That variant's value: text, number, bool or a mapping, as the flag's document has it; else ``default``."""
+        value = self.metadata.get(f"{VALUE_KEY}{flag}")
+        return default if value is None else json.loads(value)
 
     @property
     def approved(self) -> bool:

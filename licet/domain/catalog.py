@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final, Self
 
+from licet.domain.flags import FLAG_KINDS, flag_from_wire, flag_to_wire
+from licet.domain.flags import Flag as Flag  # one of the documents, so that it is found here with the others
 from licet.domain.ids import LimitKey
 from licet.domain.money import Fee, Price, Step, TierMode, Tiers
 from licet.domain.redaction import RecordMode
@@ -77,7 +79,8 @@ class RuleEffect(StrEnum):
 
 
 class Enforcement(StrEnum):
-    """Whether a policy's outcome is answered (``enforce``), only recorded (``shadow``), or not computed (``off``)."""
+    """Whether what a policy or a limit says is answered (``enforce``), only recorded (``shadow``), or not computed
+    (``off``)."""
 
     ENFORCE = "enforce"
     SHADOW = "shadow"
@@ -149,6 +152,7 @@ class Limit:
     second). ``scope`` is a tuple of paths, ``"subject"`` or ``"context.<attribute>"``; empty means the whole tenant.
     ``durable``: what is leased is confirmed on disk and on replicas before it is spent.
     ``overage_price`` is what units beyond a soft limit cost on top of the feature's own price.
+    ``enforcement`` ``shadow``: it counts and records what it would have said, and answers as if it were absent.
     ``key`` never depends on the amount or on the position in the file. It says whether units, money or a rate is
     counted under it (``budget_key``, ``rate_key``), because their counts must never mix.
     """
@@ -163,6 +167,7 @@ class Limit:
     burst: int = 0
     durable: bool = False
     overage_price: Price | None = None
+    enforcement: Enforcement = Enforcement.ENFORCE
 
     @property
     def is_rate(self) -> bool:
@@ -244,16 +249,6 @@ class Role:
 
     name: str
     actions: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """Turns a feature on for ``percent`` of ``by`` ("tenant" or "subject"), the same ones each time."""
-
-    name: str
-    feature: str
-    percent: float = 100.0
-    by: str = "tenant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,12 +437,7 @@ def document_to_wire(document: Document) -> Wire:
         case Role():
             body = {"name": document.name, "actions": list(document.actions)}
         case Flag():
-            body = {
-                "name": document.name,
-                "feature": document.feature,
-                "percent": document.percent,
-                "by": document.by,
-            }
+            return flag_to_wire(document)
         case ApprovalChain():
             stages = [
                 [list(s.approvers), s.need, s.escalate_after_s, list(s.escalate_to), s.deny_after_s]
@@ -511,8 +501,8 @@ def document_from_wire(wire: Wire) -> Document:
             return Policy(name, tuple(wire["actions"]), rules, Enforcement(wire["enforcement"]))
         case "Role":
             return Role(name, tuple(wire["actions"]))
-        case "Flag":
-            return Flag(name, wire["feature"], wire["percent"], wire["by"])
+        case kind if kind in FLAG_KINDS:
+            return flag_from_wire(wire)
         case "ApprovalChain":
             stages = tuple(
                 ApprovalStage(tuple(approvers), need, escalate_after_s, tuple(escalate_to), deny_after_s)
@@ -653,12 +643,17 @@ def _with_billing(entitlement: Entitlement, wire: Wire) -> Entitlement:
 
 
 def _limit_to_wire(limit: Limit) -> list[Any]:
+    on_exceeded = limit.on_exceeded.value
+    # In the place of a word that every sidecar looks up: one that does not know of enforcement must not enforce it all
+    # the same, so it refuses the bundle and keeps the one it has.
+    if limit.enforcement is not Enforcement.ENFORCE:
+        on_exceeded = f"{limit.enforcement.value}:{on_exceeded}"
     return [
         limit.key,
         limit.amount,
         limit.per.value,
         list(limit.scope),
-        limit.on_exceeded.value,
+        on_exceeded,
         limit.anchor.value,
         limit.currency,
         limit.burst,
@@ -668,6 +663,7 @@ def _limit_to_wire(limit: Limit) -> list[Any]:
 
 def _limit_from_wire(wire: list[Any]) -> Limit:
     key, amount, per, scope, on_exceeded, *later = wire
+    enforcement, _, on_exceeded = on_exceeded.rpartition(":")
     anchor, currency, burst, durable = later[:4] if len(later) >= 4 else (Anchor.CALENDAR.value, "", 0, False)
     period = Period(per)
     if bool(_RATE_KEY.search(key)) != (period is Period.SECOND):
@@ -682,4 +678,5 @@ def _limit_from_wire(wire: list[Any]) -> Limit:
         currency,
         burst,
         durable,
+        enforcement=Enforcement(enforcement or Enforcement.ENFORCE),
     )

@@ -16,13 +16,14 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from cel_expr_python import cel
 from cel_expr_python.ext import ext_strings
 
 from licet.domain.catalog import Attribute, AttributeType
+from licet.domain.expressions import CheckedExpression
 
 SOURCE_CHARS_MAX: Final = 4_096
 """Longest condition. Real ones are below 300 characters; this bounds compile time at a few milliseconds."""
@@ -146,6 +147,10 @@ class ConditionEnvironment:
         Raises:
             ConditionError: it cannot be used; says where and why.
         """
+        return self.compile_checked(source)[0]
+
+    def compile_checked(self, source: str) -> tuple[Condition, CheckedExpression]:
+        """As ``compile``, with what the condition is made of, for whoever wants to know what it means."""
         if len(source) > SOURCE_CHARS_MAX:
             raise ConditionError(
                 f"the condition has {len(source)} characters, and {SOURCE_CHARS_MAX} are the most: split the rule", 1, 1
@@ -158,7 +163,7 @@ class ConditionEnvironment:
             raise self._explained(str(error), source) from error
         except (TypeError, ValueError) as error:  # a lone surrogate, which UTF-8 cannot carry
             raise ConditionError("the condition is not valid Unicode text", 1, 1) from error
-        checked = _CheckedExpression(program.serialize())
+        checked = CheckedExpression(program.serialize())
         # Loops, has() and literals all need a parenthesis: plain comparisons, most rules, skip the walk.
         if "(" in source:
             self._refuse_unusable_calls(checked, source)
@@ -166,9 +171,9 @@ class ConditionEnvironment:
         if result != cel.Type.BOOL:
             raise ConditionError(f"the condition must be true or false, but is {_type_name(result.name())}", 1, 1)
         variables = sorted(name for name in checked.references if name in self._types)
-        return Condition(source, tuple(variables), program)
+        return Condition(source, tuple(variables), program), checked
 
-    def _refuse_unusable_calls(self, checked: _CheckedExpression, source: str) -> None:
+    def _refuse_unusable_calls(self, checked: CheckedExpression, source: str) -> None:
         for node in checked.walk():
             if node.loop_depth > LOOP_DEPTH_MAX:
                 raise _error_at(
@@ -296,123 +301,3 @@ def _suggestion(word: str, candidates: Iterable[str], form: str = "{}") -> str:
 def _error_at(message: str, source: str, offset: int) -> ConditionError:
     before = source[: max(0, offset)]
     return ConditionError(message, before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
-
-
-class _Node(NamedTuple):
-    """A node of a checked expression. ``last_text`` is the last argument of a call, where that is a string literal."""
-
-    id: int
-    name: str
-    loop_depth: int
-    last_id: int = 0
-    last_text: str | None = None
-
-
-class _CheckedExpression:
-    """What the library will not tell but serializes: the names an expression refers to, and its tree.
-
-    Source: cel.expr.CheckedExpr (checked.proto, syntax.proto) of google/cel-spec, whose field numbers are used here.
-    """
-
-    __slots__ = ("_positions", "_root", "_source_info", "references")
-
-    def __init__(self, serialized: bytes) -> None:
-        self.references: set[str] = set()
-        self._root = self._source_info = b""
-        self._positions: dict[int, int] | None = None
-        checked = _last(serialized, 2)  # google.protobuf.Any {value: 2}
-        for number, value in _wire_fields(checked):
-            if number == 2:  # reference_map {value: 2} -> Reference {name: 1}
-                self.references.add(_last(_last(value, 2), 1).decode())
-            elif number == 4:
-                self._root = value
-            elif number == 5:
-                self._source_info = value
-
-    def offset_of(self, node_id: int) -> int:
-        """Characters before the node in the source; 0 when it is not known."""
-        if self._positions is None:
-            self._positions = {}
-            for number, value in _wire_fields(self._source_info):
-                if number == 4:  # SourceInfo.positions {key: 1, value: 2}
-                    entry = dict(_wire_fields(value))
-                    self._positions[entry.get(1, 0)] = entry.get(2, 0)
-        return self._positions.get(node_id, 0)
-
-    def walk(self) -> Iterator[_Node]:
-        """Names, calls and loops, in no particular order."""
-        pending: list[tuple[bytes, int]] = [(self._root, 0)]
-        while pending:
-            expression, depth = pending.pop()
-            body = dict(_wire_fields(expression))
-            node_id = body.get(2, 0)
-            if 4 in body:  # Ident {name: 1}
-                yield _Node(node_id, _last(body[4], 1).decode(), depth)
-            elif 5 in body:  # Select {operand: 1}
-                pending.append((_last(body[5], 1), depth))
-            elif 6 in body:  # Call {target: 1, function: 2, args: 3}
-                call = list(_wire_fields(body[6]))
-                arguments = [value for number, value in call if number == 3]
-                pending.extend((value, depth) for number, value in call if number in (1, 3))
-                last = dict(_wire_fields(arguments[-1])) if arguments else {}
-                # Constant {string_value: 6}
-                text = dict(_wire_fields(last[3])).get(6) if 3 in last else None
-                yield _Node(
-                    node_id,
-                    _last(body[6], 2).decode(),
-                    depth,
-                    last.get(2, 0),
-                    text.decode() if text is not None else None,
-                )
-            elif 7 in body:  # CreateList {elements: 1}
-                pending.extend((value, depth) for number, value in _wire_fields(body[7]) if number == 1)
-            elif 8 in body:  # CreateStruct {entries: 2 {map_key: 3, value: 4}}
-                for number, entry in _wire_fields(body[8]):
-                    if number == 2:
-                        pending.extend((value, depth) for part, value in _wire_fields(entry) if part in (3, 4))
-            elif 9 in body:  # Comprehension {iter_range: 2, accu_init: 4, loop_condition: 5, loop_step: 6, result: 7}
-                yield _Node(node_id, "", depth + 1)
-                for number, value in _wire_fields(body[9]):
-                    # The range is computed once; what is inside runs for each of its elements.
-                    if number in (2, 4, 7):
-                        pending.append((value, depth))
-                    elif number in (5, 6):
-                        pending.append((value, depth + 1))
-
-
-def _last(message: bytes, number: int) -> bytes:
-    """The bytes of the last field of that number, empty when there is none."""
-    found = b""
-    for field_number, value in _wire_fields(message):
-        if field_number == number:
-            found = value
-    return found
-
-
-def _wire_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Fields of a protobuf message: an ``int`` for a varint, ``bytes`` for everything else."""
-    at, end = 0, len(message)
-    while at < end:
-        tag, at = _varint(message, at)
-        wire_type = tag & 7
-        if wire_type == 0:
-            value: int | bytes
-            value, at = _varint(message, at)
-        else:
-            length = {1: 8, 5: 4}.get(wire_type)
-            if length is None:
-                length, at = _varint(message, at)
-            value = message[at : at + length]
-            at += length
-        yield tag >> 3, value
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7

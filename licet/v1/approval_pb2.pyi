@@ -665,7 +665,11 @@ class CheckResponse(_message.Message):
         """When to ask again, for denials that time alone will change."""
 
     @_builtins.property
-    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """"observed_effect": what would have been answered, under observe mode. "variant:<flag>" and, where it has one,
+        "value:<flag>": the variant that a feature flag serves, and its value as JSON.
+        """
+
     def __init__(
         self,
         *,
@@ -1462,6 +1466,35 @@ class LicenseState(_message.Message):
 Global___LicenseState: _TypeAlias = LicenseState  # noqa: Y015
 
 @_typing.final
+class FlagState(_message.Message):
+    """What a feature flag serves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FLAG_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
+    VALUE_JSON_FIELD_NUMBER: _builtins.int
+    flag: _builtins.str
+    variant: _builtins.str
+    """The variant's name, or "on" where the flag has none; "off" when it does not include the tenant or the subject."""
+    value_json: _builtins.str
+    """The variant's value as JSON; empty when it has none."""
+    def __init__(
+        self,
+        *,
+        flag: _builtins.str = ...,
+        variant: _builtins.str = ...,
+        value_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flag", b"flag", "value_json", b"value_json", "variant", b"variant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlagState: _TypeAlias = FlagState  # noqa: Y015
+
+@_typing.final
 class EntitlementState(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1471,6 +1504,7 @@ class EntitlementState(_message.Message):
     ROLLED_OUT_FIELD_NUMBER: _builtins.int
     SEATS_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    FLAGS_FIELD_NUMBER: _builtins.int
     feature: _builtins.str
     title: _builtins.str
     unit: _builtins.str
@@ -1483,6 +1517,10 @@ class EntitlementState(_message.Message):
     def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitTrace]:
         """Limits that are the whole tenant's, the subject's, or of the given context; `remaining` is as last known."""
 
+    @_builtins.property
+    def flags(self) -> _containers.RepeatedCompositeFieldContainer[Global___FlagState]:
+        """The flags on it. Targeting conditions are asked about the first action, by name, that draws on the feature."""
+
     def __init__(
         self,
         *,
@@ -1492,10 +1530,11 @@ class EntitlementState(_message.Message):
         rolled_out: _builtins.bool = ...,
         seats: _builtins.int = ...,
         limits: _abc.Iterable[Global___LimitTrace] | None = ...,
+        flags: _abc.Iterable[Global___FlagState] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "limits", b"limits", "rolled_out", b"rolled_out", "seats", b"seats", "title", b"title", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "flags", b"flags", "limits", b"limits", "rolled_out", b"rolled_out", "seats", b"seats", "title", b"title", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -169,7 +169,7 @@ class Heartbeat:
     ``*_us`` are the sidecar's clock. ``asserted_epoch`` and ``asserted_run`` name the newest (epoch, run) under which
     it has asserted every lease it holds; ``asserted_ms`` is an instant, milliseconds of the Redis clock, after which
     every lease it holds was answered for. ``log_bytes`` counts what the ledger has not committed yet. ``retired``: it
-    gave up its registers, and its id is never used again.
+    gave up its registers, and its id is never used again. ``keys``: ids of the public keys that it trusts.
     """
 
     sidecar: str
@@ -193,6 +193,7 @@ class Heartbeat:
     pid: int = 0
     asserted_ms: int = 0
     retired: bool = False
+    keys: tuple[str, ...] = ()
 
     def pack(self) -> bytes:
         """In an envelope, for the registry."""
@@ -207,7 +208,8 @@ class Heartbeat:
         """
         body = envelope.unpack(_HEARTBEAT_KIND, data)
         try:
-            return cls(**{name: body[name] for name in cls.__slots__ if name in body})
+            known = {name: body[name] for name in cls.__slots__ if name in body}
+            return cls(**{**known, "keys": tuple(known.get("keys", ()))})
         except TypeError as error:
             raise envelope.EnvelopeError(f"heartbeat: field {error} is missing") from error
 
@@ -240,9 +242,24 @@ def catalog_of_chunks(chunks: Iterable[bytes], digests: Sequence[str]) -> Catalo
         ValueError: a chunk is missing, altered, or written by a newer program.
     """
     chunks = list(chunks)
-    if [digest_of(chunk) for chunk in chunks] != list(digests):
+    if len(chunks) != len(digests):
+        raise ValueError("the chunks are not those that the manifest names")
+    return Catalog.of(
+        document
+        for chunk, digest in zip(chunks, digests, strict=True)
+        for document in documents_of_chunk(chunk, digest)
+    )
+
+
+def documents_of_chunk(chunk: bytes, digest: str) -> tuple[Document, ...]:
+    """The documents of one chunk, when it is the one that the signed manifest names by ``digest``.
+
+    Raises:
+        ValueError: it is altered, or written by a newer program.
+    """
+    if digest_of(chunk) != digest:
         raise ValueError("the chunks are not those that the manifest names")
     try:
-        return Catalog.of(document_from_wire(wire) for chunk in chunks for wire in envelope.unpack(_CHUNK_KIND, chunk))
+        return tuple(document_from_wire(wire) for wire in envelope.unpack(_CHUNK_KIND, chunk))
     except KeyError as error:
         raise ValueError(f"a document of the bundle lacks {error}") from error

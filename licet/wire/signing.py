@@ -11,7 +11,7 @@ import base64
 import binascii
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import msgpack
 from cryptography.exceptions import InvalidSignature
@@ -55,8 +55,13 @@ class SigningKey:
 
     def __init__(self, private: Ed25519PrivateKey) -> None:
         self._private = private
-        self.public_key = encode_public_key(private.public_key())
-        self.key_id = key_id_of(self.public_key)
+        self._public_key = encode_public_key(private.public_key())
+        self.key_id = key_id_of(self._public_key)
+
+    @property
+    def public_key(self) -> str:
+        """``ed25519:<base64>``."""
+        return self._public_key
 
     @classmethod
     def generate(cls) -> Self:
@@ -92,8 +97,19 @@ class SigningKey:
         return envelope.pack(_ENVELOPE_KIND, [self.key_id, self._private.sign(_DOMAIN + body), body])
 
 
+class Signer(Protocol):
+    """What signs documents: one key, or that of several which is active."""
+
+    @property
+    def public_key(self) -> str:
+        """Whom the next signature is of, as ``ed25519:<base64>``."""
+
+    def sign(self, statement: Statement) -> bytes:
+        """The signed document."""
+
+
 class Verifier:
-    """Checks signed documents against a fixed set of public keys (two while a key is being rotated)."""
+    """Checks signed documents against a set of public keys (two while a key is being rotated)."""
 
     def __init__(self, public_keys: list[str]) -> None:
         """``public_keys`` as ``ed25519:<base64>``, at least one.
@@ -101,6 +117,11 @@ class Verifier:
         Raises:
             ValueError: none, or one that is not a key.
         """
+        self._keys: dict[str, Ed25519PublicKey] = {}
+        self.trust(public_keys)
+
+    def trust(self, public_keys: list[str]) -> None:
+        """Trust these keys from now on, and no others. What was verified before stays taken. Raises as the above."""
         if not public_keys:
             raise ValueError("no public key: give at least one as ed25519:<base64>")
         self._keys = {key_id_of(text): decode_public_key(text) for text in public_keys}
@@ -128,14 +149,43 @@ class Verifier:
             )
         try:
             public.verify(signature, _DOMAIN + body)
-            deployment, found_kind, found_key, generation, revision, payload = msgpack.unpackb(
-                body, raw=False, strict_map_key=False
-            )
-        except (InvalidSignature, ValueError, TypeError) as error:
+        except (InvalidSignature, TypeError) as error:
             raise VerificationError(f"{kind} {key!r}: the signature does not fit the content") from error
-        if (found_kind, found_key) != (kind, key):
-            raise VerificationError(f"expected the {kind} of {key!r}, found the {found_kind} of {found_key!r}")
-        return Statement(deployment, kind, key, generation, revision, payload)
+        return _statement(body, kind, key)
+
+
+def unverified(data: bytes, *, kind: str, key: str) -> Statement:
+    """What ``data`` says, whoever signed it. Only for where nothing rests on it.
+
+    Raises:
+        VerificationError: damaged, or something else than the ``kind`` document of ``key``.
+    """
+    try:
+        _, _, body = envelope.unpack(_ENVELOPE_KIND, data)
+    except (envelope.EnvelopeError, ValueError, TypeError) as error:
+        raise VerificationError(f"{kind} {key!r}: not a signed document: {error}") from error
+    return _statement(body, kind, key)
+
+
+def _statement(body: bytes, kind: str, key: str) -> Statement:
+    try:
+        deployment, found_kind, found_key, generation, revision, payload = msgpack.unpackb(
+            body, raw=False, strict_map_key=False
+        )
+    except (ValueError, TypeError) as error:
+        raise VerificationError(f"{kind} {key!r}: the signature does not fit the content") from error
+    if (found_kind, found_key) != (kind, key):
+        raise VerificationError(f"expected the {kind} of {key!r}, found the {found_kind} of {found_key!r}")
+    return Statement(deployment, kind, key, generation, revision, payload)
+
+
+def signed_with(data: bytes) -> str:
+    """The id of the key that a document says it is signed with; ``""`` of what is no signed document."""
+    try:
+        key_id, _, _ = envelope.unpack(_ENVELOPE_KIND, data)
+    except (envelope.EnvelopeError, ValueError, TypeError):
+        return ""
+    return str(key_id)
 
 
 def read_own(data: bytes) -> Statement:

@@ -64,8 +64,9 @@ class UsageEvent(NamedTuple):
     ``at_us`` is the sidecar's clock, microseconds since the Unix epoch. ``units`` are the units asked, by feature;
     they were taken when ``effect`` is APPROVED (or the event is flagged OBSERVED). ``spends`` are ``[quota, units]``
     pairs: which quota register of this sidecar they were taken from. ``shadow`` names the rules of shadow policies that
-    matched, as ``policy/rule=effect``. ``feature_costs`` divides ``cost_nanos``
-    among several features with a price; it is empty when one bears all of it.
+    matched, as ``policy/rule=effect``, and the limits in shadow that would have objected, as
+    ``limit key=on_exceeded``. ``feature_costs`` divides ``cost_nanos`` among several features with a price; it is empty
+    when one bears all of it.
 
     ``kind`` is an ``EventKind``; ``about`` the reservation (the decision id of its RESERVE event) or seat it is about.
     ``overage`` says of each quota in ``spends`` how much lies beyond its soft limit, provisionally; ``unfunded`` what

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Coroutine
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Final
 
 from licet.wire.documents import Head, Heartbeat
@@ -27,7 +28,7 @@ from licet_sidecar.adapters.redis_usage_sink import RedisUsageSink
 from licet_sidecar.adapters.state_directory import StateDirectory
 from licet_sidecar.adapters.usage_log import LogHeader, Recovered, UsageLog, UsageLogError, floor_record, seat_record
 from licet_sidecar.clock import Clock, SystemClock
-from licet_sidecar.config import Config
+from licet_sidecar.config import Config, read_public_keys, split_public_keys
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
@@ -47,6 +48,7 @@ from licet_sidecar.services.seats import SeatService
 from licet_sidecar.services.shipping import ShippingService
 from licet_sidecar.services.syncing import SyncService
 from licet_sidecar.services.tally import Tally
+from licet_sidecar.services.trust import TrustedKeys
 from licet_sidecar.transport.grpc_edge import GrpcEdge
 from licet_sidecar.transport.http_edge import HttpEdge
 
@@ -105,7 +107,7 @@ class Sidecar:
         reservation_records.recover(self.reservations, recovered, leases, self._started_us, boot_ms)
         self.engine = Engine(leases, tenants_max=config.tenants_max, staleness_us_max=int(config.staleness_max_s * 1e6))
         names = RedisNames(config.redis_prefix)
-        verifier = Verifier(list(config.public_keys))
+        self._verifier = verifier = Verifier(list(config.public_keys))
         self._redis = connect(config.redis_url)
         self._blocking = connect(config.redis_url, timeout_s=7.0)
         store = RedisLeaseStore(
@@ -250,6 +252,7 @@ class Sidecar:
                     ("recalls", self._recall_loop()),
                     ("seats", self._seats_loop()),
                     ("readiness", self._readiness(edge)),
+                    *self._trust_work(),
                     ("answers", self.recent.recover_older()),
                 )
             ]
@@ -265,6 +268,12 @@ class Sidecar:
         return 1 if self._exit_reason else 0
 
     # Loops
+
+    def _trust_work(self) -> list[tuple[str, Coroutine[Any, Any, None]]]:
+        path = self.config.public_key_file
+        if not path:
+            return []
+        return [("trust", TrustedKeys(self._verifier, lambda: split_public_keys(read_public_keys(Path(path)))).run())]
 
     def _supervised(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work, name=name)
@@ -515,6 +524,7 @@ class Sidecar:
             log_bytes=self.log.total_bytes,
             hostname=socket.gethostname(),
             pid=os.getpid(),
+            keys=tuple(self._verifier.key_ids),
         )
 
     # Pages

@@ -13,6 +13,9 @@ from typing import Final
 from licet.wire.signing import Verifier
 from licet_sidecar.adapters.https_route import refusal_of
 
+KEY_FILES_MAX: Final = 16
+KEY_FILE_BYTES_MAX: Final = 64 * 1024
+"""Of what holds public keys, of which two are needed at most."""
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0}
 
 
@@ -22,7 +25,10 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings. Durations in seconds; ``listen`` holds ``host:port`` and ``unix:/path`` addresses."""
+    """Settings. Durations in seconds; ``listen`` holds ``host:port`` and ``unix:/path`` addresses.
+
+    ``public_keys`` are those at the start; with ``public_key_file``, a file or a directory, what is there counts later.
+    """
 
     listen: tuple[str, ...] = ("127.0.0.1:7420",)
     http_listen: str = "127.0.0.1:7421"
@@ -30,6 +36,7 @@ class Config:
     redis_prefix: str = "licet"
     state_dir: Path = Path("licet-sidecar-state")
     public_keys: tuple[str, ...] = ()
+    public_key_file: str = ""
     staleness_max_s: float = 300.0
     tenants_max: int = 10_000
     log_bytes_max: int = 1024**3
@@ -65,13 +72,17 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
     key_file = setting("public_key_file", "")
     if not public_keys and key_file:
         try:
-            public_keys = Path(key_file).read_text()
+            public_keys = read_public_keys(Path(key_file))
         except OSError as error:
             raise ConfigError(
                 f"--public-key-file {key_file}: {error.strerror}; the control plane writes one as"
                 " public-key.txt in its state directory"
             ) from error
-    keys = tuple(key for key in re.split(r"[\s,]+", public_keys) if key)
+        except ValueError as error:
+            raise ConfigError(f"--public-key-file {key_file}: {error}") from error
+    else:
+        key_file = ""
+    keys = split_public_keys(public_keys)
     if not keys:
         raise ConfigError(
             "no public key: set LICET_PUBLIC_KEY or --public-key to the text of the control plane's"
@@ -107,6 +118,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         redis_prefix=setting("redis_prefix", "licet"),
         state_dir=Path(setting("state_dir", "licet-sidecar-state")),
         public_keys=keys,
+        public_key_file=key_file,
         staleness_max_s=_duration("staleness_max", setting("staleness_max", "300s")),
         tenants_max=_count("tenants_max", setting("tenants_max", "10000"), 1),
         log_bytes_max=_count("log_bytes_max", setting("log_bytes_max", str(1024**3)), 1024**2),
@@ -120,6 +132,24 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         sidecar_key=sidecar_key,
         log_level=setting("log_level", "info").lower(),
     )
+
+
+def read_public_keys(path: Path) -> str:
+    """The text of a file with public keys, or of all files of a directory but hidden ones.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: there is more than keys take.
+    """
+    files = sorted(one for one in path.iterdir() if not one.name.startswith(".")) if path.is_dir() else [path]
+    if len(files) > KEY_FILES_MAX or any(one.stat().st_size > KEY_FILE_BYTES_MAX for one in files):
+        raise ValueError(f"more than {KEY_FILES_MAX} files, or one of more than {KEY_FILE_BYTES_MAX} bytes")
+    return "\n".join(one.read_text() for one in files)
+
+
+def split_public_keys(text: str) -> tuple[str, ...]:
+    """Keys that are separated by spaces, line ends or commas."""
+    return tuple(key for key in re.split(r"[\s,]+", text) if key)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,7 +184,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="the control plane's public key, ed25519:…; two, separated by a comma, while it is being rotated",
     )
-    add("--public-key-file", metavar="FILE", help="a file with the public key")
+    add(
+        "--public-key-file",
+        metavar="PATH",
+        help="a file with it, or a directory of such files; read again each second, so that keys can be rotated",
+    )
     add("--staleness-max", metavar="TIME", help="after how long without news answers are stale (default 300s)")
     add("--tenants-max", metavar="N", help="licenses kept in memory (default 10000)")
     add("--log-bytes-max", metavar="N", help="size of the usage log on disk (default 1 GiB)")

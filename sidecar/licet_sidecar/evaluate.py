@@ -151,6 +151,7 @@ def _said(evaluated: Evaluated) -> dict[str, Any]:
         "rule": decision.rule,
         "observed": decision.observed,
         "shadow": list(decision.shadow),
+        "exposures": dict(decision.exposures),
         "units": dict(decision.units),
         "cost_nanos": decision.cost_nanos,
         "currency": decision.currency,

@@ -112,6 +112,16 @@ async def test_a_pushed_bundle_is_published_and_is_the_current_one(api: Api) -> 
     assert {"kind": "Plan", "name": "pro"} in current["documents"]
 
 
+async def test_schemas_are_served_to_editors_which_send_no_key(api: Api) -> None:
+    listed = (await api.client.get("/v1/schemas", headers={"Authorization": ""})).json()["items"]
+    for one in listed:
+        answer = await api.client.get(one["url"], headers={"Authorization": ""})
+        assert (answer.status_code, answer.json()["title"]) == (200, one["kind"])
+        assert answer.headers["content-type"] == "application/schema+json"
+    missing = await api.client.get("/v1/schemas/Pan")
+    assert (missing.status_code, missing.json()["fix"]) == (404, "Did you mean 'Plan'?")
+
+
 async def test_the_same_bundle_again_publishes_nothing(api: Api) -> None:
     await api.push()
     again = await api.push()
@@ -282,7 +292,7 @@ async def test_a_grant_is_added_listed_and_revoked(api: Api) -> None:
 
 def _audited(connection: Connection) -> list[tuple[str, int, int]]:
     """Each change, with how many grants its license had before and after it."""
-    rows = connection.execute(select(audit).order_by(audit.c.id))
+    rows = connection.execute(select(audit).order_by(audit.c.number))
     return [
         (row.action, *(len((json.loads(text) or {}).get("grants", ())) for text in (row.before, row.after)))
         for row in rows
@@ -523,7 +533,7 @@ async def _usage(client: httpx.AsyncClient, *batches: UsageBatch) -> dict[str, A
 
 async def test_a_sidecars_key_opens_nothing_but_the_second_route(api: Api, sidecar: httpx.AsyncClient) -> None:
     for path in ("/v1/status", "/v1/licenses", "/v1/usage/summary", "/v1/ledger/verify", "/v1/sidecars"):
-        assert_problem(await sidecar.get(path), 403, says="administrator")
+        assert_problem(await sidecar.get(path), 403, says="role sidecar")
     assert_problem(await sidecar.post("/v1/bundles", json={}), 403)
     assert_problem(await api.client.post("/v1/sidecar/snapshot", json={}, headers={"Authorization": ""}), 401)
     assert_problem(await api.client.post("/v1/usage/batches", content=b"", headers={"Authorization": ""}), 401)

@@ -87,6 +87,51 @@ async def test_an_answer_that_says_no_is_kept_too_and_one_that_failed_is_not(
     assert await api.ends_at() == "2027-03-01T00:00:00Z"
 
 
+async def test_an_answer_is_kept_for_its_caller_who_must_still_be_admitted_and_holds_no_secret(api: Api) -> None:
+    made = [
+        (
+            await api.client.post(
+                "/v1/api-keys", json={"name": name, "role": "operator"}, headers={"Idempotency-Key": name}
+            )
+        )
+        for name in ("first", "second")
+    ]
+    first, second = ({"Authorization": f"Bearer {one.json()['key']}", "Idempotency-Key": "k"} for one in made)
+    renew = "/v1/licenses/acme/renew"
+    assert "idempotency-replayed" not in (await api.client.post(renew, json={}, headers=first)).headers
+    assert (await api.client.post(renew, json={}, headers=first)).headers["idempotency-replayed"] == "true"
+    assert "idempotency-replayed" not in (await api.client.post(renew, json={}, headers=second)).headers
+    assert (await api.client.delete("/v1/api-keys/first")).status_code == 200
+    assert (await api.client.post(renew, json={}, headers=first)).status_code == 401
+
+    def kept(connection: Connection) -> list[str]:
+        return list(connection.scalars(select(idempotency_keys.c.key)))
+
+    assert await api.running.plane.database.read(kept) == ["k", "k"]
+
+
+async def test_that_a_key_is_used_for_the_first_time_is_not_taken_for_its_change(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = (await api.client.post("/v1/api-keys", json={"name": "new", "role": "operator"})).json()["key"]
+    headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": "k"}
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a defect")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(licenses, "save", broken)
+        assert (await api.client.post("/v1/licenses/acme/renew", json={}, headers=headers)).status_code == 500
+    assert (await api.client.post("/v1/licenses/acme/renew", json={}, headers=headers)).status_code == 200
+
+
+async def test_an_attempt_that_was_refused_may_be_made_again_with_its_key(api: Api) -> None:
+    key = (await api.client.post("/v1/api-keys", json={"name": "reads", "role": "auditor"})).json()["key"]
+    headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": "k"}
+    for _ in range(2):
+        assert (await api.client.post("/v1/licenses/acme/renew", json={}, headers=headers)).status_code == 403
+
+
 @pytest.mark.parametrize(("committed", "status"), [(True, 409), (False, 200)])
 async def test_after_a_crash_a_request_is_done_again_only_if_it_had_not_come_to_its_commit(
     api: Api, committed: bool, status: int

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, select
 
 from licet.wire.documents import ACK
 from licet.wire.names import usage_shard
-from licet.wire.usage import UsageBatch, log_id
+from licet.wire.usage import LostRange, UsageBatch, log_id
 from licet_control_plane.api.app import make_app
 from licet_control_plane.archive import follower, rebuilding
 from licet_control_plane.archive.files import (
@@ -38,7 +38,17 @@ from licet_control_plane.drain.worker import GROUP
 from licet_control_plane.state_dir import LEDGER_KEY_FILE, StartError
 from licet_control_plane.store import ledger, meta
 from licet_control_plane.store.database import Database
-from licet_control_plane.store.schema import blocks, events, logs, ranges, register_spend, rollups, shards, subjects
+from licet_control_plane.store.schema import (
+    blocks,
+    events,
+    gaps,
+    logs,
+    ranges,
+    register_spend,
+    rollups,
+    shards,
+    subjects,
+)
 from licet_control_plane.store.subjects import SubjectKeys
 from tests.support.command_line import CommandLine, licet_command
 from tests.support.control_plane import NAMES, Deployment, deployment, until
@@ -102,7 +112,7 @@ def opened(path: Path) -> Database:
 
 def contents(connection: Connection) -> dict[str, list[Any]]:
     """Everything that must be the same; when a log was first heard of, and in how many batches, need not."""
-    tables = (events, blocks, rollups, register_spend, ranges, subjects)
+    tables = (events, blocks, rollups, register_spend, ranges, gaps, subjects)
     found = {
         table.name: [tuple(row) for row in connection.execute(select(table).order_by(*table.primary_key.columns))]
         for table in tables
@@ -140,6 +150,54 @@ async def test_an_empty_database_is_rebuilt_event_by_event(book: Book, empty: Da
     report = verification_of(empty, LEDGER_KEY)
     assert (report.events, report.findings, report.rollups_match) == (17, [], True)
     assert empty.read_now(meta.read).ledger_generation == 2
+
+
+async def test_what_was_declared_lost_is_rebuilt_and_still_filled_by_what_comes_after_all(
+    book: Book, empty: Database
+) -> None:
+    await book.fill()
+    lost = (LostRange(7, 8, "damaged"), LostRange(20, 22, "damaged"))
+    book.record(batch(13, 12, lost=lost))
+    book.record(batch(21, 21))
+    await book.archived()
+    list(rebuild(empty, book.archive_dir, DEPLOYMENT, LEDGER_KEY, now_us=9))
+    assert empty.read_now(contents) == book.database.read_now(contents)
+    report = verification_of(empty, LEDGER_KEY)
+    assert report.findings == []
+    assert [(gap.from_seq, gap.to_seq) for gap in report.lost] == [(7, 8), (20, 20), (22, 22)]
+    decoded = DecodedBatch.of(batch(8, 8).pack())
+    done = empty.write_now(ledger.record, 0, [decoded], keys=SubjectKeys(LEDGER_KEY), now_us=10)
+    assert (done.inserted, done.lost) == (1, {log_id(SIDECAR, 1): [(7, 7), (20, 20), (22, 22)]})
+    assert verification_of(empty, LEDGER_KEY).findings == []
+
+
+async def test_somebody_who_was_only_in_a_conflict_is_erased_in_the_rebuilt_ledger_too(
+    book: Book, empty: Database
+) -> None:
+    await book.fill()
+    book.record(batch(4, 4, subject_id="mallory"))  # another event under the same number
+    erased = book.database.write_now(ledger.erase, LEDGER_KEY, "acme", "user", "mallory", now_us=11)
+    assert (len(erased.numbers), erased.events) == (1, 0)
+    await book.archived()
+    list(rebuild(empty, book.archive_dir, DEPLOYMENT, LEDGER_KEY, now_us=12))
+    assert empty.read_now(contents) == book.database.read_now(contents)
+    assert verification_of(empty, LEDGER_KEY).findings == []
+    decoded = DecodedBatch.of(batch(13, 13, subject_id="carol").pack())
+    empty.write_now(ledger.record, 0, [decoded], keys=SubjectKeys(LEDGER_KEY), now_us=13)
+    assert verification_of(empty, LEDGER_KEY).findings == [], "nobody gets the number of somebody who was erased"
+
+
+async def test_a_log_in_the_chain_of_another_shard_is_rebuilt_whichever_chain_comes_first(
+    book: Book, empty: Database
+) -> None:
+    """Somebody who can write the usage streams puts a batch where it does not belong."""
+    book.record(batch(1, 2), shard=2)
+    book.record(batch(3, 4), shard=0)
+    await book.archived()
+    list(rebuild(empty, book.archive_dir, DEPLOYMENT, LEDGER_KEY, now_us=9))
+    for database in (book.database, empty):
+        report = verification_of(database, LEDGER_KEY)
+        assert (report.findings, report.events, report.logs[0].watermark) == ([], 4, 4)
 
 
 async def test_a_rebuilt_ledger_goes_on_where_the_archive_ends(book: Book, empty: Database) -> None:

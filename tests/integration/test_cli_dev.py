@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from licet_control_plane.cli.dev.command import EXAMPLE
 from licet_control_plane.cli.dev.ports import choose_ports
 from licet_control_plane.cli.dev.stack import ENDED_AT_ONCE_MAX, RESTART_S, Stack, ended_by_itself
 from licet_control_plane.cli.failure import CliError
+from licet_control_plane.core.documents.json_schema import KINDS
 from tests.support.command_line import CommandLine, licet_command
 
 __all__ = ["licet_command"]
@@ -228,6 +230,28 @@ def test_starter_catalog_is_valid(licet_command: CommandLine, tmp_path: Path) ->
     ended = licet_command("policy", "validate", tmp_path, "--json")
     assert ended.code == 0
     assert ended.json == {"valid": True, "files": 1, "errors": [], "warnings": []}
+
+
+def test_warnings_stand_in_the_way_only_when_asked(licet_command: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "catalog.yaml").write_text(EXAMPLE + "---\nkind: Feature\nname: unused\n")
+    ended = licet_command("policy", "validate", tmp_path)
+    assert (ended.code, "valid, 1 warning." in ended.out) == (0, True)
+    assert "[unused-feature]" in ended.err
+    ended = licet_command("policy", "validate", tmp_path, "--strict", "--json")
+    assert (ended.code, ended.json["valid"]) == (1, True)
+    (warning,) = ended.json["warnings"]
+    assert list(warning) == ["file", "line", "column", "path", "message", "fix", "code", "severity"]
+    assert (warning["file"], warning["code"], warning["severity"]) == ("catalog.yaml", "unused-feature", "warning")
+
+
+def test_schemas_are_printed_and_written(licet_command: CommandLine, tmp_path: Path) -> None:
+    assert licet_command("policy", "schema", "Plan").json["properties"]["kind"] == {"const": "Plan"}
+    assert licet_command("policy", "schema").json["title"] == "Document"
+    ended = licet_command("policy", "schema", "Pan")
+    assert (ended.code, "Did you mean 'Plan'?" in ended.err) == (2, True)
+    ended = licet_command("policy", "schema", "--output", tmp_path / "schemas", "--json")
+    assert [Path(name).stem for name in ended.json["files"]] == list(KINDS)
+    assert json.loads((tmp_path / "schemas" / "Role.json").read_text())["title"] == "Role"
 
 
 @pytest.mark.parametrize("command", ["renew", "release"])

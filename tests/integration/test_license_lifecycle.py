@@ -42,7 +42,7 @@ class Licensing:
 
     async def audited(self, action: str) -> list[Any]:
         def read(connection: Connection) -> list[Any]:
-            rows = connection.execute(select(audit).where(audit.c.action == action).order_by(audit.c.id))
+            rows = connection.execute(select(audit).where(audit.c.action == action).order_by(audit.c.number))
             return list(rows.all())
 
         return await self.running.plane.database.read(read)

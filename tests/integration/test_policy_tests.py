@@ -243,3 +243,39 @@ def test_without_the_sidecar_it_says_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     ended = licet_command("policy", "test", catalog)
     assert (ended.code, "pip install 'licet[dev]'" in ended.err) == (2, True)
+
+
+FLAG = """\
+---
+kind: Flag
+name: format
+feature: reports
+targeting: [{name: staff, when: 'subject.type == "staff"', serve: columnar}]
+schedule: [{at: "2027-01-15T09:00:00Z", percent: 100}]
+variants: {plain: 1, columnar: {weight: 0, value: {extension: parquet}}}
+"""
+
+
+def test_a_test_expects_variants(catalog: Path, licet_command: CommandLine) -> None:
+    (catalog / "all.yaml").write_text(CATALOG + FLAG)
+    tests = """\
+        tests:
+          - name: staff
+            ask: {action: report.export, subject: {type: staff}, now: "2027-01-01T00:00:00Z"}
+            expect: {effect: APPROVED, variants: {format: columnar}}
+          - name: before
+            ask: {action: report.export, now: "2027-01-15T08:59:59Z"}
+            expect: {reason: FEATURE_OFF, rule: format, variants: {format: off}}
+          - name: after
+            ask: {action: report.export, now: "2027-01-15T09:00:00Z"}
+            expect: {variants: {format: VARIANT}}
+        """
+    write(catalog, tests.replace("VARIANT", "plain"))
+    assert licet_command("policy", "test", str(catalog)).code == 0
+    write(catalog, tests.replace("VARIANT", "columnar"))
+    failed = licet_command("policy", "test", str(catalog))
+    assert failed.code == 1
+    assert "flag format serves plain, expected columnar" in failed.out + failed.err
+    write(catalog, tests.replace("VARIANT", "colummar"))
+    refused = licet_command("policy", "test", str(catalog))
+    assert "Did you mean 'columnar'?" in refused.out + refused.err

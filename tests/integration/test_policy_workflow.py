@@ -223,7 +223,7 @@ def test_rollback_publishes_old_content_as_a_new_revision(licet: Licet, catalog:
     assert f"nothing changed; revision {second + 1} says what revision {first} said" in again.out
     with sqlite3.connect(f"file:{fleet.directory}/server/licet.db?mode=ro", uri=True) as database:
         ((target, after),) = database.execute(
-            "SELECT target, after FROM audit WHERE action = 'bundle.rollback' ORDER BY id DESC LIMIT 1"
+            "SELECT target, after FROM audit WHERE action = 'bundle.rollback' ORDER BY number DESC LIMIT 1"
         )
     assert target == f"revision {second + 1}"
     assert json.loads(after)["restores"] == first

@@ -223,7 +223,7 @@ async def test_one_that_is_gone_is_disabled_with_the_reason_and_enabled_again(ho
     await until(disabled)
 
     def audited(connection: Connection) -> list[str]:
-        rows = connection.execute(select(audit).where(audit.c.target == made["id"]).order_by(audit.c.id))
+        rows = connection.execute(select(audit).where(audit.c.target == made["id"]).order_by(audit.c.number))
         return [row.action for row in rows]
 
     assert await hooks.running.plane.database.read(audited) == ["webhook.create", "webhook.disable"]

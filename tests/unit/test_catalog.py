@@ -47,6 +47,7 @@ from licet.domain.catalog import (
     matches,
     rate_key,
 )
+from licet.domain.flags import RolloutStep, Target, Variant
 from licet.domain.ids import NAME_PATTERN, UNITS_MAX, LimitKey
 from licet.domain.money import AMOUNT_NANOS_MAX, Fee, Price, Step, TierMode, Tiers
 from licet.domain.redaction import RecordMode
@@ -113,7 +114,19 @@ documents: st.SearchStrategy[Document] = st.one_of(
     st.builds(Plan, names, st.dictionaries(names, entitlements, max_size=2), texts, st.none() | fees),
     st.builds(Policy, names, patterns, st.lists(rules, max_size=2).map(tuple), st.sampled_from(Enforcement)),
     st.builds(Role, names, patterns),
-    st.builds(Flag, names, names, st.floats(0, 100), st.sampled_from(["tenant", "subject"])),
+    st.builds(
+        Flag,
+        names,
+        names,
+        st.floats(0, 100),
+        st.sampled_from(["tenant", "subject"]),
+        enabled=st.booleans(),
+        starts_s=seconds,
+        ends_s=seconds,
+        steps=st.lists(st.builds(RolloutStep, seconds, st.floats(0, 100)), max_size=2).map(tuple),
+        variants=st.lists(st.builds(Variant, names, units, texts), max_size=2).map(tuple),
+        targeting=st.lists(st.builds(Target, names, names, texts), max_size=2).map(tuple),
+    ),
     st.builds(ApprovalChain, names, st.lists(stages, max_size=2).map(tuple)),
 )
 licenses = st.builds(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import Any, Final
 
 import pytest
@@ -10,17 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from licet_control_plane.core.chain import (
-    EMPTY_ROOT,
     Block,
+    Drop,
+    Lost,
+    MetLog,
+    drops_of,
     erased_of,
     genesis,
     hash_of,
+    logs_of,
+    lost_of,
     next_block,
+    positions,
     ranges_of,
-    root_of,
 )
+from licet_control_plane.core.merkle import EMPTY_ROOT, hash_over, root_of, subtrees
+from licet_control_plane.core.recorded import RecordedSeqs
 
-GOLDEN: Final = "c29f12202cce464ff2e78bf7a4139bca320a2e126eb3a32bee4f05cbadcbb9fc"
+GOLDEN: Final = "00b44532bf94330f08903bf65119e0708f3a10fa669e893ed42c05e80b37eef8"
+MET: Final = MetLog("b:1", "b", 1, 0, 0, b"prefix00")
 leaves = st.lists(st.binary(min_size=32, max_size=32), max_size=70)
 
 
@@ -54,6 +63,45 @@ def test_the_root_tells_a_leaf_that_changed_moved_or_left(hashes: list[bytes], d
     assert (root_of(swapped) == whole) is (swapped == hashes)
 
 
+@given(leaves.filter(bool), st.data())
+def test_the_root_follows_from_the_leaves_that_are_here_and_the_subtrees_of_those_that_are_not(
+    hashes: list[bytes], data: st.DataObject
+) -> None:
+    gone = sorted(data.draw(st.sets(st.integers(0, len(hashes) - 1))))
+    spans: list[tuple[int, int]] = []
+    for index in gone:
+        if spans and spans[-1][1] == index:
+            spans[-1] = (spans[-1][0], index + 1)
+        else:
+            spans.append((index, index + 1))
+    kept = subtrees(len(hashes), spans)
+    assert [index for start, end in kept for index in range(start, end)] == gone
+    known = {(at, at + 1): leaf for at, leaf in enumerate(hashes) if at not in gone}
+    known |= {(start, end): tree(hashes[start:end]) for start, end in kept}
+    assert hash_over(0, len(hashes), known) == tree(hashes)
+    if kept:
+        first = kept[0]
+        with pytest.raises(KeyError):
+            hash_over(0, len(hashes), {span: one for span, one in known.items() if span != first})
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["a:1", "b:1"]), st.integers(1, 9), st.integers(0, 5)), max_size=6), st.data()
+)
+def test_positions_are_those_of_the_numbers_among_the_leaves(
+    runs: list[tuple[str, int, int]], data: st.DataObject
+) -> None:
+    ranges = [(log_id, first, first + more) for log_id, first, more in runs]
+    wanted = data.draw(st.sets(st.integers(1, 14)))
+    numbers = {"a:1": RecordedSeqs(0, [(seq, seq) for seq in wanted])}
+    flat = [(log_id, seq) for log_id, first, last in ranges for seq in range(first, last + 1)]
+    found = positions(ranges, numbers)
+    assert [at for start, end in found for at in range(start, end)] == [
+        at for at, (log_id, seq) in enumerate(flat) if log_id == "a:1" and seq in wanted
+    ]
+    assert all(end < start for (_, end), (start, _) in itertools.pairwise(found)), "none touches the next"
+
+
 def test_the_root_over_nothing() -> None:
     assert root_of([]) == EMPTY_ROOT
 
@@ -69,6 +117,9 @@ def block(**changes: Any) -> Block:
         leaves=[b"1" * 32, b"2" * 32, b"3" * 32],
         span=(3, 4),
         erased=[7, 8],
+        logs=[MET],
+        lost=[Lost("a:1", 3, 4, "damaged")],
+        dropped=[Drop("2026-05", b"e" * 32, b"s" * 32, False)],
     )
     return made._replace(**changes)
 
@@ -78,6 +129,9 @@ def test_a_block_says_what_it_was_made_of() -> None:
     assert (made.events, made.first_at, made.last_at) == (3, 3, 4)
     assert ranges_of(made) == [("a:1", 1, 2), ("b:1", 9, 9)]
     assert erased_of(made) == [7, 8]
+    assert logs_of(made) == [MET]
+    assert lost_of(made) == [Lost("a:1", 3, 4, "damaged")]
+    assert drops_of(made) == [Drop("2026-05", b"e" * 32, b"s" * 32, False)]
     assert hash_of(made) == made.hash
 
 
@@ -106,3 +160,10 @@ def test_ranges_that_cannot_be_read_are_refused(ranges: bytes) -> None:
 def test_erased_subjects_that_cannot_be_read_are_refused(erased: bytes) -> None:
     with pytest.raises(ValueError):
         erased_of(block(erased=erased))
+
+
+@pytest.mark.parametrize("read", [logs_of, lost_of, drops_of])
+@pytest.mark.parametrize("packed", [b"", b"\xc1", b"\x05", b"\x91\x05", b"\x91\x92\x01\x02"])
+def test_what_else_a_block_says_is_refused_when_it_cannot_be_read(read: Any, packed: bytes) -> None:
+    with pytest.raises(ValueError):
+        read(block(logs=packed, lost=packed, dropped=packed))

@@ -171,6 +171,15 @@ def test_reads_every_part_of_a_response() -> None:
     assert parsed.resets_at == datetime(2023, 12, 1, tzinfo=UTC)
 
 
+def test_reads_variants_of_flags_and_their_values() -> None:
+    metadata = {"variant:new-editor": "canvas", "value:new-editor": '{"toolbar":"wide"}', "variant:bare": "on"}
+    decision = decision_of(pb.CheckResponse(effect=pb.EFFECT_APPROVED, reason=pb.REASON_OK, metadata=metadata))
+    assert decision.variant("new-editor") == "canvas"
+    assert decision.variant_value("new-editor") == {"toolbar": "wide"}
+    assert decision.variant_value("bare", default=7) == 7
+    assert (decision.variant("unknown"), decision.variant("unknown", default="control")) == ("", "control")
+
+
 def test_leaves_absent_parts_empty() -> None:
     decision = decision_of(pb.CheckResponse(effect=pb.EFFECT_APPROVED, reason=pb.REASON_OK))
     assert decision.as_of is None

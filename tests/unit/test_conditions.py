@@ -195,6 +195,111 @@ def test_fails_when_an_evaluation_has_no_answer(source: str, bindings: dict[str,
         condition.evaluate(bindings)
 
 
+# What CEL means in conditions. A newer library that says otherwise fails here, and not in somebody's policy.
+FAILS = "fails"
+SEMANTICS: list[tuple[str, bool | str]] = [
+    # Texts: code points, byte order, no conversion.
+    ("size('añ€😀') == 4", True),
+    ("'a' < 'b' && 'B' < 'a' && 'Z' < 'é'", True),
+    ("'a' + 'b' == 'ab'", True),
+    ("'ab'.contains('') && 'ab'.startsWith('') && 'ab'.endsWith('')", True),
+    ("'Straße'.upperAscii() == 'STRAßE' && 'ÀB'.lowerAscii() == 'Àb'", True),
+    ("'a,b,,c'.split(',') == ['a', 'b', '', 'c']", True),
+    ("['a', 'b'].join('-') == 'a-b'", True),
+    ("'abcb'.indexOf('b') == 1 && 'abcb'.lastIndexOf('b') == 3 && 'abc'.indexOf('z') == -1", True),
+    ("'abc'.substring(1) == 'bc' && 'abc'.substring(0, 2) == 'ab' && 'abc'.charAt(3) == ''", True),
+    ("'abc'.substring(5) == ''", FAILS),
+    ("'aXbX'.replace('X', '-') == 'a-b-' && ' a '.trim() == 'a'", True),
+    ("'eu-west'.matches('west')", True),  # anywhere in the text, unless it is anchored
+    ("'eu-west'.matches('^west$')", False),
+    ("int('12') == 12 && string(12) == '12' && double('0.5') == 0.5", True),
+    ("int(tenant) == 1", FAILS),
+    # Lists and maps.
+    ("'a' in context.tags && !('z' in context.tags) && size(context.tags) == 2", True),
+    ("context.tags[0] == 'a'", True),
+    ("context.tags[2] == 'c'", FAILS),
+    ("context.tags.all(t, t != '') && context.tags.exists(t, t == 'b') && context.tags.exists_one(t, t == 'a')", True),
+    ("context.tags.filter(t, t != 'a') == ['b'] && context.tags.map(t, t + t) == ['aa', 'bb']", True),
+    ("[].all(t, false) && ![].exists(t, true)", True),
+    ("context.tags + ['c'] == ['a', 'b', 'c'] && context.tags != ['b', 'a']", True),
+    ("quantities['output'] == 2 && 'input' in quantities && !('x' in quantities)", True),
+    ("quantities['x'] == 0", FAILS),
+    # Instants and durations: UTC unless a zone is named; months and days of months and years from 0, weeks from Sunday.
+    ("now == timestamp('2026-01-31T22:30:00Z') && now == timestamp('2026-01-31T23:30:00+01:00')", True),
+    ("now.getFullYear() == 2026 && now.getMonth() == 0 && now.getDate() == 31 && now.getDayOfMonth() == 30", True),
+    ("now.getDayOfWeek() == 6 && now.getDayOfYear() == 30 && now.getHours() == 22 && now.getMinutes() == 30", True),
+    ("now.getDate('Asia/Tokyo') == 1 && now.getMonth('Asia/Tokyo') == 1 && now.getHours('+02:00') == 0", True),
+    ("now + duration('90m') == timestamp('2026-02-01T00:00:00Z') && now - duration('1h') < now", True),
+    ("duration('90m') == duration('1.5h') && duration('-1s') < duration('0s')", True),
+    ("(now - context.signed_at).getHours() == 5878", True),
+    ("now.getHours('Nowhere/Land') == 1", FAILS),
+    ("timestamp(tenant) < now", FAILS),
+    # Numbers: int has 64 bits and never wraps; double is IEEE 754; neither becomes the other by itself.
+    ("9223372036854775807 + quantity > 0", FAILS),
+    ("-9223372036854775807 - quantity < 0", FAILS),
+    ("quantity * 9223372036854775807 > 0", FAILS),
+    ("quantity / 0 == 1", FAILS),
+    ("quantity % 0 == 1", FAILS),
+    ("7 / 2 == 3 && -7 / 2 == -3 && 7 % 3 == 1 && -7 % 3 == -1", True),
+    ("1.0 / 0.0 > 1e308 && -1.0 / 0.0 < -1e308", True),
+    ("0.0 / 0.0 == 0.0 / 0.0", False),
+    ("0.1 + 0.2 == 0.3", False),
+    ("int(2.9) == 2 && int(-2.9) == -2 && double(3) == 3.0", True),
+    ("int(1e300) == 1", FAILS),
+    # Of attributes of any type: equal across numbers, otherwise never equal; order needs one type.
+    ("subject.attributes.level == 3.0 && subject.attributes.level == 3u && subject.attributes.level != '3'", True),
+    ("subject.attributes.level > 2.5", True),
+    ("subject.attributes.level < 'a'", FAILS),
+    ("subject.attributes.level == null", False),
+    ("subject.attributes.age == 1", FAILS),
+    ("has(subject.attributes.age)", False),
+    ("'level' in subject.attributes", True),
+    ("subject.attributes.level.name == 'x'", FAILS),
+    # What fails does not matter where the other side decides, on either side.
+    ("false && 1 / 0 > 0", False),
+    ("1 / 0 > 0 && false", False),
+    ("true || 1 / 0 > 0", True),
+    ("1 / 0 > 0 || true", True),
+    ("1 / 0 > 0 || false", FAILS),
+    ("!(1 / 0 > 0)", FAILS),
+    ("true ? true : 1 / 0 > 0", True),
+    ("1 / 0 > 0 ? true : true", FAILS),
+    ("context.tags.exists(t, t == 'a' || 1 / 0 > 0)", True),
+    ("context.tags.all(t, t == 'a' && 1 / 0 > 0)", False),
+]
+
+
+@pytest.mark.parametrize(("source", "expected"), SEMANTICS)
+def test_means_what_the_table_says(source: str, expected: bool | str) -> None:
+    condition = ENVIRONMENT.compile(source)
+    try:
+        found: bool | str = condition.evaluate(BINDINGS)
+    except ConditionFailed:
+        found = FAILS
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "'a' == 1",
+        "tenant == null",
+        "1 + 1.0 > 1.0",
+        "quantity > 1u",
+        "context.tags == 'a'",
+        "now > 5",
+        "now > '2026-01-01'",
+        "9223372036854775808 > 0",
+        "quantity && true",
+        "quantity = 1",
+        "context.tags.sort() == []",
+        "math.greatest(1, 2) == 2",
+    ],
+)
+def test_types_never_mix_by_themselves(source: str) -> None:
+    refusal(source)
+
+
 def test_fails_instead_of_looping_for_long() -> None:
     condition = ENVIRONMENT.compile("context.tags.all(a, context.tags.all(b, a != b || true))")
     with pytest.raises(ConditionFailed, match="budget"):

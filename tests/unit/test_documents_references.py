@@ -156,16 +156,52 @@ def test_an_action_with_errors_makes_no_attribute_look_undeclared() -> None:
 def test_warns_of_patterns_that_match_nothing() -> None:
     text = WORLD + "kind: Role\nname: r\nactions: [llm.*, ▶llm.compleet]\n"
     before, _, after = text.partition(MARK)
-    (warning,) = validated(before + after).warnings
+    warning = next(one for one in validated(before + after).warnings if one.code == "matches-no-action")
     assert (warning.line, warning.column) == (before.count("\n") + 1, len(before) - before.rfind("\n"))
     assert warning.message == "'llm.compleet' matches no action, so that it has no effect"
     assert warning.fix == "Did you mean 'llm.complete'?"
 
 
 def test_warns_of_limits_on_what_no_action_draws_on() -> None:
-    (warning,) = validated(PLAN + "{reports: {limits: [{amount: 1, per: day}]}}").warnings
+    found = validated(PLAN + "{reports: {limits: [{amount: 1, per: day}]}}").warnings
+    warning = next(one for one in found if one.code == "limit-without-action")
     assert warning.message == "no action draws on 'reports', so that its limits have no effect"
 
 
 def test_warnings_do_not_stand_in_the_way() -> None:
     assert "r" in catalog_of(WORLD + "{kind: Role, name: r, actions: [nothing.*]}").roles
+
+
+FLAG = WORLD + "kind: Flag\nname: f\nfeature: llm.tokens\nvariants: {red: 1, green: 2}\ntargeting:\n  - "
+
+
+@pytest.mark.parametrize(
+    ("rule", "message", "fix"),
+    [
+        ("{name: t, serve: ▶rde}\n", "'rde' is neither a variant of the flag nor on or off", "'red'"),
+        ("{name: t, serve: on}\n  - {name: ▶t, serve: off}\n", "'t' is there twice", "Rename"),
+        (
+            "{name: t, serve: off, when: '▶context.regoin == \"eu\"'}\n",
+            "context.regoin is not a declared attribute",
+            "asked about",
+        ),
+        (
+            "{name: t, serve: off, when: '▶context.level == 1'}\n",
+            "context.level is not a declared attribute",
+            "'llm.chat'",
+        ),
+    ],
+)
+def test_targeting_fits_the_flag_and_every_action_of_its_feature(rule: str, message: str, fix: str) -> None:
+    error = only_error(FLAG + rule)
+    assert message in error.message
+    assert fix in f"{error.message} {error.fix}"
+
+
+def test_warns_of_an_action_that_is_priced_in_two_currencies() -> None:
+    features = "{kind: Feature, name: f}\n---\n{kind: Feature, name: g}\n---\n"
+    action = "{kind: Action, name: a, meters: {x: f, y: g}}\n---\n"
+    price = '{{price: {{amount: "1", per_units: 1, currency: {}}}}}'
+    plan = f"kind: Plan\nname: p\nfeatures:\n  f: {price.format('USD')}\n  g: {price.format('EUR')}\n"
+    (warning,) = validated(features + action + plan).warnings
+    assert "'a' is priced in EUR and USD" in warning.message

@@ -27,6 +27,7 @@ from licet.domain.catalog import (
     UnavailableMode,
 )
 from licet.domain.entitlements import RATE_MAX
+from licet.domain.flags import RolloutStep, Target, Variant
 from licet.domain.ids import UNITS_MAX, LimitKey
 from licet.domain.money import NANOS, Fee, Price, Step, TierMode, Tiers
 from licet.domain.windows import Anchor, Period
@@ -317,6 +318,7 @@ def test_other_durations_are_refused(text: str) -> None:
 
 
 ACTION = "kind: Action\nname: a\nfeature: editor\n"
+FLAG = "kind: Flag\nname: f\nfeature: editor\n"
 PLAN = "kind: Plan\nname: p\nfeatures: {llm.tokens: "
 TIERS = "kind: Plan\nname: p\nfeatures: {{llm.tokens: {{price: {{currency: USD, tiers: {{{}}}}}}}}}"
 
@@ -474,7 +476,7 @@ TIERS = "kind: Plan\nname: p\nfeatures: {{llm.tokens: {{price: {{currency: USD, 
         (PLAN + "{heartbeat: ▶60s}}", "'heartbeat' is for seats", "Add 'seats'"),
         (PLAN + "{seats: 1, heartbeat: ▶60}}", "60 is not a duration", "90s"),
         (PLAN + "{seats: 1, heartbeat: ▶2h}}", "longer than an hour", "1h or less"),
-        ("kind: Role\nname: r\nactions: ▶[]\n", "it is empty", "Name at least one"),
+        ("kind: Role\nname: r\nactions: ▶[]\n", "needs 'actions' or 'includes'", "analyst"),
         ("kind: Role\nname: r\nactions: [▶'*.view']\n", "'*.view' is not a pattern", "prefix.*"),
         ("kind: Role\nname: r\nactions: ▶llm.complete\n", "'llm.complete' is not a list", "[one, two]"),
         ("kind: Policy\nname: p\nactions: ['*']\nrules: [{name: r, effect: ▶dny}]\n", "'dny' is not", "'deny'"),
@@ -491,6 +493,27 @@ TIERS = "kind: Plan\nname: p\nfeatures: {{llm.tokens: {{price: {{currency: USD, 
         ),
         ("kind: Flag\nname: f\nfeature: editor\nrollout: {percent: ▶101}\n", "101 is more than 100", "100 or less"),
         ("kind: Flag\nname: f\nfeature: editor\nrollout: {by: ▶user}\n", "'user' is not possible", "subject, tenant"),
+        (FLAG + "enabled: ▶maybe\n", "'maybe' is not true or false", ""),
+        (FLAG + "starts: ▶2027-01-01\n", "'2027-01-01' is not an instant", "its offset"),
+        (FLAG + "starts: ▶'2027-01-01T00:00:00.5Z'\n", "is not an instant", "to the second"),
+        (FLAG + "starts: '2027-01-01T00:00:00Z'\nends: ▶'2027-01-01T00:00:00Z'\n", "ends before it starts", "later"),
+        (
+            FLAG + "schedule: ▶[{at: '2027-01-02T00:00:00Z', percent: 1}, {at: '2027-01-01T00:00:00Z', percent: 2}]\n",
+            "step 2 is not later than the one before it",
+            "ascending",
+        ),
+        (
+            FLAG + "ends: '2027-01-01T00:00:00Z'\nschedule: ▶[{at: '2027-01-02T00:00:00Z', percent: 1}]\n",
+            "step 1 comes when the flag has ended",
+            "later",
+        ),
+        (FLAG + "schedule: [{at: '2027-01-02T00:00:00Z', percent: ▶-1}]\n", "-1 is less than 0", "0 or more"),
+        (FLAG + "variants: {a: ▶half}\n", "'half' is not a whole number", ""),
+        (FLAG + "variants: ▶{a: 0, b: 0}\n", "every variant has the weight 0", "Give one"),
+        (FLAG + "variants: ▶{on: 1}\n", "cannot be called 'on'", "Rename"),
+        (FLAG + "variants: {a: {value: ▶[1]}}\n", "cannot be a variant's value", "a mapping"),
+        (FLAG + f"variants: {{a: {{value: ▶{'x' * 1_030}}}}}\n", "1,032 bytes as JSON", "Shorten"),
+        (FLAG + "targeting: [{name: t, ▶serv: on, serve: on}]\n", "there is no field 'serv'", "'serve'"),
         ("kind: ApprovalChain\nname: c\nstages: [{approvers: [▶bob]}]\n", "'bob' is not an approver", "'user:…'"),
         (
             "kind: ApprovalChain\nname: c\nstages: [{approvers: [user:a], need: ▶2}]\n",
@@ -524,3 +547,23 @@ def test_reports_all_errors_of_a_document_at_once() -> None:
 def test_a_wrong_item_does_not_make_its_list_look_empty() -> None:
     result = validated("kind: ApprovalChain\nname: c\nstages: [{approvers: [bob]}]\n")
     assert [error.path for error in result.errors] == ["ApprovalChain c: stages[0].approvers[0]"]
+
+
+def test_a_flag_says_what_it_leaves_out() -> None:
+    flags = [
+        "schedule: [{at: '2027-01-15T09:00:00+01:00', percent: 50}]",
+        "variants: {a: 50, b: {weight: 0, value: {x: 1}}, c: {value: no}}",
+        "targeting: [{name: all, serve: on}]",
+    ]
+    read = [catalog_of(f"{{kind: Feature, name: editor}}\n---\n{FLAG}{flag}\n").flags["f"] for flag in flags]
+    assert read == [
+        Flag("f", "editor", 0.0, steps=(RolloutStep(1_800_000_000, 50.0),)),  # a schedule lets people in
+        Flag("f", "editor", variants=(Variant("a", 50), Variant("b", 0, '{"x":1}'), Variant("c", 1, '"no"'))),
+        Flag("f", "editor", targeting=(Target("all", "on"),)),
+    ]
+
+
+@pytest.mark.parametrize("level", ["logged", "synced", "shipped"])
+def test_every_durability_is_taken(level: str) -> None:
+    world = "{kind: Feature, name: f}\n---\n{kind: Action, name: a, feature: f, durability: "
+    assert not validated(f"{world}{level}}}\n").errors

@@ -61,6 +61,7 @@ features:
         overage_price: {amount: "0.01", per_units: 10, currency: USD}
         durable: true
         name: monthly
+        enforcement: shadow
       - {spend: "2.50 USD", per: month, scope: [subject, context.region]}
       - {amount: 5, per: second, burst: 9}
     seats: 3
@@ -101,6 +102,19 @@ kind: Flag
 name: some
 feature: llm.tokens
 rollout: {percent: 12.34, by: subject}
+enabled: false
+starts: "2027-01-01T00:00:00+01:00"
+ends: "2028-01-01T00:00:00Z"
+schedule:
+  - {at: "2027-01-15T09:00:00Z", percent: 50}
+  - {at: "2027-02-15T09:00:00Z", percent: 99.99}
+variants:
+  plain: 50
+  text: {weight: 3, value: "yes"}
+  rich: {weight: 0, value: {b: 1.5, a: [1, null, "x"], on: true}}
+targeting:
+  - {name: staff, when: 'subject.type == "staff"', serve: rich}
+  - {name: rest, serve: "off"}
 ---
 kind: ApprovalChain
 name: finance

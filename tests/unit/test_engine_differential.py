@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from licet.domain.catalog import (
     Flag,
     License,
     LicenseStatus,
+    OnExceeded,
     OnUnavailable,
     Plan,
     Policy,
@@ -27,134 +28,17 @@ from licet.domain.catalog import (
     RuleEffect,
     UnavailableMode,
 )
+from licet.domain.flags import RolloutStep, Target, Variant
 from licet.domain.windows import Period, window_at
-from licet_sidecar.core.engine import Decision, Engine, LeaseWait
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import LeaseBook, Terms
-from licet_sidecar.core.rulebook import rollout_includes
 from tests.support.engine import BOOT_MS, NOW_S, NOW_US, STALENESS_US_MAX, engine_with, grant
 from tests.support.published import limit
+from tests.support.slow_evaluator import CONDITIONS, said, slow
 
 FEATURES = ("f", "g")
 ACTIONS = ("a.x", "a.y", "b")
-CONDITIONS = {  # source, and the same in Python over (request, units)
-    "": lambda request, units: True,
-    "quantity > 3": lambda request, units: sum(units.values()) > 3,
-    'context.region == "eu"': lambda request, units: request.context.get("region", "eu") == "eu",
-    '"r1" in subject.roles': lambda request, units: "r1" in request.roles,
-    "1 / (quantity - 2) > 0": lambda request, units: _divided(1, sum(units.values()) - 2) > 0,
-}
-
-
-def _divided(number: int, by: int) -> int:
-    return int(number / by)  # CEL truncates, and fails for zero
-
-
-@dataclass
-class Answer:
-    """What both must say. ``spends`` maps limit keys to units; ``None`` where nothing is to be taken."""
-
-    effect: str
-    reason: str
-    rule: str = ""
-    spends: dict[str, int] | None = None
-    shadow: tuple[str, ...] = ()
-
-
-def slow(content: Catalog, license_: License, request: Inquiry, free: dict[str, int], now_us: int) -> Answer:
-    """The order of a decision, read from the design, with no cache and no cleverness."""
-    now_s = now_us // 1_000_000
-    stale = now_us - NOW_US > STALENESS_US_MAX
-    if license_.status is LicenseStatus.SUSPENDED:
-        return Answer("DENIED", "TENANT_SUSPENDED")
-    if license_.status is LicenseStatus.CANCELED or now_s < license_.starts_s:
-        return Answer("DENIED", "NO_LICENSE")
-    if license_.ends_s and license_.ends_s <= now_s:
-        return Answer("DENIED", "LICENSE_EXPIRED")
-    if request.action not in content.actions:
-        return Answer("DENIED", "UNKNOWN_ACTION")
-    action = content.actions[request.action]
-    if stale and action.on_unavailable.mode is UnavailableMode.DENY:
-        return Answer("DENIED", "STALE_POLICY")
-    plan = content.plans[license_.plan]
-    wanted = set(action.meters.values())
-    if not wanted <= set(plan.features):
-        return Answer("DENIED", "NOT_ENTITLED")
-    flags = [content.flags[name] for name in sorted(content.flags) if content.flags[name].feature in wanted]
-    for by, holder in (("tenant", request.tenant), ("subject", request.subject_id)):
-        for flag in flags:
-            if flag.by == by and not rollout_includes(flag, holder):
-                return Answer("DENIED", "FEATURE_OFF", flag.name)
-    roles = {role.name for role in content.roles.values() if any(_names(p, action.name) for p in role.actions)}
-    if roles and not roles & set(request.roles):
-        return Answer("DENIED", "ROLE_REQUIRED")
-    units: dict[str, int] = {}
-    for meter, asked in (request.quantities or {"": 1 if request.quantity is None else request.quantity}).items():
-        units[action.meters[meter]] = units.get(action.meters[meter], 0) + asked
-    answer, shadow = _policies(content, action, request, units)
-    if answer is not None:
-        answer.shadow = shadow
-        return answer
-    spends: dict[str, int] = {}
-    for feature in dict.fromkeys(action.meters.values()):
-        for one in plan.features[feature].limits:
-            asked = units.get(feature, 0)
-            amount = license_.overrides.get(one.key, one.amount)
-            if asked > free[one.key] and asked:
-                if asked > amount:
-                    return Answer("DENIED", "QUOTA_EXHAUSTED", one.key, shadow=shadow)
-                spends[one.key] = -1
-            elif spends.get(one.key) != -1:
-                spends[one.key] = asked
-    if -1 in spends.values():
-        return Answer("WAIT", "", shadow=shadow)
-    return Answer("APPROVED", "OK", "", spends, shadow)
-
-
-def _names(pattern: str, action: str) -> bool:
-    return pattern in ("*", action) or (pattern[-2:] == ".*" and action.startswith(pattern[:-1]))
-
-
-def _policies(
-    content: Catalog, action: Action, request: Inquiry, units: dict[str, int]
-) -> tuple[Answer | None, tuple[str, ...]]:
-    denials: list[tuple[str, str]] = []
-    approvals: list[str] = []
-    shadow: list[str] = []
-    for name in sorted(content.policies):
-        policy = content.policies[name]
-        if policy.enforcement is Enforcement.OFF or not any(_names(p, action.name) for p in policy.actions):
-            continue
-        outcomes = []
-        for rule in policy.rules:
-            try:
-                outcomes.append((rule, "yes" if CONDITIONS[rule.when](request, units) else "no"))
-            except ZeroDivisionError:
-                outcomes.append((rule, "error"))
-        if policy.enforcement is Enforcement.SHADOW:
-            shadow += [
-                f"{name}/{rule.name}={'error' if said == 'error' else rule.effect.value}"
-                for rule, said in outcomes
-                if said != "no"
-            ]
-            continue
-        for rule, said in outcomes:
-            if said == "error":
-                denials.append(("POLICY_ERROR", f"{name}/{rule.name}"))
-            elif said == "yes" and rule.effect is RuleEffect.DENY:
-                denials.append(("POLICY_DENIED", f"{name}/{rule.name}"))
-        if not any(said == "yes" and rule.effect is RuleEffect.ALLOW for rule, said in outcomes):
-            approvals += [
-                f"{name}/{rule.name}"
-                for rule, said in outcomes
-                if said == "yes" and rule.effect is RuleEffect.REQUIRE_APPROVAL
-            ]
-    if denials:
-        return Answer("DENIED", *denials[0]), tuple(shadow)
-    if approvals:
-        return Answer("PENDING", "APPROVAL_REQUIRED", approvals[0]), tuple(shadow)
-    return None, tuple(shadow)
-
 
 # What is drawn
 
@@ -180,7 +64,11 @@ def draw_catalog(rng: random.Random) -> Catalog:
         {
             feature: Entitlement(
                 limits=tuple(
-                    limit(rng.randint(0, 8), period, feature=feature)
+                    replace(
+                        limit(rng.randint(0, 8), period, feature=feature),
+                        enforcement=rng.choice([Enforcement.ENFORCE, Enforcement.ENFORCE, *Enforcement]),
+                        on_exceeded=rng.choice([OnExceeded.DENY, OnExceeded.DENY, OnExceeded.REQUIRE_APPROVAL]),
+                    )
                     for period in _some(rng, (Period.MONTH, Period.MINUTE), 2)
                 )
             )
@@ -202,17 +90,33 @@ def draw_catalog(rng: random.Random) -> Catalog:
         for number in range(rng.randint(0, 3))
     ]
     roles = [Role(f"r{number}", tuple(_some(rng, patterns, 1))) for number in range(rng.randint(0, 2))]
-    flags = [
-        Flag(
-            f"flag{number}",
-            rng.choice(FEATURES),
-            rng.choice([0.0, 50.0, 100.0, 100.0]),
-            rng.choice(["tenant", "subject"]),
-        )
-        for number in range(rng.randint(0, 2))
-    ]
+    flags = [draw_flag(rng, f"flag{number}") for number in range(rng.randint(0, 3))]
     rng.shuffle(policies)
     return Catalog.of([*(Feature(name) for name in FEATURES), *actions, plan, *policies, *roles, *flags])
+
+
+def draw_flag(rng: random.Random, name: str) -> Flag:
+    plain = Flag(name, rng.choice(FEATURES), rng.choice([0.0, 50.0, 100.0, 100.0]), rng.choice(["tenant", "subject"]))
+    if rng.random() < 0.3:
+        return plain
+    variants = [Variant(one, rng.choice([0, 1, 3])) for one in _some(rng, ("red", "green", "blue"), 3)]
+    return replace(
+        plain,
+        enabled=rng.random() < 0.9,
+        starts_s=rng.choice([0, 0, 0, NOW_S, NOW_S + 1]),
+        ends_s=rng.choice([0, 0, 0, NOW_S + 1, NOW_S + 2]),
+        steps=tuple(
+            RolloutStep(NOW_S + later, rng.choice([20.0, 80.0, 100.0]))
+            for later in sorted(_some(rng, (-9, 0, 1, 9), 3))
+        ),
+        variants=tuple(variants),
+        targeting=tuple(
+            Target(
+                f"t{place}", rng.choice(["on", "off", "red" if any(v.name == "red" for v in variants) else "on"]), when
+            )
+            for place, when in enumerate(_some(rng, CONDITIONS, 2))
+        ),
+    )
 
 
 def draw_license(rng: random.Random, content: Catalog) -> License:
@@ -242,9 +146,12 @@ def draw_inquiry(rng: random.Random, content: Catalog) -> Inquiry:
     return request
 
 
-def put_leases(rng: random.Random, engine: Engine, content: Catalog, now_us: int) -> dict[str, int]:
-    """Random units in a lease of each limit; what is free by limit key."""
+def put_leases(
+    rng: random.Random, engine: Engine, content: Catalog, now_us: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Random units in a lease of each limit; what is free, and what is used, by limit key."""
     free: dict[str, int] = {}
+    used: dict[str, int] = {}
     held = engine.leases.of("acme")
     for entitlement in content.plans["pro"].features.values():
         for one in entitlement.limits:
@@ -253,16 +160,9 @@ def put_leases(rng: random.Random, engine: Engine, content: Catalog, now_us: int
                 engine.leases.lease(held, one.key, "", *window, Terms(one.amount), BOOT_MS), rng.randint(0, 8)
             )
             lease.used = rng.randint(0, lease.cap)
+            used[one.key] = lease.used
             free[one.key] = (LeaseBook.can_spend(lease, 1, BOOT_MS) and lease.free) or 0
-    return free
-
-
-def said(outcome: Any) -> Answer:
-    if isinstance(outcome, LeaseWait):
-        return Answer("WAIT", "")
-    assert isinstance(outcome, Decision)
-    spends = {lease.limit_key: units for lease, units in outcome.spends} if outcome.effect.name == "APPROVED" else None
-    return Answer(outcome.effect.name, outcome.reason.name, outcome.rule, spends, tuple(outcome.shadow))
+    return free, used
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -276,11 +176,11 @@ def test_the_engine_agrees_with_a_slow_evaluator(seed: int) -> None:
         for step in range(8):
             request = draw_inquiry(rng, content)
             now_us = NOW_US + rng.choice([0, 0, 0, 1_000_000, STALENESS_US_MAX + 1])
-            free = put_leases(rng, engine, content, now_us)
-            expected = slow(content, license_, request, free, now_us)
+            free, used = put_leases(rng, engine, content, now_us)
+            expected = slow(content, license_, request, free, now_us, used)
             found = said(engine.decide(request, now_us=now_us, boot_ms=BOOT_MS, patient=True))
             if expected.effect == "WAIT":
-                found.shadow = expected.shadow  # it is decided again
+                found.shadow, found.exposures = expected.shadow, expected.exposures  # it is decided again
             assert found == expected, (seed, case, step, request.action, content, license_)
             reasons.add(f"{expected.effect}/{expected.reason}")
     assert len(reasons) >= 8, reasons  # or else nothing was compared

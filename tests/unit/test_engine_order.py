@@ -24,6 +24,7 @@ from licet.domain.catalog import (
     RuleEffect,
     UnavailableMode,
 )
+from licet.domain.flags import bucket_of, includes
 from licet.domain.money import NANOS, Price
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import Period
@@ -36,7 +37,6 @@ from licet_sidecar.core.engine import (
     LoadWait,
 )
 from licet_sidecar.core.inquiry import InvalidInquiry, TimestampUs
-from licet_sidecar.core.rulebook import rollout_includes
 from tests.support.engine import (
     BOOT_MS,
     NOW_S,
@@ -255,20 +255,24 @@ def test_every_feature_of_an_action_must_be_entitled() -> None:
 # Flags and roles
 
 
+def _included(flag: Flag, holder: str) -> bool:
+    return includes(flag.percent, bucket_of(flag.name, holder))
+
+
 @pytest.mark.parametrize("by", ["tenant", "subject"])
 def test_a_rollout_reaches_about_its_share_and_always_the_same(by: str) -> None:
     flag = Flag("new", "reports", percent=20.0, by=by)
     names = [f"holder{number}" for number in range(2_000)]
-    reached = {name for name in names if rollout_includes(flag, name)}
+    reached = {name for name in names if _included(flag, name)}
     assert 300 < len(reached) < 500
-    assert reached == {name for name in names if rollout_includes(flag, name)}
+    assert reached == {name for name in names if _included(flag, name)}
 
 
 def test_a_larger_rollout_keeps_those_it_had() -> None:
     names = [f"holder{number}" for number in range(500)]
     reached: set[str] = set()
     for percent in (0.0, 0.5, 5.0, 20.0, 60.0, 99.99, 100.0):
-        now = {name for name in names if rollout_includes(Flag("new", "reports", percent), name)}
+        now = {name for name in names if _included(Flag("new", "reports", percent), name)}
         assert reached <= now
         reached = now
     assert reached == set(names)
@@ -276,7 +280,7 @@ def test_a_larger_rollout_keeps_those_it_had() -> None:
 
 def test_two_rollouts_do_not_pick_the_same() -> None:
     names = [f"holder{number}" for number in range(500)]
-    one, two = ({n for n in names if rollout_includes(Flag(flag, "reports", 50.0), n)} for flag in ("a", "b"))
+    one, two = ({n for n in names if _included(Flag(flag, "reports", 50.0), n)} for flag in ("a", "b"))
     assert 50 < len(one & two) < 200
 
 
@@ -286,7 +290,7 @@ def test_a_rollout_by_tenant_decides_for_the_tenant() -> None:
     engine = engine_with(catalog(flag), *(License(name, "pro") for name in tenants))
     for name in tenants:
         reason = decided(engine, inquiry(name)).reason
-        assert reason is (Reason.OK if rollout_includes(flag, name) else Reason.FEATURE_OFF)
+        assert reason is (Reason.OK if _included(flag, name) else Reason.FEATURE_OFF)
 
 
 def test_a_rollout_by_subject_decides_for_the_subject() -> None:
@@ -294,7 +298,7 @@ def test_a_rollout_by_subject_decides_for_the_subject() -> None:
     engine = engine_with(catalog(flag), ACME)
     for number in range(40):
         reason = decided(engine, inquiry(subject_id=f"s{number}")).reason
-        assert reason is (Reason.OK if rollout_includes(flag, f"s{number}") else Reason.FEATURE_OFF)
+        assert reason is (Reason.OK if _included(flag, f"s{number}") else Reason.FEATURE_OFF)
 
 
 def test_a_flag_of_another_feature_does_not_matter() -> None:

@@ -22,6 +22,7 @@ from licet.domain.catalog import (
     Rule,
     RuleEffect,
 )
+from licet.domain.flags import Target, Variant
 from licet.domain.windows import Period
 from licet.v1 import approval_pb2 as pb
 from licet_sidecar.services import explaining
@@ -227,6 +228,20 @@ async def test_entitlements_follow_the_subject_and_what_is_known_of_the_context(
             ("guest", "eu"): pb.REASON_ROLE_REQUIRED,
             ("guest", "xx"): pb.REASON_ROLE_REQUIRED,
         }
+
+
+async def test_entitlements_show_what_flags_serve(world: World) -> None:
+    variants = (Variant("canvas", 1, '{"wide":true}'),)
+    targets = (Target("xx", "off", 'context.region == "xx"'),)
+    world.push(guarded(Flag("plain", "reports"), Flag("varied", "reports", variants=variants, targeting=targets)))
+    world.license("acme")
+    async with running(world) as sidecar:
+        response = await entitled(sidecar, context={"region": pb.Value(string_value="eu")})
+        flags = [(one.flag, one.variant, one.value_json) for one in response.entitlements[0].flags]
+        assert flags == [("plain", "on", ""), ("varied", "canvas", '{"wide":true}')]
+        response = await entitled(sidecar, context={"region": pb.Value(string_value="xx")})
+        assert [one.variant for one in response.entitlements[0].flags] == ["on", "off"]
+        assert not response.entitlements[0].rolled_out
 
 
 async def test_a_tenant_without_a_license_has_no_entitlements(world: World) -> None:

@@ -18,13 +18,17 @@ from licet_control_plane.core.sealed_events import (
     RANDOM_BYTES,
     UNITS,
     Damaged,
+    PublicEvent,
     Sealed,
-    check_personal,
+    belonging,
     fields_of,
     is_same,
     leaf_hash,
+    named,
     open_event,
+    opened,
     public_event,
+    scoped_spends,
     seal,
 )
 from licet_control_plane.core.subject_keys import PERSON_BYTES, LedgerKey, Subject
@@ -95,20 +99,24 @@ def test_an_event_that_was_sealed_opens_as_it_was(one: UsageEvent) -> None:
     packed = pack_event(one)
     read = unpack_event(packed)
     kept = seal(read, packed, LOG, 7, CIPHER, RANDOM)
-    assert opened(LOG, kept) == plain(read)
+    assert reopened(LOG, kept) == plain(read)
     assert is_same(read, packed, LOG, 7, kept, CIPHER)
     columns = fields_of(kept.public)
     assert columns[1:UNITS] == [7, *(getattr(read, {"at": "at_us"}.get(name, name)) for name in COLUMNS[1:])]
     assert columns[UNITS] == read.units
 
 
-def opened(log_id: str, kept: Sealed) -> UsageEvent:
+def reopened(log_id: str, kept: Sealed) -> UsageEvent:
     return plain(open_event(log_id, kept, CIPHER))
 
 
 def plain(one: UsageEvent) -> UsageEvent:
-    """With lists where a default is a tuple, which says the same."""
-    return one._replace(held=[list(pair) for pair in one.held], spends=[list(pair) for pair in one.spends])  # type: ignore[misc]
+    """With lists where a default is a tuple, and quotas with a scope last: both say the same."""
+
+    def in_order(quotas: Any) -> Any:
+        return sorted((list(pair) for pair in quotas), key=lambda pair: "@" in pair[0])
+
+    return one._replace(held=in_order(one.held), spends=in_order(one.spends))
 
 
 def test_every_field_of_an_event_is_public_or_personal() -> None:
@@ -151,20 +159,20 @@ def test_a_change_of_any_byte_does_not_open(part: str) -> None:
     for index in range(len(old)):
         new = old[:index] + bytes([old[index] ^ 1]) + old[index + 1 :]
         with pytest.raises(Damaged):
-            check_personal(LOG, kept._replace(**{part: new}), CIPHER)
+            opened(belonging(LOG), *kept._replace(**{part: new}), CIPHER)
     for shorter in (b"", old[:5], old[:-1]):
         with pytest.raises(Damaged):
-            check_personal(LOG, kept._replace(**{part: shorter}), CIPHER)
+            opened(belonging(LOG), *kept._replace(**{part: shorter}), CIPHER)
 
 
 def test_what_belongs_to_another_log_or_subject_does_not_open() -> None:
     kept = sealed(event(1))
     with pytest.raises(Damaged):
-        check_personal("other:1", kept, CIPHER)
+        opened(belonging("other:1"), *kept, CIPHER)
     with pytest.raises(Damaged):
-        check_personal(LOG, kept, AESGCM(b"\1" * 32))
+        opened(belonging(LOG), *kept, AESGCM(b"\1" * 32))
     with pytest.raises(Damaged):
-        check_personal(LOG, kept._replace(personal=None), CIPHER)
+        opened(belonging(LOG), *kept._replace(personal=None), CIPHER)
 
 
 @pytest.mark.parametrize(
@@ -218,3 +226,25 @@ def test_the_ledger_key_names_subjects_and_wraps_their_keys() -> None:
             bad_key.unwrap(bad_wrapped, bad_tag)
     with pytest.raises(ValueError, match="32 bytes, not 31"):
         LedgerKey(bytes(31))
+
+
+def test_public_fields_have_the_names_that_an_event_has_for_them() -> None:
+    public = [name for name in UsageEvent._fields if name not in sealed_events._PERSONAL]
+    assert list(PublicEvent._fields) == ["version", "subject", *public]
+
+
+@given(events, st.integers(1, 9))
+def test_what_is_public_reads_the_same_by_name(one: UsageEvent, subject: int) -> None:
+    kept = seal(one, pack_event(one), LOG, subject, CIPHER, RANDOM)
+    whole, read = public_event(kept.public), named(fields_of(kept.public))
+    assert read.subject == subject
+    assert all(getattr(read, name) == getattr(whole, name) for name in PublicEvent._fields[2:])
+
+
+@given(events)
+def test_spends_are_read_from_where_they_were_sealed(one: UsageEvent) -> None:
+    kept = seal(one, pack_event(one), LOG, 1, CIPHER, RANDOM)
+    public = named(fields_of(kept.public)).spends
+    scoped = scoped_spends(opened(belonging(LOG), *kept, CIPHER))
+    assert [list(spend) for spend in (*public, *scoped)] == plain(one).spends
+    assert not any("@" in quota for quota, _ in public)

@@ -46,7 +46,8 @@ def event(**changes: Any) -> dict[str, Any]:
 
 
 def answer(effect: str = "APPROVED", reason: str = "OK", rule: str = "", cost: int = 0) -> dict[str, Any]:
-    return {"effect": effect, "reason": reason, "rule": rule, "cost_nanos": cost, "currency": "USD" if cost else ""}
+    said = {"effect": effect, "reason": reason, "rule": rule, "exposures": {}}
+    return said | {"cost_nanos": cost, "currency": "USD" if cost else ""}
 
 
 def limit(name: str, per: Period, **fields: Any) -> Limit:

@@ -8,9 +8,12 @@ from importlib.metadata import version
 from fastapi import APIRouter, Depends, FastAPI
 
 from licet_control_plane.api import (
+    api_keys,
+    audit,
     bundle_history,
     bundles,
     decisions,
+    evidence,
     grants,
     invoices,
     kept_aside,
@@ -23,17 +26,20 @@ from licet_control_plane.api import (
     problems,
     proof,
     quotas,
+    schemas,
     second_route,
+    signing_keys,
     status,
     subjects,
     usage,
     webhooks,
 )
-from licet_control_plane.api.auth import authenticate
+from licet_control_plane.api.auth import Gate, authenticate
 from licet_control_plane.api.conditional import ConditionalGet
 from licet_control_plane.api.idempotency import Idempotency
 from licet_control_plane.api.limits import BodyLimit
 from licet_control_plane.api.rate import RateLimit
+from licet_control_plane.api.requests import RequestIds
 from licet_control_plane.control_plane import ControlPlane
 
 
@@ -49,12 +55,14 @@ def make_app(plane: ControlPlane) -> FastAPI:
         generate_unique_id_function=openapi.operation_id,
     )
     app.state.plane = plane
+    app.state.gate = Gate()
     # The last one that is added is the first that a request meets.
     app.add_middleware(ConditionalGet)
     app.add_middleware(Idempotency, plane=plane)
     app.add_middleware(BodyLimit)
     if plane.config.api_rate:
         app.add_middleware(RateLimit, per_s=plane.config.api_rate, now_s=time.monotonic)
+    app.add_middleware(RequestIds)
     problems.install(app)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
     for part in (
@@ -75,10 +83,15 @@ def make_app(plane: ControlPlane) -> FastAPI:
         webhooks,
         quotas,
         status,
+        api_keys,
+        audit,
+        evidence,
+        signing_keys,
     ):
         v1.include_router(part.router, tags=[part.__name__.rpartition(".")[2].replace("_", "-")])
     app.include_router(v1)
     app.include_router(second_route.router, tags=["second-route"])
     app.include_router(status.open_router, tags=["probes"])
+    app.include_router(schemas.open_router, tags=["schemas"])
     openapi.describe(app)
     return app

@@ -111,7 +111,7 @@ async def revision_rollout(request: Request, revision: int) -> dict[str, Any]:
     }
 
 
-async def validated(files: list[tuple[str, str]], *, what: str = "The bundle") -> tuple[Catalog, list[str]]:
+async def validated(files: list[tuple[str, str]], *, what: str = "The bundle") -> tuple[Catalog, list[dict[str, Any]]]:
     """The catalog that files say, and warnings about it.
 
     Raises:
@@ -119,23 +119,13 @@ async def validated(files: list[tuple[str, str]], *, what: str = "The bundle") -
     """
     found = await asyncio.to_thread(validate, [SourceFile(path, content) for path, content in files])
     if found.errors or found.catalog is None:
-        errors = [
-            {
-                "file": error.file,
-                "line": error.line,
-                "column": error.column,
-                "path": error.path,
-                "message": error.message,
-                "fix": error.fix,
-            }
-            for error in found.errors
-        ]
+        errors = [error.as_json() for error in found.errors]
         count = f"{len(errors)} error{'s' if len(errors) != 1 else ''}"
         raise Problem(422, f"{what} has {count}; nothing was published.", "Mend each of errors.", errors=errors)
-    return found.catalog, [str(warning) for warning in found.warnings]
+    return found.catalog, [warning.as_json() for warning in found.warnings]
 
 
-def described(pushed: Pushed, warnings: list[str]) -> dict[str, Any]:
+def described(pushed: Pushed, warnings: list[dict[str, Any]]) -> dict[str, Any]:
     """What a push did, as the API says it."""
     return {
         "revision": pushed.revision,

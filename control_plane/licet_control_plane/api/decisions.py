@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Query, Request
 
 from licet.wire.usage import FLAG_DEGRADED, FLAG_OBSERVED, FLAG_STALE
-from licet_control_plane.api.auth import plane_of
+from licet_control_plane.api.auth import TenantAsked, plane_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import parse_us
 from licet_control_plane.core.event_view import event_json
@@ -24,9 +24,9 @@ _LAST_US: Final = 253_402_300_799_000_000
 @router.get("/decisions")
 async def list_decisions(
     request: Request,
+    tenant: TenantAsked,
     from_: Annotated[str, Query(alias="from")] = "0",
     to: str = "",
-    tenant: str = "",
     after: Annotated[str, Query(max_length=256)] = "",
     limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = 1_000,
 ) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """``Idempotency-Key``: a POST that is sent again with the same key is done once, and answered the same.
 
 Source: draft-ietf-httpapi-idempotency-key-header. The same key with another request is 422; while the first is being
-done, 409. Answers are kept for a day, for each API key apart. What failed (5xx), was not admitted (401, 403) or came
+done, 409. Answers are kept for a day, for each caller apart (a key, or a subject of
+the issuer), who is asked for a credential that is still good. What failed (5xx), was not admitted (401, 403) or came
 too fast (429) is not kept: it may be sent again. See ``store/idempotency.py`` for crashes in between.
 """
 
@@ -13,10 +14,12 @@ from http import HTTPStatus
 from typing import Final
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from licet_control_plane.api.problems import response
+from licet_control_plane.api.auth import identified
+from licet_control_plane.api.problems import RETRY_AFTER_S, Problem, response
 from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.store import idempotency
 from licet_control_plane.store.database import DatabaseUnavailable, with_each_commit
@@ -28,8 +31,10 @@ KEY_CHARACTERS_MAX: Final = 255
 ANSWER_BYTES_MAX: Final = 256 * 1024
 """Answers of changes are a few kilobytes; one that is larger is not kept, and cannot be had again."""
 KEPT_HEADERS: Final = ("content-type", "etag", "location")
-CHANGES_NOTHING: Final = frozenset(
+NOT_LOOKED_AT: Final = frozenset(
     {
+        "/v1/api-keys",
+        "/v1/audit/verify",
         "/v1/bundles/diff",
         "/v1/ledger/reconcile",
         "/v1/ledger/verify",
@@ -37,7 +42,8 @@ CHANGES_NOTHING: Final = frozenset(
         "/v1/usage/batches",
     }
 )
-"""POSTs that change nothing, or say by themselves which they are: a key is not looked at. Their answers can be long."""
+"""POSTs that change nothing, or say by themselves which they are: a key is not looked at. Their answers can be long.
+Nor of one that makes an API key, which has a name to be unique by: its answer is nowhere to be kept."""
 _NOT_KEPT: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
 
 
@@ -65,7 +71,15 @@ class Idempotency:
         body = await _body(receive)
         if body is None:
             return
-        caller = hashlib.sha256(credential.encode()).hexdigest()
+        try:
+            who = await identified(Request(scope))
+        except Problem:
+            await self._app(scope, _again(body), send)  # which says so, and notes it in the audit trail
+            return
+        except DatabaseUnavailable as error:
+            await _unavailable(error)(scope, receive, send)
+            return
+        caller = hashlib.sha256(who.identity.encode()).hexdigest()
         target = f"{scope['path']}?{scope['query_string'].decode('latin-1')}"
         request = hashlib.sha256(target.encode() + b"\n" + body).hexdigest()
         write = self._plane.database.write
@@ -73,9 +87,7 @@ class Idempotency:
         try:
             found = await write(idempotency.begin, caller, key, request, now_us=now_us)
         except DatabaseUnavailable as error:
-            await response(503, f"{error}.", "Try again; nothing was changed.", headers={"Retry-After": "2"})(
-                scope, receive, send
-            )
+            await _unavailable(error)(scope, receive, send)
             return
         if found is not Standing.NEW:
             await _answered(found)(scope, receive, send)
@@ -93,7 +105,11 @@ class Idempotency:
 
 
 def _is_change(path: str) -> bool:
-    return path.startswith("/v1/") and path not in CHANGES_NOTHING and not path.endswith("/subjects/export")
+    return path.startswith("/v1/") and path not in NOT_LOOKED_AT and not path.endswith("/subjects/export")
+
+
+def _unavailable(error: DatabaseUnavailable) -> Response:
+    return response(503, f"{error}.", "Try again; nothing was changed.", headers={"Retry-After": RETRY_AFTER_S})
 
 
 def _answered(found: Answer | Standing) -> Response:

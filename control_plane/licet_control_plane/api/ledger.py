@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from licet_control_plane.api.auth import plane_of
+from licet_control_plane.api.auth import TenantAsked, plane_of
 from licet_control_plane.api.times import parse_us
 from licet_control_plane.store import ledger_reports
 
@@ -19,7 +19,7 @@ To = Annotated[str, Query()]
 
 @router.get("/usage/tally")
 async def usage_tally(
-    request: Request, tenant: str = "", idempotency_prefix: str = "", from_: From = "", to: To = ""
+    request: Request, tenant: TenantAsked, idempotency_prefix: str = "", from_: From = "", to: To = ""
 ) -> dict[str, Any]:
     """What became of one workload: the events whose idempotency key starts with a prefix."""
     from_us, to_us = _interval(from_, to)

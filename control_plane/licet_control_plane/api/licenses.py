@@ -12,7 +12,7 @@ from licet.domain.catalog import License, LicenseStatus
 from licet.domain.windows import Period
 from licet_control_plane.api import grants
 from licet_control_plane.api.amounts import Amount
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, format_us, parse_s
 from licet_control_plane.changes import LicenseUnknown
@@ -120,6 +120,7 @@ async def create_license(
 ) -> dict[str, Any]:
     """Give a tenant its license."""
     plane = plane_of(request)
+    caller.confine(body.tenant)
     stored = await plane.changes.create_license(body.license(plane.now_s()), by=caller.name, overrides=body.overrides)
     response.headers["Location"] = f"/v1/licenses/{stored.license.tenant}"
     response.headers["ETag"] = etag_of(stored, plane.now_s())
@@ -129,6 +130,7 @@ async def create_license(
 @router.get("", response_model=LicensePage)
 async def list_licenses(
     request: Request,
+    tenant: TenantAsked,
     plan: str = "",
     status: str = "",
     after: str = "",
@@ -136,7 +138,9 @@ async def list_licenses(
 ) -> dict[str, Any]:
     """Licenses by tenant; ``next`` is the ``after`` of the next page, ``null`` on the last."""
     plane = plane_of(request)
-    page = await plane.database.read(licenses.page, plan=plan, status=status, after=after, limit=limit + 1)
+    page = await plane.database.read(
+        licenses.page, tenant=tenant, plan=plan, status=status, after=after, limit=limit + 1
+    )
     following = page[limit - 1].license.tenant if len(page) > limit else None
     return {"items": [described(stored, plane.now_s()) for stored in page[:limit]], "next": following}
 

@@ -17,20 +17,20 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection
 
-from licet.wire.signing import Statement, VerificationError, Verifier
+from licet.wire.signing import VerificationError, Verifier
 from licet_control_plane.api.auth import Caller, authenticate, plane_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.control_plane import ControlPlane
-from licet_control_plane.store import access, meta, retention
+from licet_control_plane.store import access, exports, meta, retention
+from licet_control_plane.store.exports import Export, Ranges
 from licet_control_plane.store.partitions import Month
-from licet_control_plane.store.retention import MonthRefused, Ranges
+from licet_control_plane.store.retention import MonthRefused
 from licet_control_plane.store.schema import events
 
 router = APIRouter()
 
 FORMAT: Final = "licet-ledger-month/1"
-KIND: Final = "ledger-export"
 PAGE_ROWS: Final = 5_000
 DROP_S_MAX: Final = 5.0
 """For one request; the answer says whether more is to be dropped."""
@@ -92,26 +92,16 @@ async def confirm_export(
     plane = plane_of(request)
     wanted = _month(month)
     try:
-        statement = Verifier([plane.key.public_key]).verify(
-            base64.b64decode(body.signed, validate=True), kind=KIND, key=str(wanted)
-        )
+        export = Export.of(base64.b64decode(body.signed, validate=True), str(wanted), _verifier(plane))
     except (VerificationError, binascii.Error, ValueError) as error:
         raise Problem(422, f"signed: {error}.", "Send `signed` of the export's last line.") from error
-    if statement.deployment != plane.deployment:
+    if export.deployment != plane.deployment:
         raise Problem(422, "signed: it is the export of another deployment.", "Send that of this one.")
     try:
-        await plane.database.write(
-            retention.record_export,
-            wanted,
-            events=statement.revision,
-            sha256=statement.payload["sha256"],
-            ranges=[tuple(one) for one in statement.payload["ranges"]],
-            by=caller.name,
-            now_us=_now_us(plane),
-        )
+        await plane.database.write(retention.record_export, export, by=caller.name, now_us=_now_us(plane))
     except MonthRefused as error:
         raise _refused(error) from error
-    return {"month": str(wanted), "events": statement.revision, "sha256": statement.payload["sha256"]}
+    return {"month": str(wanted), "events": export.events, "sha256": export.sha256}
 
 
 @router.post("/ledger/months/{month}/drop")
@@ -126,7 +116,7 @@ async def drop_month(request: Request, month: str, caller: Annotated[Caller, Dep
     until_s = time.monotonic() + DROP_S_MAX
     gone = 0
     try:
-        parts = await database.read(_to_drop, wanted, now_us)
+        parts = await database.write(retention.begin, wanted, _verifier(plane), now_us=now_us)
         await database.write(retention.drop_partition, wanted, now_us=now_us)
         for some in _batches(parts):
             gone += await database.write(retention.drop_part, wanted, some, now_us=now_us)
@@ -158,10 +148,6 @@ def _start_ledger_generation(connection: Connection, *, by: str, now_us: int) ->
         now_us=now_us,
     )
     return generation
-
-
-def _to_drop(connection: Connection, month: Month, now_us: int) -> list[retention.Range]:
-    return retention.to_drop(connection, month, now_us=now_us)
 
 
 def _batches(parts: list[retention.Range]) -> list[list[retention.Range]]:
@@ -203,17 +189,27 @@ async def _lines(plane: ControlPlane, month: Month) -> AsyncIterator[str]:
     after = (0, 0)
     named: set[int] = set()
     while page := await plane.database.read(retention.page, month, after=after, limit=PAGE_ROWS):
+        if any(row.log not in known for row in page):  # of a log that was met since
+            known = await plane.database.read(retention.log_ids)
         for row in page:
-            ranges.add(row.log, row.seq)
+            ranges.add(known[row.log], row.seq)
         if new := {row.log for row in page} - named:
             named |= new
-            yield line({"logs": {str(number): known.get(number, "") for number in sorted(new)}})
+            yield line({"logs": {str(number): known[number] for number in sorted(new)}})
         yield "".join([line([_json(value) for value in row]) for row in page])
         count += len(page)
         after = (page[-1].log, page[-1].seq)
-    payload = {"sha256": digest.hexdigest(), "ranges": [list(one) for one in ranges.found]}
-    signed = plane.key.sign(Statement(about.deployment, KIND, str(month), about.ledger_generation, count, payload))
-    end = {"events": count, "sha256": payload["sha256"], "signed": base64.b64encode(signed).decode()}
+    export = Export.signed(
+        plane.key,
+        deployment=about.deployment,
+        generation=about.ledger_generation,
+        month=month,
+        events=count,
+        sha256=digest.hexdigest(),
+        ranges=ranges,
+        straddling=await plane.database.read(exports.straddling, month),
+    )
+    end = {"events": count, "sha256": export.sha256, "signed": base64.b64encode(export.document).decode()}
     yield json.dumps(end, separators=(",", ":")) + "\n"
 
 
@@ -237,6 +233,10 @@ def _behind(plane: ControlPlane) -> None:
         raise Problem(
             409, "The receiver of events does not have everything yet.", "See licet_events_lag_blocks; then try again."
         )
+
+
+def _verifier(plane: ControlPlane) -> Verifier:
+    return plane.key.verifier()
 
 
 def _month(text: str) -> Month:

@@ -49,7 +49,14 @@ class Problem(Exception):
     """A request that is not done. ``detail`` says what was wrong, ``fix`` what to do; ``kind`` ends the ``type``."""
 
     def __init__(
-        self, status: int, detail: str, fix: str, *, errors: list[dict[str, Any]] | None = None, kind: str = ""
+        self,
+        status: int,
+        detail: str,
+        fix: str,
+        *,
+        errors: list[dict[str, Any]] | None = None,
+        retry_after_s: int | None = None,
+        kind: str = "",
     ) -> None:
         super().__init__(detail)
         self.status = status
@@ -57,6 +64,7 @@ class Problem(Exception):
         self.fix = fix
         self.errors = errors
         self.kind = kind
+        self.retry_after_s = retry_after_s
 
 
 def response(
@@ -82,7 +90,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Problem)
     async def _problem(_request: Request, error: Problem) -> JSONResponse:
-        headers = {"WWW-Authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else None
+        headers = {"WWW-Authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else {}
+        if error.retry_after_s is not None:
+            headers["Retry-After"] = str(error.retry_after_s)
         return response(error.status, error.detail, error.fix, errors=error.errors, headers=headers, kind=error.kind)
 
     @app.exception_handler(ChangeInvalid)

@@ -152,7 +152,7 @@ async def checkpoint(request: Request) -> dict[str, Any]:
 def _given(plane: ControlPlane, body: VerifyOrder) -> list[Checkpoint]:
     given: list[Checkpoint] = []
     try:
-        verifier = Verifier([plane.public_key, *body.public_keys])
+        verifier = Verifier([*plane.key.public_keys, *body.public_keys])
     except ValueError as error:
         raise Problem(422, f"public_keys: {error}.", "Give keys as ed25519:<base64>, as in public-key.txt.") from error
     for text in body.checkpoints:
@@ -173,7 +173,7 @@ async def _verified(plane: ControlPlane, order: VerifyOrder, given: list[Checkpo
         steps = verify(
             plane.config.database,
             None if order.quick else plane.ledger_key,
-            Verifier([plane.public_key]),
+            Verifier([*plane.key.public_keys, *order.public_keys]),
             given=given,
             processes=PROCESSES,
         )

@@ -1,4 +1,5 @@
-"""At most so many requests a second from one API key, or from one address that has not shown an admitted key.
+"""At most so many requests a second from one caller (an API key, or a subject of the issuer), or from one address that
+has shown no admitted credential.
 
 A bucket each, in memory, so of this control plane alone. What sidecars send on the second route is not counted: it is
 the bill. Source: draft-ietf-httpapi-ratelimit-headers-10, for the headers that every answer carries.
@@ -16,6 +17,7 @@ from typing import Final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from licet_control_plane.api.auth import Caller
 from licet_control_plane.api.problems import response
 
 BURST_S: Final = 2
@@ -51,7 +53,7 @@ class RateLimit:
         self._app = app
         self._buckets = Buckets(per_s)
         self._now_s = now_s
-        self._admitted: OrderedDict[str, None] = OrderedDict()
+        self._admitted: OrderedDict[str, str] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 429."""
@@ -62,7 +64,8 @@ class RateLimit:
         credential = Headers(scope=scope).get("authorization", "")
         key = hashlib.sha256(credential.encode()).hexdigest()
         # A made-up key must not get a bucket of its own.
-        caller = key if key in self._admitted else str((scope.get("client") or ("",))[0])
+        caller = self._admitted.get(key) or str((scope.get("client") or ("",))[0])
+        state = scope.setdefault("state", {})
         left, wait_s = self._buckets.take(caller, self._now_s())
         burst = self._buckets.burst
         said = {
@@ -82,14 +85,17 @@ class RateLimit:
         async def telling(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(said)
-                if credential and message["status"] != HTTPStatus.UNAUTHORIZED:
-                    self._remember(key)
+                who = state.get("caller")
+                if isinstance(who, Caller):
+                    self._remember(key, who.identity)
+                elif message["status"] == HTTPStatus.UNAUTHORIZED:
+                    self._admitted.pop(key, None)
             await send(message)
 
         await self._app(scope, receive, telling)
 
-    def _remember(self, key: str) -> None:
-        self._admitted[key] = None
+    def _remember(self, key: str, caller: str) -> None:
+        self._admitted[key] = caller
         self._admitted.move_to_end(key)
         if len(self._admitted) > CALLERS_MAX:
             self._admitted.popitem(last=False)

@@ -14,7 +14,7 @@ from licet.wire.documents import Snapshot
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import USAGE_SHARDS, usage_shard
 from licet.wire.usage import UsageBatch, unpack_batches
-from licet_control_plane.api.auth import authenticate_any, plane_of
+from licet_control_plane.api.auth import authenticate, plane_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.store import snapshots
 
@@ -22,7 +22,7 @@ TENANTS_MAX: Final = 10_000
 """Of one request: as many licenses as a sidecar keeps."""
 OCTETS: Final = "application/octet-stream"
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(authenticate_any)])
+router = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
 
 
 class SnapshotRequest(BaseModel):

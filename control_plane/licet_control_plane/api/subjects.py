@@ -79,7 +79,7 @@ async def _erased_in_archive(archive: Archive) -> str:
     """Whether the archive's copies of the keys are destroyed already; if not, that is done before anything else is
     archived."""
     try:
-        await archive.catch_up(ledger.ERASURES_SHARD)
+        await archive.catch_up(ledger.WHOLE_LEDGER_SHARD)
     except (ArchiveDamaged, ArchiveUnavailable, DatabaseUnavailable) as error:
         return f"waits: {error}"
     return "erased"

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Query, Request
 
 from licet.domain.money import format_nanos
 from licet.domain.outcomes import Effect, Reason
-from licet_control_plane.api.auth import plane_of
+from licet_control_plane.api.auth import TenantAsked, plane_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, format_us, parse_us
 from licet_control_plane.core.event_view import event_json
@@ -40,7 +40,7 @@ NAMED_MAX: Final = 12
 @router.get("/summary")
 async def usage_summary(
     request: Request,
-    tenant: str = "",
+    tenant: TenantAsked,
     from_: From = "",
     to: To = "",
     by: str = "tenant,feature,effect",
@@ -73,9 +73,9 @@ async def usage_summary(
 @router.get("/top")
 async def usage_top(
     request: Request,
+    tenant: TenantAsked,
     by: str = "tenant",
     order: str = Order.UNITS.value,
-    tenant: str = "",
     from_: From = "",
     to: To = "",
     currency: str = "",
@@ -119,7 +119,7 @@ async def usage_top(
 @router.get("/denied")
 async def usage_denied(
     request: Request,
-    tenant: str = "",
+    tenant: TenantAsked,
     from_: From = "",
     to: To = "",
     reason: str = "",

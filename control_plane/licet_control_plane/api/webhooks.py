@@ -185,15 +185,21 @@ async def enable_webhook(
 
 
 @router.post("/{webhook}/test", response_model=WebhookView)
-async def test_webhook(request: Request, webhook: str) -> dict[str, Any]:
+async def test_webhook(
+    request: Request, webhook: str, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
     """Send it ``webhook.test`` now; its deliveries say how that went."""
     plane = plane_of(request)
     found = await _found(plane, webhook)
     if found.disabled_at_us is not None:
         raise Problem(409, f"The webhook is disabled: {found.disabled_why}.", "Enable it first.")
-    data = {"webhook": webhook}
     now_us = int(plane.now_s() * 1_000_000)
-    await plane.database.write(webhooks.announce, TEST, found.tenant, data, now_us=now_us, only=webhook)
+
+    def send(connection: Connection) -> None:
+        webhooks.announce(connection, TEST, found.tenant, {"webhook": webhook}, now_us=now_us, only=webhook)
+        _record(connection, caller, "webhook.test", webhook, None, None, now_us)
+
+    await plane.database.write(send)
     plane.webhook_wake.set()
     return described(await _found(plane, webhook))
 

@@ -56,7 +56,7 @@ def _compare(database: Database, directory: Path, deployment: str, shard: int) -
             problem = one.problem(previous)
             if problem:
                 raise ArchiveDamaged(f"{record.path}: record {record.number}: {problem}")
-            for log_id, first, last in chain.ranges_of(one.block):
+            for log_id, first, last in (*chain.ranges_of(one.block), *(gap[:3] for gap in chain.lost_of(one.block))):
                 archived.setdefault(log_id, RecordedSeqs()).add(first, last)
             previous, blocks, events = one.block.hash, record.number, events + one.block.events
     except (ArchiveDamaged, ValueError) as error:
@@ -77,9 +77,6 @@ def _compare(database: Database, directory: Path, deployment: str, shard: int) -
                 what = f"events {gap[0]} to {gap[1]} are in the archive and not in the ledger"
                 found.append(ArchiveDifference(shard, log_id, what))
     if head is not None and head.blocks == blocks:  # else what it lacks is what it has not archived yet
-        declared = database.read_now(lambda connection: list(reconciling.declared_lost(connection, shard)))
-        for log_id, first, last in declared:
-            archived.setdefault(log_id, RecordedSeqs()).add(first, last)
         for log_id, seqs in recorded.items():
             in_archive = archived.get(log_id, RecordedSeqs())
             for first, last in (*([(1, seqs.watermark)] if seqs.watermark else []), *seqs.ranges):

@@ -1,4 +1,5 @@
-"""Puts a ledger back together from its archive: the same events, blocks, sums, watermarks and register spends.
+"""Puts a ledger back together from its archive: the same events, blocks, sums, watermarks, declared losses and register
+spends. A month that was dropped is there again, as far as the archive has it: it may be exported and dropped once more.
 
 A ledger that holds a beginning of what the archive holds is gone on with: an empty one, one that was interrupted here,
 or one that was restored from a backup. Any other is refused. Nothing else may write the database meanwhile.
@@ -77,7 +78,7 @@ def rebuild(
                 begun = True
                 database.write_now(archiving.begin_rebuilding, str(directory), now_us=now_us)
                 erased = _put_subjects(database, directory)
-            database.write_now(_restore, records, ledger_key=ledger_key, erased=erased, now_us=now_us)
+            database.write_now(_restore, records, ledger_key=ledger_key, erased=erased)
             for record, _ in records:
                 if record.path not in paths:
                     paths.add(record.path)
@@ -138,7 +139,6 @@ def _restore(
     *,
     ledger_key: LedgerKey,
     erased: set[int],
-    now_us: int,
 ) -> None:
     shard = records[0][1].block.shard
     previous = archiving.hash_at(connection, shard, records[0][0].number - 1)
@@ -149,7 +149,7 @@ def _restore(
                 problem = f"it is block {one.block.number} of shard {one.block.shard}"
             if problem:
                 raise ValueError(problem)
-            ledger.restore(connection, one, ledger_key=ledger_key, erased=erased, now_us=now_us)
+            ledger.restore(connection, one, ledger_key=ledger_key, erased=erased)
             gone = chain.erased_of(one.block)
         except (Damaged, ValueError, KeyError) as error:
             raise ArchiveDamaged(f"{record.path}: record {record.number}: {error}") from error

@@ -12,33 +12,22 @@ import msgpack
 
 from licet_control_plane.core import chain
 from licet_control_plane.core.chain import Block
+from licet_control_plane.core.merkle import root_of
 from licet_control_plane.core.sealed_events import Sealed, leaf_hash
 
-SCHEMA_VERSION: Final = 1
-
-
-class ArchivedLog(NamedTuple):
-    """A log that the block has events of: what the ledger knows of it when it first hears of it."""
-
-    log_id: str
-    sidecar: str
-    incarnation: int
-    previous_incarnation: int
-    previous_last_seq: int
-    decision_prefix: bytes
+SCHEMA_VERSION: Final = 2
 
 
 class ArchivedBlock(NamedTuple):
     """``events`` are in the order of the block's leaves, as its ranges name them."""
 
     block: Block
-    logs: Sequence[ArchivedLog]
     events: Sequence[Sealed]
 
     def pack(self) -> bytes:
         """As the record's bytes."""
         columns = list(zip(*self.events, strict=True)) or [(), (), ()]
-        packed: bytes = msgpack.packb([SCHEMA_VERSION, self.block, self.logs, columns], use_bin_type=True)
+        packed: bytes = msgpack.packb([SCHEMA_VERSION, self.block, columns], use_bin_type=True)
         return packed
 
     @classmethod
@@ -52,12 +41,8 @@ class ArchivedBlock(NamedTuple):
             fields: list[Any] = msgpack.unpackb(data, raw=False)
             if fields[0] != SCHEMA_VERSION:
                 raise ValueError(f"it is of version {fields[0]}; this program reads {SCHEMA_VERSION}")
-            _, block, logs, columns = fields[:4]
-            return cls(
-                Block(*block),
-                [ArchivedLog(*log) for log in logs],
-                [Sealed(*event) for event in zip(*columns, strict=True)],
-            )
+            _, block, columns = fields[:3]
+            return cls(Block(*block), [Sealed(*event) for event in zip(*columns, strict=True)])
         except (TypeError, IndexError, msgpack.UnpackException) as error:
             raise ValueError(f"it is not a block: {error}") from error
 
@@ -68,7 +53,7 @@ class ArchivedBlock(NamedTuple):
             return "its hash of the block before it is another one"
         if chain.hash_of(block) != block.hash:
             return "its hash is not that of its contents"
-        if chain.root_of([leaf_hash(event.public, event.commitment) for event in self.events]) != block.root:
+        if root_of([leaf_hash(event.public, event.commitment) for event in self.events]) != block.root:
             return "its events are not those that it was made of"
         if sum(last - first + 1 for _, first, last in chain.ranges_of(block)) != len(self.events):
             return "its ranges do not fit its events"

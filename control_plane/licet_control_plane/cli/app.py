@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from licet_control_plane.cli import (
+    api_keys,
     ask,
+    audit,
     bundles,
     explaining,
     fleet,
@@ -22,7 +24,9 @@ from licet_control_plane.cli import (
     quotas,
     reservations,
     run,
+    schemas,
     seats,
+    signing_keys,
     simulate,
     subjects,
     usage,
@@ -87,6 +91,7 @@ _seat.command("release", epilog=EXIT_CODES_HELP)(seats.release)
 
 _policy = _group("policy", "Plans, policies and the rest of the catalog, kept as files in a directory.")
 _policy.command("validate", epilog=EXIT_CODES_HELP)(bundles.validate)
+_policy.command("schema", epilog=EXIT_CODES_HELP)(schemas.schema)
 _policy.command("test", epilog=EXIT_CODES_HELP)(policy_tests.run_tests)
 _policy.command("push", epilog=EXIT_CODES_HELP)(bundles.push)
 _policy.command("explain", epilog=EXIT_CODES_HELP)(explaining.explain)
@@ -163,3 +168,20 @@ _ledger.command("restored", epilog=EXIT_CODES_HELP)(months.restored)
 
 _sidecar = _group("sidecar", "The sidecars that are connected.")
 _sidecar.command("list", epilog=EXIT_CODES_HELP)(fleet.list_)
+
+_api_key = _group("api-key", "Who may use the API.")
+_api_key.command("create", epilog=EXIT_CODES_HELP)(api_keys.create)
+_api_key.command("list", epilog=EXIT_CODES_HELP)(api_keys.list_)
+_api_key.command("revoke", epilog=EXIT_CODES_HELP)(api_keys.revoke)
+
+_audit = _group("audit", "Who changed what, and that nobody changed the record of it.")
+_audit.command("log", epilog=EXIT_CODES_HELP)(audit.log)
+_audit.command("verify", epilog=EXIT_CODES_HELP)(audit.verify)
+_audit.command("head", epilog=EXIT_CODES_HELP)(audit.head)
+_audit.command("evidence", epilog=EXIT_CODES_HELP)(audit.evidence)
+
+_signing_key = _group("signing-key", "The key that everything published is signed with.")
+_signing_key.command("generate", epilog=EXIT_CODES_HELP)(signing_keys.generate)
+_signing_key.command("rotate", epilog=EXIT_CODES_HELP)(signing_keys.rotate)
+_signing_key.command("retire", epilog=EXIT_CODES_HELP)(signing_keys.retire)
+_signing_key.command("list", epilog=EXIT_CODES_HELP)(signing_keys.list_)

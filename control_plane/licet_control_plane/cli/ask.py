@@ -155,6 +155,8 @@ def decision_as_json(decision: Decision) -> dict[str, Any]:
 
 def print_decision(decision: Decision) -> None:
     """The decision for people."""
+    from licet.domain.flags import VALUE_KEY, VARIANT_KEY
+
     marks = "".join(
         f"  {word}" for word, is_set in (("stale", decision.stale), ("degraded", decision.degraded)) if is_set
     )
@@ -163,6 +165,11 @@ def print_decision(decision: Decision) -> None:
         say(f"  {decision.message}")
     if decision.rule:
         say(f"  rule      {decision.rule}")
+    for key, name in sorted(decision.metadata.items()):
+        if key.startswith(VARIANT_KEY):
+            flag = key.removeprefix(VARIANT_KEY)
+            value = decision.metadata.get(f"{VALUE_KEY}{flag}")
+            say(f"  variant   {flag}: {name}{'' if value is None else f' = {value}'}")
     for quota in decision.quotas:
         ends = "ends" if quota.grant_id else "resets"
         resets = f", {ends} {quota.resets_at:%Y-%m-%d %H:%M} UTC" if quota.resets_at else ""

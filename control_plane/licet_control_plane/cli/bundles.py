@@ -27,29 +27,37 @@ _SUITE_SUFFIXES: Final = ("_test.yaml", "_test.yml")
 """Of files with tests: as in ``core.documents.suites``, which loads too much for every command."""
 
 
-def validate(directory: DirectoryArgument, as_json: JsonOption = False) -> None:
+def validate(
+    directory: DirectoryArgument,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when there are warnings, too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Check documents without publishing them: every error with file, line, column and the fix.
 
+    Warnings tell of what is legal and makes no sense: conditions that are never true, rules that never decide, names
+    that nobody has. They are certain, and with --strict they count.
+
     \b
-    Example:
+    Examples:
       licet policy validate catalog/
+      licet policy validate catalog/ --strict --json
     """
     sources = read_sources(directory)
     from licet_control_plane.core.documents import SourceFile
     from licet_control_plane.core.documents import validate as validate_documents
 
     result = validate_documents([SourceFile(path, text) for path, text in sources])
-    errors = [error_as_json(error) for error in result.errors]
-    warnings = [str(warning) for warning in result.warnings]
+    errors = [error.as_json() for error in result.errors]
+    warnings = [warning.as_json() for warning in result.warnings]
     if as_json:
         emit_json({"valid": not errors, "files": len(sources), "errors": errors, "warnings": warnings})
     else:
-        for warning in warnings:
-            note(f"warning: {warning}")
+        print_warnings(warnings, directory)
         print_errors(errors, directory)
         if not errors:
-            say(f"{directory}: {len(sources)} file{_s(len(sources))}, valid.")
-    if errors:
+            count = f", {len(warnings)} warning{_s(len(warnings))}" if warnings else ""
+            say(f"{directory}: {len(sources)} file{_s(len(sources))}, valid{count}.")
+    if errors or (strict and warnings):
         raise typer.Exit(EXIT_NO)
 
 
@@ -93,8 +101,7 @@ def push(
                 emit_json({"published": False, "errors": problem.errors})
             print_errors(problem.errors, directory)
             raise typer.Exit(EXIT_NO) from problem
-        for warning in result["warnings"]:
-            note(f"warning: {warning}")
+        print_warnings(result["warnings"], directory)
         published = not dry_run and not result["unchanged"]
         revision = int(result["revision"])
         if not as_json:
@@ -150,11 +157,6 @@ def read_sources(directory: Path, *, suites: bool = False) -> list[tuple[str, st
     return sources
 
 
-def error_as_json(error: Any) -> dict[str, Any]:
-    """A validation error in the form in which the API reports it."""
-    return {part: getattr(error, part) for part in ("file", "line", "column", "path", "message", "fix")}
-
-
 def report_rollout(rollout: dict[str, Any], *, timeout_s: float, quiet: bool) -> None:
     """Say who has confirmed the change, and who is not asked any more because it fell silent.
 
@@ -200,14 +202,25 @@ def print_errors(
     errors: list[dict[str, Any]], directory: Path | None, *, so: str = "nothing is published while one stands"
 ) -> None:
     """Where each is and what to do; files are those of ``directory``, or of a bundle that is not on this machine."""
-    base = Path() if directory is None else directory.parent if directory.is_file() else directory
     for error in errors:
-        where = f" ({error['path']})" if error.get("path") else ""
-        note(f"{base / error['file']}:{error['line']}:{error['column']}: {error['message']}{where}")
-        if error.get("fix"):
-            note(f"  fix: {error['fix']}")
+        _print_finding(error, directory)
     if errors:
         note(f"{len(errors)} error{_s(len(errors))}; {so}.")
+
+
+def print_warnings(warnings: list[dict[str, Any]], directory: Path) -> None:
+    """Where each is and what to do."""
+    for warning in warnings:
+        _print_finding(warning, directory, "warning: ")
+
+
+def _print_finding(finding: dict[str, Any], directory: Path | None, before: str = "") -> None:
+    base = Path() if directory is None else directory.parent if directory.is_file() else directory
+    where = f" ({finding['path']})" if finding.get("path") else ""
+    code = f" [{finding['code']}]" if before else ""
+    note(f"{base / finding['file']}:{finding['line']}:{finding['column']}: {before}{finding['message']}{where}{code}")
+    if finding.get("fix"):
+        note(f"  fix: {finding['fix']}")
 
 
 def _s(count: int) -> str:

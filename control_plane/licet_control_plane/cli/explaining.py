@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -118,6 +119,9 @@ def entitlements(
                         "rolled_out": one.rolled_out,
                         "seats": one.seats,
                         "limits": [_limit_as_json(limit) for limit in one.limits],
+                        "flags": [
+                            {"flag": flag.flag, "variant": flag.variant, "value": flag.value} for flag in one.flags
+                        ],
                     }
                     for one in found.entitlements
                 ],
@@ -153,6 +157,9 @@ def entitlements(
         off = "" if one.rolled_out else "  (not rolled out)"
         seats = f"  {one.seats:,} seats" if one.seats else ""
         say(f"  {one.feature}{f' ({one.title})' if one.title else ''}{off}{seats}")
+        for flag in one.flags:
+            value = "" if flag.value is None else f" = {json.dumps(flag.value, ensure_ascii=False)}"
+            say(f"    flag {flag.flag}: {flag.variant}{value}")
         for limit in one.limits:
             say(f"    {_limit_text(limit)}")
     say("actions")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -16,9 +14,8 @@ from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOp
 from licet_control_plane.cli.context import server_target
 from licet_control_plane.cli.failure import EXIT_NO, EXIT_USAGE, CliError
 from licet_control_plane.cli.output import emit_json, note, say
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
+from licet_control_plane.cli.progress import bar as _bar
+from licet_control_plane.cli.progress import move as _move
 
 FINDINGS_SHOWN: Final = 20
 
@@ -43,7 +40,7 @@ def verify(
         list[str] | None,
         typer.Option(
             "--public-key",
-            help="Of whom signatures of checkpoints count, ed25519:…; may be repeated.",
+            help="Of whom signatures of checkpoints and exports count, ed25519:…; may be repeated.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -339,26 +336,6 @@ def _by_hand(url: str, documents: list[str], public_keys: list[str], ledger_key:
     raise CliError("the verification ended early.", fix="run the command again")
 
 
-@contextmanager
-def _bar(doing: str = "verifying", unit: str = "events") -> Iterator[Bar | None]:
-    """A bar on standard error, for a person who waits there."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        bar.add_task(unit, total=None)
-        yield bar
-
-
-def _move(bar: Bar | None, done: int, of: int) -> None:
-    if bar is not None:
-        bar.update(bar.task_ids[0], completed=done, total=of)
-
-
 def _show(result: dict[str, Any]) -> None:
     verdict = "consistent" if result["ok"] else "NOT consistent"
     say(f"{result['events']:,} events in {result['blocks']:,} blocks and {len(result['logs']):,} logs: {verdict}")
@@ -369,13 +346,13 @@ def _show(result: dict[str, Any]) -> None:
     for gap in result["gaps"]:
         say(f"  gap: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
     for month, count in result["dropped"].items():
-        say(f"  dropped: {month}, {count:,} events, exported before; its sums are taken as they are")
+        say(f"  dropped: {month}, {count:,} events, as signed exports say")
     for gap in result["lost"]:
         say(f"  declared lost: log {gap['log_id']}, {gap['from_seq']} to {gap['to_seq']}: {gap['why']}")
     if result["conflicts"]:
         say(f"  conflicts: {result['conflicts']} events came again with other content")
     if not result["rollups_match"]:
-        say("  the hourly rollups do not match the events")
+        say("  sums do not match the events")
     if result["erased_events"]:
         say(f"  erased: what was personal in {result['erased_events']:,} events; they count as before")
     if not result["opened"]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from licet_control_plane.cli.arguments import JsonOption, bad
-from licet_control_plane.cli.bundles import error_as_json, print_errors, read_sources
+from licet_control_plane.cli.bundles import print_errors, read_sources
 from licet_control_plane.cli.failure import EXIT_NO, EXIT_USAGE, CliError
 from licet_control_plane.cli.output import emit_json, note, say
 
@@ -140,7 +140,7 @@ def _use(engine: Evaluator, given: Given) -> None:
 def _refuse(errors: Any, directory: Path, as_json: bool) -> None:
     if not errors:
         return
-    shown = [error_as_json(error) for error in errors]
+    shown = [error.as_json() for error in errors]
     if as_json:
         emit_json({"passed": False, "errors": shown})
     print_errors(shown, directory, so="no test was run")

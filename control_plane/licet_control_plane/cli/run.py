@@ -80,6 +80,33 @@ def server(
         bool | None,
         typer.Option("--events-personal", help="With subjects, resources and context. [default: without]"),
     ] = None,
+    trusted_proxies: Annotated[
+        str | None,
+        typer.Option(
+            "--trusted-proxies",
+            help="Addresses and networks, with commas, whose X-Forwarded-For is believed. [default: none]",
+        ),
+    ] = None,
+    oidc_issuer: Annotated[
+        str | None, typer.Option("--oidc-issuer", help="Whose tokens are admitted, https://…. [default: nobody's]")
+    ] = None,
+    oidc_audience: Annotated[str | None, typer.Option("--oidc-audience", help="For whom they must be.")] = None,
+    oidc_roles: Annotated[
+        str | None, typer.Option("--oidc-roles", help="GROUP=ROLE, with commas; the first that fits wins.")
+    ] = None,
+    oidc_role_claim: Annotated[
+        str | None, typer.Option("--oidc-role-claim", help="Where the groups are, a.b for b in a. [default: groups]")
+    ] = None,
+    oidc_tenant_claim: Annotated[
+        str | None,
+        typer.Option("--oidc-tenant-claim", help="Where the only tenant is that a token reaches. [default: none]"),
+    ] = None,
+    oidc_name_claim: Annotated[
+        str | None, typer.Option("--oidc-name-claim", help="What the audit trail calls them. [default: sub]")
+    ] = None,
+    oidc_jwks_url: Annotated[
+        str | None, typer.Option("--oidc-jwks-url", help="The issuer's keys, if it has no discovery document.")
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option("--log-level", help="debug, info, warning or error. [default: info]")
     ] = None,
@@ -119,6 +146,14 @@ def server(
             events_url=events_url,
             events_secret_file=events_secret_file,
             events_personal=events_personal,
+            trusted_proxies=trusted_proxies,
+            oidc_issuer=oidc_issuer,
+            oidc_audience=oidc_audience,
+            oidc_roles=oidc_roles,
+            oidc_role_claim=oidc_role_claim,
+            oidc_tenant_claim=oidc_tenant_claim,
+            oidc_name_claim=oidc_name_claim,
+            oidc_jwks_url=oidc_jwks_url,
             log_level=log_level,
             new_generation=new_generation,
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOption, bad, seconds
-from licet_control_plane.cli.bundles import error_as_json, print_errors, read_sources
+from licet_control_plane.cli.bundles import print_errors, read_sources
 from licet_control_plane.cli.context import server_target
 from licet_control_plane.cli.failure import EXIT_NO, EXIT_USAGE, CliError
 from licet_control_plane.cli.output import emit_json, note, say, table
@@ -266,7 +266,7 @@ def _candidate(control_plane: ControlPlane, what: str, as_json: bool) -> tuple[C
     directory = Path(what)
     validated = validate([SourceFile(path, text) for path, text in read_sources(directory)])
     if validated.catalog is None:
-        errors = [error_as_json(error) for error in validated.errors]
+        errors = [error.as_json() for error in validated.errors]
         if as_json:
             emit_json({"errors": errors})
         print_errors(errors, directory, so="nothing was replayed")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from licet.domain.outcomes import Effect
 from licet.domain.windows import Period, window_at
@@ -89,7 +89,43 @@ Sums = dict[tuple[Any, ...], list[int]]
 """Decisions, events, units and cost, as ``RollupSums`` has them, by key. Plain tuples and lists: there are many."""
 
 
-@dataclass(slots=True)
+class Countable(Protocol):
+    """What of an event is counted: a ``UsageEvent``, or the public part of one."""
+
+    @property
+    def at_us(self) -> int: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def action(self) -> str: ...
+    @property
+    def effect(self) -> int: ...
+    @property
+    def reason(self) -> int: ...
+    @property
+    def revision(self) -> int: ...
+    @property
+    def units(self) -> Mapping[str, int]: ...
+    @property
+    def cost_nanos(self) -> int: ...
+    @property
+    def currency(self) -> str: ...
+    @property
+    def flags(self) -> int: ...
+    @property
+    def spends(self) -> Sequence[tuple[str, int]]: ...
+    @property
+    def feature_costs(self) -> Mapping[str, int]: ...
+    @property
+    def kind(self) -> int: ...
+    @property
+    def units_held(self) -> Mapping[str, int]: ...
+    @property
+    def priced_as(self) -> Mapping[str, str]: ...
+    @property
+    def exposures(self) -> Mapping[str, str]: ...
+
+
 class Account:
     """What the rows inserted in one transaction add to the rollups, to the bill and to what registers spent.
 
@@ -97,46 +133,108 @@ class Account:
     each of its flags; ``billed`` events and units by ``BilledKey``.
     """
 
-    hours: Sums = field(default_factory=dict)
-    exposed: Sums = field(default_factory=dict)
-    billed: Sums = field(default_factory=dict)
-    _spend: defaultdict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
-    _observed: defaultdict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
+    def __init__(self) -> None:
+        self.exposed: Sums = {}
+        self._hours: Sums = {}
+        self._billed: Sums = {}
+        self._spend: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self._observed: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self._plain: dict[tuple[Any, ...], list[int]] = {}
+        """Events, units and cost of events of one feature, by all that their sums depend on. Most are such, and of
+        many that are alike this takes one addition each; what it means is worked out when it is asked for."""
 
-    def add(self, sidecar: str, events: Iterable[UsageEvent]) -> None:
-        """Count events of a log of ``sidecar``, which must be counted here only once."""
-        hours, billed, spend = self.hours, self.billed, self._spend
+    @property
+    def hours(self) -> Sums:
+        """The hourly rollups so far."""
+        self._work_out()
+        return self._hours
+
+    @property
+    def billed(self) -> Sums:
+        """What is billed so far."""
+        self._work_out()
+        return self._billed
+
+    def add(self, sidecar: str, events: Iterable[Countable]) -> None:
+        """Count events of a log of ``sidecar``, which must be counted here only once.
+
+        Raises:
+            TypeError, ValueError, AttributeError: one is not what an event must be; those before it were counted.
+        """
+        plain, spend = self._plain, self._spend
         for event in events:
-            kind = event.kind
-            if kind and not is_outcome(event):
-                continue
-            hour = event.at_us // _HOUR_US * 3_600
-            tenant, units = event.tenant, event.units
-            of = (storable(event.action), event.effect, event.reason, event.currency)
-            parts = _parts(event, event.units_held if kind == EventKind.RESERVE else units)
-            for feature, *counts in parts:
-                _add(hours, (hour, tenant, feature, *of), *counts)
-            if event.exposures:
-                for flag, variant in event.exposures.items():
-                    for feature, *counts in parts:
-                        _add(self.exposed, (hour, tenant, flag, variant, feature, *of), *counts)
-            if units and event.effect == _APPROVED:
-                month, revision, priced_as = month_of(hour), event.revision, event.priced_as
-                for feature, count in units.items():
-                    if count:
-                        _add(billed, (tenant, month, feature, priced_as.get(feature, ""), revision), 0, 1, count, 0)
+            units, kind = event.units, event.kind
+            if kind or len(units) != 1 or event.feature_costs or event.priced_as or event.exposures:
+                if not kind or is_outcome(event):
+                    self._add_one(event)
+                else:
+                    continue
+            else:
+                ((feature, count),) = units.items()
+                key = (
+                    event.at_us // _HOUR_US,
+                    event.tenant,
+                    feature,
+                    event.action,
+                    event.effect,
+                    event.reason,
+                    event.currency,
+                    event.revision,
+                    count == 0,
+                )
+                old = plain.get(key)
+                if old is None:
+                    storable(event.action)
+                    plain[key] = [1, count + 0, event.cost_nanos + 0]
+                else:
+                    old[0] += 1
+                    old[1] += count
+                    old[2] += event.cost_nanos
             if event.spends and spends_count(event):
+                tenant = event.tenant
                 for quota, count in event.spends:
                     spend[tenant, quota, sidecar] += count
                 if event.effect != _APPROVED:
                     for quota, count in event.spends:
                         self._observed[tenant, quota, sidecar] += count
 
-    def merge(self, hours: Sums, exposed: Sums, billed: Sums) -> None:
+    def _add_one(self, event: Countable) -> None:
+        hour = event.at_us // _HOUR_US * 3_600
+        tenant, units = event.tenant, event.units
+        of = (storable(event.action), event.effect, event.reason, event.currency)
+        parts = _parts(event, event.units_held if event.kind == EventKind.RESERVE else units)
+        for feature, *counts in parts:
+            _add(self._hours, (hour, tenant, feature, *of), *counts)
+        if event.exposures:
+            for flag, variant in event.exposures.items():
+                for feature, *counts in parts:
+                    _add(self.exposed, (hour, tenant, flag, variant, feature, *of), *counts)
+        if units and event.effect == _APPROVED:
+            month, revision, priced_as = month_of(hour), event.revision, event.priced_as
+            for feature, count in units.items():
+                if count:
+                    key = (tenant, month, feature, priced_as.get(feature, ""), revision)
+                    _add(self._billed, key, 0, 1, count, 0)
+
+    def _work_out(self) -> None:
+        plain, self._plain = self._plain, {}
+        for (hours, tenant, feature, action, effect, reason, currency, revision, is_free), sums in plain.items():
+            events, units, cost_nanos = sums
+            hour = hours * 3_600
+            key = (hour, tenant, feature, storable(action), effect, reason, currency)
+            _add(self._hours, key, events, events, units, cost_nanos)
+            if effect == _APPROVED and not is_free:
+                _add(self._billed, (tenant, month_of(hour), feature, "", revision), 0, events, units, 0)
+
+    def merge(self, other: Account) -> None:
         """Add what another account counted, of other events."""
-        for mine, others in ((self.hours, hours), (self.exposed, exposed), (self.billed, billed)):
+        pairs = ((self._hours, other.hours), (self.exposed, other.exposed), (self._billed, other.billed))
+        for mine, others in pairs:
             for key, sums in others.items():
                 _add(mine, key, *sums)
+        for spent, theirs in ((self._spend, other._spend), (self._observed, other._observed)):
+            for quota, units in theirs.items():
+                spent[quota] += units
 
     def days(self) -> Sums:
         """The rollups by day: the ``hour`` of a key is the first of its day."""
@@ -161,7 +259,7 @@ class Account:
         return dict(self._observed)
 
 
-def _parts(event: UsageEvent, features: Mapping[str, int]) -> Sequence[tuple[str, int, int, int, int]]:
+def _parts(event: Countable, features: Mapping[str, int]) -> Sequence[tuple[str, int, int, int, int]]:
     """Feature, decisions, events, units and cost of each row that an event over ``features`` adds to."""
     costs = event.feature_costs
     if len(features) == 1 and not costs:
@@ -214,7 +312,7 @@ _STEPS: Final = frozenset(
 )
 
 
-def is_outcome(event: UsageEvent) -> bool:
+def is_outcome(event: Countable) -> bool:
     """Whether the event says what became of an action, so that sums count each action once.
 
     A reservation that was approved is counted when it is committed; making, extending or dropping it is only a step, as
@@ -223,7 +321,7 @@ def is_outcome(event: UsageEvent) -> bool:
     return event.kind not in _STEPS and not (event.kind == EventKind.RESERVE and spends_count(event))
 
 
-def spends_count(event: UsageEvent) -> bool:
+def spends_count(event: Countable) -> bool:
     """Whether the event's spends were really taken from its sidecar's registers."""
     return event.effect == Effect.APPROVED or bool(event.flags & FLAG_OBSERVED)
 

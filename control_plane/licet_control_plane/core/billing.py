@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final, NamedTuple
 
-from licet.domain.catalog import Catalog, Entitlement, License, LicenseStatus, Limit
+from licet.domain.catalog import Catalog, Enforcement, Entitlement, License, LicenseStatus, Limit
 from licet.domain.entitlements import entitlements_of
 from licet.domain.money import NANOS, Fee, Price, TierMode, Tiers, divide_half_even, minor_digits
 from licet.domain.windows import Period, Window, window_of
@@ -329,7 +329,12 @@ def _overage(month: Window, terms: Sequence[Terms], spends: Iterable[WindowSpend
         if spend.limit not in keys:
             continue
         limit, end = _limit_of_window(spend, limits)
-        if limit is None or limit.overage_price is None or not month.start < end <= month.end:
+        if (
+            limit is None
+            or limit.overage_price is None
+            or limit.enforcement is not Enforcement.ENFORCE
+            or not month.start < end <= month.end
+        ):
             continue
         if (over := spend.units - limit.amount) > 0:
             price = limit.overage_price

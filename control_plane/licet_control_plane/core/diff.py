@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from licet.domain.catalog import (
     Policy,
     Rule,
 )
+from licet.domain.flags import RolloutStep, Target, Variant
 from licet.domain.money import Price, format_budget, format_nanos
 
 _TEXT_CHARS_MAX: Final = 60
@@ -186,10 +188,19 @@ def _keys(records: tuple[Any, ...]) -> list[str]:
     seen: Counter[str] = Counter()
     keys: list[str] = []
     for place, one in enumerate(records, 1):
-        key = _limit_name(one) if isinstance(one, Limit) else str(getattr(one, identity, ""))
+        key = _own_key(one, identity)
         seen[key] += 1
         keys.append(f"{key} ({seen[key]})" if key and seen[key] > 1 else key or str(place))
     return keys
+
+
+def _own_key(one: Any, identity: str) -> str:
+    match one:
+        case Limit():
+            return _limit_name(one)
+        case RolloutStep():
+            return _instant(one.at_s)
+    return str(getattr(one, identity, ""))
 
 
 def _part(owner: type, name: str, key: str) -> str:
@@ -243,14 +254,30 @@ def _entitlement_summary(entitlement: Entitlement) -> str:
 
 
 def _rule_summary(rule: Rule) -> str:
-    when = rule.when if len(rule.when) <= _TEXT_CHARS_MAX else f"{rule.when[:_TEXT_CHARS_MAX]}…"
-    return f"{rule.effect.value} when {' '.join(when.split())}" if when else rule.effect.value
+    return _conditional(rule.effect.value, rule.when)
 
 
-_IDENTITY: Final[Mapping[type, str]] = {Limit: "key", Price: ""}
+def _conditional(what: str, when: str) -> str:
+    shown = when if len(when) <= _TEXT_CHARS_MAX else f"{when[:_TEXT_CHARS_MAX]}…"
+    return f"{what} when {' '.join(shown.split())}" if shown else what
+
+
+def _share(percent: float) -> str:
+    return f"{percent:g} %"
+
+
+def _instant(at_s: int) -> str:
+    return datetime.fromtimestamp(at_s, UTC).isoformat() if at_s else "none"
+
+
+def _target_summary(target: Target) -> str:
+    return _conditional(target.serve, target.when)
+
+
+_IDENTITY: Final[Mapping[type, str]] = {Limit: "key", Price: "", RolloutStep: "at_s"}
 """The field that names a record among others; ``name`` where nothing else is said."""
 
-_LISTS_OF_RECORDS: Final = frozenset(("limits", "grants", "rules", "stages"))
+_LISTS_OF_RECORDS: Final = frozenset(("limits", "grants", "rules", "stages", "steps", "variants", "targeting"))
 
 _PARTS: Final[Mapping[tuple[type, str], str]] = {
     (Plan, "features"): "{}",
@@ -261,6 +288,9 @@ _PARTS: Final[Mapping[tuple[type, str], str]] = {
     (Action, "attributes"): "attribute {}",
     (Policy, "rules"): f"{_RULE}{{}}",
     (ApprovalChain, "stages"): "stage {}",
+    (Flag, "steps"): "step {}",
+    (Flag, "variants"): "variant {}",
+    (Flag, "targeting"): "targeting {}",
 }
 """How the parts of a map or a list are called."""
 
@@ -268,8 +298,13 @@ _SHOWN: Final[Mapping[tuple[type, str], tuple[str, Callable[[Any], str] | None]]
     (Limit, "amount"): ("", _amount),
     (Price, "amount_nanos"): ("", lambda price: format_budget(price.amount_nanos, price.currency)),
     (Price, "by"): ("by", lambda price: price.by or "nothing"),
-    (Flag, "percent"): ("percent", lambda flag: f"{flag.percent:g} %"),
+    (Flag, "percent"): ("percent", lambda flag: _share(flag.percent)),
+    (Flag, "starts_s"): ("starts", lambda flag: _instant(flag.starts_s)),
+    (Flag, "ends_s"): ("ends", lambda flag: _instant(flag.ends_s)),
+    (RolloutStep, "percent"): ("", lambda step: _share(step.percent)),
+    (Variant, "value"): ("value", lambda variant: variant.value or "none"),
     (Rule, "when"): (_CONDITION, lambda rule: rule.when or "always"),
+    (Target, "when"): (_CONDITION, lambda target: target.when or "always"),
     (Attribute, "default"): ("default", lambda one: json.dumps(one.default, ensure_ascii=False)),
 }
 """Fields that are called or written in another way than their name and type say."""
@@ -279,5 +314,8 @@ _SUMMARIES: Final[Mapping[type, Callable[[Any], str]]] = {
     Price: _price_summary,
     Entitlement: _entitlement_summary,
     Rule: _rule_summary,
+    Target: _target_summary,
+    RolloutStep: lambda step: _share(step.percent),
+    Variant: lambda variant: f"weight {variant.weight:,}",
     Attribute: lambda one: one.type.value,
 }

@@ -109,6 +109,11 @@ def mismatches(expect: ExpectSource, answer: Mapping[str, Any]) -> list[str]:
         found.append(f"message is {answer['message']!r}, expected it to contain {expect.message!r}")
     if expect.shadow is not None and sorted(expect.shadow) != sorted(answer["shadow"]):
         found.append(f"shadow is [{', '.join(answer['shadow'])}], expected [{', '.join(expect.shadow)}]")
+    for flag, variant in expect.variants.items():
+        served = answer["exposures"].get(flag)
+        if served != variant:
+            said = f"serves {served}" if served else "was not looked at"
+            found.append(f"flag {flag} {said}, expected {variant}")
     if expect.cost is not None:
         nanos, currency = expect.cost if isinstance(expect.cost, tuple) else (expect.cost, "")
         if answer["cost_nanos"] != nanos or (currency and nanos and answer["currency"] != currency):

@@ -83,14 +83,14 @@ class LogNumbers:
         self.gaps = dict(gaps or {})
         self.gaps_changed = False
 
-    def declare(self, first: int, last: int, gap: Gap) -> int:
-        """Take ``first…last`` for lost, as far as it is not recorded; how many numbers that are."""
+    def declare(self, first: int, last: int, gap: Gap) -> list[tuple[int, int]]:
+        """Take ``first…last`` for lost, as far as it is not recorded; the parts that were taken, ascending."""
         parts = self.recorded.missing(first, last)
         for start, end in parts:
             self.recorded.add(start, end)
             self.gaps[start, end] = gap
             self.gaps_changed = True
-        return sum(end - start + 1 for start, end in parts)
+        return parts
 
     def missing(self, first: int, last: int) -> list[tuple[int, int]]:
         """The parts of ``first…last`` whose events the ledger does not have, ascending."""

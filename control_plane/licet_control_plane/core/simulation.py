@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from licet.domain.catalog import Catalog, Enforcement, Entitlement, License, Limit, matches
 from licet.domain.entitlements import entitlements_of
+from licet.domain.flags import OFF, ON
 from licet.domain.money import format_budget
 from licet.domain.windows import Period, window_of
 
@@ -114,8 +115,11 @@ class Summary:
 
 
 def answer_of(answer: Mapping[str, Any]) -> str:
-    """An answer in one word or two: ``APPROVED OK`` or ``DENIED POLICY_DENIED embargo/region``."""
-    return " ".join(part for part in (answer["effect"], answer["reason"], answer["rule"]) if part)
+    """An answer in a few words: ``APPROVED OK`` or ``DENIED POLICY_DENIED embargo/region``; with the variants of flags,
+    such as ``APPROVED OK editor=canvas``.
+    """
+    variants = sorted(f"{flag}={served}" for flag, served in answer["exposures"].items() if served not in (ON, OFF))
+    return " ".join(part for part in (answer["effect"], answer["reason"], answer["rule"], *variants) if part)
 
 
 def recorded_answer(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +129,7 @@ def recorded_answer(event: Mapping[str, Any]) -> dict[str, Any]:
         "effect": event["effect"],
         "reason": event["reason"],
         "rule": event["rule"],
+        "exposures": event["exposures"],
         "cost_nanos": cost["amount_nanos"],
         "currency": cost["currency"],
     }
@@ -231,6 +236,11 @@ def _conditions(catalog: Catalog, action: str) -> Iterator[str]:
     for policy in catalog.policies.values():
         if policy.enforcement is not Enforcement.OFF and matches(policy.actions, action):
             yield from (rule.when for rule in policy.rules)
+    found = catalog.actions.get(action)
+    features = found.meters.values() if found else ()
+    for flag in catalog.flags.values():
+        if flag.feature in features:
+            yield from (target.when for target in flag.targeting)
 
 
 def _limits(license_: License, catalog: Catalog) -> Iterator[tuple[str, Limit, Entitlement]]:

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from licet.wire.documents import ACK, AckPayload
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import RedisNames
-from licet.wire.signing import SigningKey, Statement
+from licet.wire.signing import Signer, Statement
 from licet.wire.usage import LostRange, UsageBatch
 from licet_control_plane.archive.files import ArchiveDamaged, ArchiveUnavailable
 from licet_control_plane.archive.follower import Archive
@@ -85,7 +85,7 @@ class ShardWorker:
         redis: Redis,
         names: RedisNames,
         database: Database,
-        key: SigningKey,
+        key: Signer,
         subject_keys: SubjectKeys,
         counts: DrainCounts,
         *,
@@ -343,6 +343,7 @@ class ShardWorker:
         self, connection: Connection, number: int, batch: UsageBatch | None, *, by: str
     ) -> tuple[bool, Recorded]:
         now_us = int(self._now_s() * 1_000_000)
+        ledger.lock_shard(connection, self._shard)  # before the audit trail, as whoever records a letter does
         settled = dead_letters.settle(connection, number, dead_letters.DROPPED, by=by, now_us=now_us)
         if not settled or batch is None:
             return settled, Recorded()
@@ -410,7 +411,7 @@ class ShardWorker:
 
 
 def acknowledgement(
-    key: SigningKey, about: meta.Meta, log_id: str, watermark: int, lost: Sequence[tuple[int, int]]
+    key: Signer, about: meta.Meta, log_id: str, watermark: int, lost: Sequence[tuple[int, int]]
 ) -> bytes:
     """A signed acknowledgement of a log, up to its watermark. ``lost``: what of it was declared lost."""
     payload = AckPayload(tuple(lost)).to_payload()

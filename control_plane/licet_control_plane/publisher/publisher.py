@@ -29,7 +29,7 @@ import structlog
 from licet.domain.catalog import Catalog
 from licet.wire.documents import HEAD, HEAD_KEY, Head
 from licet.wire.registers import Pair
-from licet.wire.signing import SigningKey, Statement
+from licet.wire.signing import Signer, Statement
 from licet_control_plane.core.contents import Contents, Expected, Found, Keeping, assess
 from licet_control_plane.publisher import generation
 from licet_control_plane.publisher.asks import AsksReader
@@ -95,7 +95,7 @@ class Publisher:
         asks: AsksReader,
         reclaimer: Reclaimer,
         sweeper: Sweeper,
-        key: SigningKey,
+        key: Signer,
         *,
         location: str,
         holder: str,

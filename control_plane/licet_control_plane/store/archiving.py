@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from sqlalchemy import Connection, insert, select, update
 
 from licet_control_plane.archive.files import ArchiveDamaged
-from licet_control_plane.archive.records import ArchivedBlock, ArchivedLog
+from licet_control_plane.archive.records import ArchivedBlock
 from licet_control_plane.archive.subject_keys import ArchivedSubject
 from licet_control_plane.core import chain
 from licet_control_plane.core.chain import Block
@@ -49,7 +49,9 @@ def hash_at(connection: Connection, shard: int, number: int) -> bytes | None:
 
 
 class FoundBlock(NamedTuple):
-    """A block of the ledger, and the numbers of the subjects that its events are about."""
+    """A block of the ledger, and the numbers of the subjects that its events are about, or that it says were erased:
+    also somebody who was never in an event must keep the number.
+    """
 
     archived: ArchivedBlock
     subjects: set[int]
@@ -78,15 +80,14 @@ def blocks_after(
 
 def _archived(connection: Connection, block: Block) -> FoundBlock:
     held: list[Sealed] = []
-    about: set[int] = set()
-    named: dict[str, Any] = {}
+    about = set(chain.erased_of(block))
+    numbers: dict[str, int] = {}
     for log_id, first, last in chain.ranges_of(block):
-        log = named.get(log_id)
-        if log is None:
-            log = named[log_id] = connection.execute(select(logs).where(logs.c.log_id == log_id)).one()
+        if log_id not in numbers:
+            numbers[log_id] = connection.execute(select(logs.c.log).where(logs.c.log_id == log_id)).scalar_one()
         rows = connection.execute(
             select(events.c.subject, events.c.public, events.c.commitment, events.c.personal)
-            .where(events.c.log == log.log, events.c.seq >= first, events.c.seq <= last)
+            .where(events.c.log == numbers[log_id], events.c.seq >= first, events.c.seq <= last)
             .order_by(events.c.seq)
         )
         for subject, *sealed in rows:
@@ -97,18 +98,7 @@ def _archived(connection: Connection, block: Block) -> FoundBlock:
             f"block {block.number} of shard {block.shard} has {block.events} events, and the ledger {len(held)} of"
             " them: a month that was dropped before it was archived cannot be"
         )
-    headers = [
-        ArchivedLog(
-            log.log_id,
-            log.sidecar,
-            log.incarnation,
-            log.previous_incarnation,
-            log.previous_last_seq,
-            bytes(log.decision_prefix),
-        )
-        for log in named.values()
-    ]
-    return FoundBlock(ArchivedBlock(block, headers, held), about)
+    return FoundBlock(ArchivedBlock(block, held), about)
 
 
 def subject_rows(connection: Connection, numbers: Sequence[int]) -> list[ArchivedSubject]:

@@ -126,3 +126,11 @@ def _bundle(row: Row[Any]) -> Bundle:
         tuple((kind, name, digest) for kind, name, digest in msgpack.unpackb(row.documents)),
         tuple(msgpack.unpackb(row.chunks)),
     )
+
+
+def in_force(connection: Connection, *, from_us: int, to_us: int) -> list[int]:
+    """Revisions of the bundle that was the newest at ``from_us``, and of those made until before ``to_us``."""
+    made = select(bundles.c.revision).join(revisions, revisions.c.revision == bundles.c.revision)
+    pushed = made.where(revisions.c.at >= from_us, revisions.c.at < to_us)
+    before = made.where(revisions.c.at < from_us).order_by(bundles.c.revision.desc()).limit(1)
+    return sorted({*connection.scalars(pushed), *connection.scalars(before)})

@@ -12,11 +12,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from sqlalchemy import Connection, delete, insert, select
 
-from licet.wire.signing import SigningKey, Statement, VerificationError, Verifier
+from licet.wire.signing import Signer, Statement, VerificationError, Verifier
 from licet_control_plane.store import meta
 from licet_control_plane.store.schema import checkpoints, shards
 
@@ -86,13 +86,21 @@ def document_of(text: str) -> bytes:
         raise ValueError("it is not a checkpoint of a ledger") from error
 
 
-def newest(connection: Connection) -> bytes | None:
-    """The newest signed document; ``None`` before the first."""
-    found = connection.scalar(select(checkpoints.c.document).order_by(checkpoints.c.number.desc()).limit(1))
-    return None if found is None else bytes(found)
+class Stored(NamedTuple):
+    """A checkpoint as the database has it; only ``document`` is signed."""
+
+    number: int
+    at: int
+    document: bytes
 
 
-def make(connection: Connection, key: SigningKey, *, now_us: int) -> bytes | None:
+def newest(connection: Connection) -> Stored | None:
+    """The newest one; ``None`` before the first."""
+    row = connection.execute(select(checkpoints).order_by(checkpoints.c.number.desc()).limit(1)).first()
+    return None if row is None else Stored(row.number, row.at, bytes(row.document))
+
+
+def make(connection: Connection, key: Signer, *, now_us: int) -> bytes | None:
     """The newest signed document, made now if anything was recorded since the last; ``None`` while there is nothing."""
     about = meta.lock(connection)  # one at a time
     heads = [
@@ -103,15 +111,15 @@ def make(connection: Connection, key: SigningKey, *, now_us: int) -> bytes | Non
     number = 0
     if last is not None:
         try:
-            known = Checkpoint.of(last, Verifier([key.public_key]))
+            known = Checkpoint.of(last.document, Verifier([key.public_key]))
         except VerificationError:
             pass  # of a key that was replaced, or altered: a new one is due
         else:
             if (known.generation, [list(head) for head in known.heads]) == (about.ledger_generation, heads):
-                return last
-        number = connection.scalar(select(checkpoints.c.number).order_by(checkpoints.c.number.desc()).limit(1)) or 0
+                return last.document
+        number = last.number
     if not heads:
-        return last
+        return last.document if last is not None else None
     number += 1
     payload: dict[str, Any] = {"at_us": now_us, "heads": heads}
     document = key.sign(Statement(about.deployment, KIND, KEY, about.ledger_generation, number, payload))

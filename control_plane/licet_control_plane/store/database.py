@@ -10,6 +10,7 @@ row lock (``meta.lock``, the shard's row in ``ledger.record``), and locks severa
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, Table, create_engine, event, func, literal_column, make_url
+from sqlalchemy import Connection, Engine, Select, Table, create_engine, event, func, literal_column, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InternalError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -59,8 +60,10 @@ _ALSO: ContextVar[Callable[[Connection], None] | None] = ContextVar("also", defa
 
 
 @contextmanager
-def with_each_commit(also: Callable[[Connection], None]) -> Iterator[None]:
-    """Within it, each ``Database.write`` of this task does ``also`` in its own transaction, after its work."""
+def with_each_commit(also: Callable[[Connection], None] | None) -> Iterator[None]:
+    """Within it, each ``Database.write`` of this task does ``also`` in its own transaction, before its work: the last
+    lock of a transaction is the audit trail's. ``None``: what is written is no part of what the caller asked for.
+    """
     token = _ALSO.set(also)
     try:
         yield
@@ -119,12 +122,15 @@ class Database:
         also = _ALSO.get()
 
         def all_of_it(connection: Connection) -> T:
-            result = work(connection, *args, **kwargs)
             if also is not None:
                 also(connection)
-            return result
+            return work(connection, *args, **kwargs)
 
-        return await asyncio.get_running_loop().run_in_executor(self._writer, self._transact, True, all_of_it)
+        # With the caller's context: it says who acts, for the audit trail.
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(
+            self._writer, lambda: context.run(self._transact, True, all_of_it)
+        )
 
     async def read(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of ``work``, which sees one committed state and changes nothing.
@@ -217,10 +223,35 @@ def insert_rows(connection: Connection, table: Table, columns: tuple[str, ...], 
 @lru_cache
 def insert_sql(dialect: str, table: Table, columns: tuple[str, ...]) -> str:
     """An INSERT of ``columns`` that takes tuples in the table's order, for ``exec_driver_sql`` on ``dialect``."""
-    dialects: Any = postgresql if dialect == POSTGRESQL else sqlite
-    positional = dialects.dialect(paramstyle="format" if dialect == POSTGRESQL else "qmark")
     # Inline: nobody asks for the number that a row got, and what is put behind it would come after a RETURNING.
-    return str(table.insert().inline().compile(dialect=positional, column_keys=list(columns)))
+    return str(table.insert().inline().compile(dialect=_positional(dialect), column_keys=list(columns)))
+
+
+def raw_rows(connection: Connection, query: Select[Any], values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows of a question as plain tuples, straight from the driver: of many rows, naming and converting the columns
+    costs as much as reading them. ``values`` are those of its parameters, in the order in which it has them.
+    """
+    is_postgresql = connection.dialect.name == POSTGRESQL
+    raw: Any = connection.connection.driver_connection
+    cursor = raw.cursor(binary=True) if is_postgresql else raw.cursor()
+    try:
+        found: list[tuple[Any, ...]] = cursor.execute(
+            _positional_sql(connection.dialect.name, query), values
+        ).fetchall()
+        return found
+    finally:
+        cursor.close()
+
+
+@lru_cache
+def _positional_sql(dialect: str, query: Select[Any]) -> str:
+    return str(query.compile(dialect=_positional(dialect)))
+
+
+def _positional(dialect: str) -> Any:
+    """A dialect whose parameters have no names."""
+    dialects: Any = postgresql if dialect == POSTGRESQL else sqlite
+    return dialects.dialect(paramstyle="format" if dialect == POSTGRESQL else "qmark")
 
 
 def read_only_engine(url: str) -> Engine:
@@ -261,7 +292,6 @@ def upsert_sql(
     Like there, ``columns`` are in the order of the table.
     """
     dialects: Any = postgresql if dialect == POSTGRESQL else sqlite
-    positional = dialects.dialect(paramstyle="format" if dialect == POSTGRESQL else "qmark")
     statement = dialects.insert(table)
     least = func.least if dialect == POSTGRESQL else func.min
     most: Any = literal_column(str(SUM_MAX))  # no parameter: those are the row's
@@ -269,7 +299,7 @@ def upsert_sql(
         index_elements=[table.c[name] for name in key],
         set_={name: least(table.c[name], most - statement.excluded[name]) + statement.excluded[name] for name in added},
     )
-    return str(statement.compile(dialect=positional, column_keys=list(columns)))
+    return str(statement.compile(dialect=_positional(dialect), column_keys=list(columns)))
 
 
 @lru_cache

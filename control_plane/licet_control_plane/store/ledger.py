@@ -2,16 +2,16 @@
 
 Guaranteed, under repeats, reordering, and workers that were paused and resume:
 - an event (log, seq) is inserted once; the rollups, the register spend and the block cover only events inserted with
-  them, and nothing inserted makes no block: the chain of a shard never forks;
+  them, and a transaction that changed nothing makes no block: the chain of a shard never forks;
 - the watermark of a log says that everything up to it is inserted, and never falls;
 - the same (log, seq) with other content is kept in ``ledger_conflicts`` and changes nothing else;
 - what a sidecar declares lost is kept in ``ledger_gaps`` and counts as recorded, unless it is recorded; an event that
-  comes after all is inserted, and leaves the gap.
+  comes after all is inserted, and leaves the gap. The block says what was declared with it, and which logs are new.
 
 Not guaranteed here: that an event was honestly made. Whoever can write the usage stream can invent events. The rest is
 in ``README.md`` beside this module.
 Source: the rule of the ledger transaction, ``docs/adr/0001-redis-is-not-the-record.md``;
-``docs/adr/0017-a-ledger-that-proves-and-forgets.md``.
+``docs/adr/0017-a-ledger-that-proves-and-forgets.md``, ``docs/adr/0028-what-leaves-the-ledger-is-in-its-chain.md``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from sqlalchemy import Connection, Row, delete, func, insert, or_, select, tuple
 
 from licet.wire.names import USAGE_SHARDS
 from licet.wire.usage import UsageBatch, UsageEvent
-from licet_control_plane.archive.records import ArchivedBlock, ArchivedLog
+from licet_control_plane.archive.records import ArchivedBlock
 from licet_control_plane.core import chain
 from licet_control_plane.core.accounting import Account, DecodedBatch, storable, window_start_of
+from licet_control_plane.core.chain import Drop, Lost, MetLog
 from licet_control_plane.core.recorded import Gap, LogNumbers, RecordedSeqs
 from licet_control_plane.core.sealed_events import RANDOM_BYTES, UNITS, Sealed, fields_of, is_same, leaf_hash, seal
 from licet_control_plane.core.subject_keys import LedgerKey, Subject
@@ -64,8 +65,8 @@ _EVENT_COLUMNS: Final = (
     "commitment",
     "personal",
 )
-ERASURES_SHARD: Final = 0
-"""Erasures are written in the chain of this shard."""
+WHOLE_LEDGER_SHARD: Final = 0
+"""Erasures and dropped months are written in the chain of this shard."""
 
 
 @dataclass(slots=True)
@@ -85,6 +86,7 @@ class Recorded:
 @dataclass(slots=True)
 class _Log:
     number: int
+    shard: int
     numbers: LogNumbers
     stored_ranges: set[tuple[int, int]]
     stored_watermark: int
@@ -92,13 +94,23 @@ class _Log:
 
 
 class _NewBlock:
-    """What a transaction inserts, in order, for its block."""
+    """What a transaction does, in order, for its block."""
 
     def __init__(self) -> None:
         self.ranges: list[chain.Range] = []
         self.leaves: list[bytes] = []
         self.first_at = 0
         self.last_at = 0
+        self.logs: list[MetLog] = []
+        self.lost: list[Lost] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.leaves or self.logs or self.lost)
+
+    def declare(self, log_id: str, parts: Sequence[tuple[int, int]], reason: str) -> int:
+        """Numbers became lost; how many that are."""
+        self.lost += [Lost(log_id, first, last, reason) for first, last in parts]
+        return sum(last - first + 1 for first, last in parts)
 
     def add(self, log_id: str, new: Sequence[UsageEvent], leaves: list[bytes]) -> None:
         times = [event.at_us for event in new]
@@ -133,9 +145,14 @@ def record(
         batch = decoded.batch
         log = known.get(batch.log_id)
         if log is None:
-            log = known[batch.log_id] = _open_log(connection, shard, batch, now_us)
+            found = _find_log(connection, batch.log_id)
+            log = known[batch.log_id] = found or _make_log(connection, shard, _met(batch), at=now_us)
+            if found is None or log.shard != shard:
+                # Also in a chain that is not its own: each chain can be restored before the others.
+                made.logs.append(_met(batch))
         for lost in batch.lost:
-            done.declared += log.numbers.declare(lost.first_seq, lost.last_seq, Gap(lost.reason, now_us))
+            parts = log.numbers.declare(lost.first_seq, lost.last_seq, Gap(lost.reason, now_us))
+            done.declared += made.declare(batch.log_id, parts, lost.reason)
         missing = log.numbers.missing(batch.first_seq, batch.last_seq)
         present = len(decoded.events) - sum(last - first + 1 for first, last in missing)
         if present:
@@ -154,9 +171,16 @@ def record(
         _save_log(connection, log)
     ledger_sums.add(connection, account)
     _add_spend(connection, account)
-    if made.leaves:
+    if made:
         head = _append(
-            connection, head, now_us, ranges=made.ranges, leaves=made.leaves, span=(made.first_at, made.last_at)
+            connection,
+            head,
+            now_us,
+            ranges=made.ranges,
+            leaves=made.leaves,
+            span=(made.first_at, made.last_at),
+            logs=made.logs,
+            lost=made.lost,
         )
     connection.execute(
         update(shards)
@@ -168,30 +192,30 @@ def record(
     return done
 
 
-def restore(
-    connection: Connection, archived: ArchivedBlock, *, ledger_key: LedgerKey, erased: Container[int], now_us: int
-) -> None:
+def restore(connection: Connection, archived: ArchivedBlock, *, ledger_key: LedgerKey, erased: Container[int]) -> None:
     """Put a block back that was read from an archive, after the block before it, with all that follows from it.
 
     The caller has verified it. Subjects are there already; what is personal of those in ``erased`` is left out.
 
     Raises:
         Damaged: an event cannot be read.
-        ValueError: an event is not where the block says, or is of a subject that is not there: its number would be
-            given to somebody else.
+        ValueError: an event is not where the block says, is of a log that no block named, or of a subject that is not
+            there: its number would be given to somebody else.
     """
     block = archived.block
     _lock(connection, block.shard)
     reader = EventReader(connection, ledger_key)
     account = Account()
-    about = {log.log_id: log for log in archived.logs}
     sealed = iter(archived.events)
     known: dict[str, _Log] = {}
+    for met in chain.logs_of(block):
+        log = _find_log(connection, met.log_id) or _make_log(connection, block.shard, met, at=block.at)
+        known[met.log_id] = log
     numbers: set[int] = set()
+    for lost in chain.lost_of(block):
+        _known_log(connection, known, lost.log_id).numbers.declare(lost.first, lost.last, Gap(lost.reason, block.at))
     for log_id, first, last in chain.ranges_of(block):
-        log = known.get(log_id)
-        if log is None:
-            log = known[log_id] = _open_log(connection, block.shard, about[log_id], now_us)
+        log = _known_log(connection, known, log_id)
         rows: list[tuple[Any, ...]] = []
         readable: list[_Readable] = []
         for seq, event in zip(range(first, last + 1), sealed, strict=False):
@@ -208,7 +232,7 @@ def restore(
         insert_rows(connection, events, _EVENT_COLUMNS, rows)
         numbers.update(row.subject for row in readable)
         read = reader.read(readable)
-        account.add(about[log_id].sidecar, read)
+        account.add(log_id.rpartition(":")[0], read)
         log.numbers.add(first, last)
         log.last_at = max(log.last_at, read[-1].at_us)
     if missing := subjects.unknown(connection, numbers):
@@ -225,6 +249,16 @@ def restore(
             blocks=block.number, head=block.hash, batches=shards.c.batches + 1, events=shards.c.events + block.events
         )
     )
+    if chain.erased_of(block):
+        _count_erasure(connection)
+
+
+def _known_log(connection: Connection, known: dict[str, _Log], log_id: str) -> _Log:
+    log = known.get(log_id) or _find_log(connection, log_id)
+    if log is None:
+        raise ValueError(f"no block names the log {log_id} first")
+    known[log_id] = log
+    return log
 
 
 class _Readable(NamedTuple):
@@ -356,7 +390,7 @@ def erase(connection: Connection, ledger_key: LedgerKey, tenant: str, type: str,
     The chain records the numbers, and verifies as before. Reads all events of the tenant, a million in some seconds,
     for which ledger transactions wait. May be repeated: what came since is erased then.
     """
-    heads = [_lock(connection, shard) for shard in range(USAGE_SHARDS)]  # no ledger transaction is under way now
+    heads = _lock_all(connection)
     whom = subjects.is_about(ledger_key, tenant, type, id)
     number = subjects_table.c.number
     numbers = list(connection.scalars(select(number).where(whom).order_by(number)))
@@ -371,9 +405,23 @@ def erase(connection: Connection, ledger_key: LedgerKey, tenant: str, type: str,
         for table, where in ((events, [events.c.tenant == tenant]), (conflicts, []))
     ]
     subjects.forget(connection, whom, now_us=now_us)
-    connection.execute(update(shards).values(erasures=shards.c.erasures + 1))
-    _append(connection, heads[ERASURES_SHARD], now_us, erased=numbers)
+    _count_erasure(connection)
+    _append(connection, heads[WHOLE_LEDGER_SHARD], now_us, erased=numbers)
     return Erased(numbers, gone[0])
+
+
+def _count_erasure(connection: Connection) -> None:
+    connection.execute(update(shards).values(erasures=shards.c.erasures + 1))
+
+
+def stand_still(connection: Connection) -> None:
+    """No ledger transaction is under way from now on until this one ends."""
+    _lock_all(connection)
+
+
+def note_drop(connection: Connection, step: Drop, *, now_us: int) -> None:
+    """Put in the chain that a month begins to be dropped, or is gone."""
+    _append(connection, _lock(connection, WHOLE_LEDGER_SHARD), now_us, dropped=[step])
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +432,11 @@ class _Head:
     blocks: int
     hash: bytes
     erasures: int
+
+
+def lock_shard(connection: Connection, shard: int) -> None:
+    """Make this transaction the only one of its shard until it ends."""
+    _lock(connection, shard)
 
 
 def _lock(connection: Connection, shard: int) -> _Head:
@@ -405,6 +458,10 @@ def _lock(connection: Connection, shard: int) -> _Head:
     return _Head(shard, row.blocks, bytes(row.head), row.erasures)
 
 
+def _lock_all(connection: Connection) -> list[_Head]:
+    return [_lock(connection, shard) for shard in range(USAGE_SHARDS)]
+
+
 def _append(connection: Connection, head: _Head, now_us: int, **contents: Any) -> _Head:
     """Append a block to the chain whose head is locked."""
     block = chain.next_block(
@@ -420,27 +477,22 @@ def _append(connection: Connection, head: _Head, now_us: int, **contents: Any) -
     return _Head(head.shard, block.number, block.hash, head.erasures)
 
 
-def _open_log(connection: Connection, shard: int, batch: UsageBatch | ArchivedLog, now_us: int) -> _Log:
+def _met(batch: UsageBatch) -> MetLog:
+    return MetLog(
+        batch.log_id,
+        batch.sidecar,
+        batch.incarnation,
+        batch.previous_incarnation,
+        batch.previous_last_seq,
+        batch.decision_prefix,
+    )
+
+
+def _find_log(connection: Connection, log_id: str) -> _Log | None:
     # Locked too: a batch that somebody puts in the stream of another shard must not be recorded twice at a time.
-    row = connection.execute(select(logs).where(logs.c.log_id == batch.log_id).with_for_update()).first()
+    row = connection.execute(select(logs).where(logs.c.log_id == log_id).with_for_update()).first()
     if row is None:
-        made = connection.execute(
-            insert(logs).values(
-                log_id=batch.log_id,
-                shard=shard,
-                sidecar=batch.sidecar,
-                incarnation=batch.incarnation,
-                previous_incarnation=batch.previous_incarnation,
-                previous_last_seq=batch.previous_last_seq,
-                decision_prefix=batch.decision_prefix,
-                watermark=0,
-                first_at=now_us,
-                last_at=0,
-            )
-        )
-        key = made.inserted_primary_key
-        assert key is not None
-        return _Log(key[0], LogNumbers(RecordedSeqs()), set(), 0, 0)
+        return None
     stored = {
         (first, last)
         for first, last in connection.execute(
@@ -450,7 +502,17 @@ def _open_log(connection: Connection, shard: int, batch: UsageBatch | ArchivedLo
     found = connection.execute(select(gaps).where(gaps.c.log == row.log))
     declared = {(gap.first_seq, gap.last_seq): Gap(gap.reason, gap.at) for gap in found}
     numbers = LogNumbers(RecordedSeqs(row.watermark, stored), declared)
-    return _Log(row.log, numbers, stored, row.watermark, row.last_at)
+    return _Log(row.log, row.shard, numbers, stored, row.watermark, row.last_at)
+
+
+def _make_log(connection: Connection, shard: int, about: MetLog, *, at: int) -> _Log:
+    """A log that is heard of for the first time; ``at`` is the time of the block that names it."""
+    made = connection.execute(
+        insert(logs).values(about._asdict() | {"shard": shard, "watermark": 0, "first_at": at, "last_at": 0})
+    )
+    key = made.inserted_primary_key
+    assert key is not None
+    return _Log(key[0], shard, LogNumbers(RecordedSeqs()), set(), 0, 0)
 
 
 def _save_log(connection: Connection, log: _Log) -> None:

@@ -80,10 +80,12 @@ def note(connection: Connection, tenant: str, notices: Notices, *, due_s: int | 
 
 
 def page(
-    connection: Connection, *, plan: str = "", status: str = "", after: str = "", limit: int = 100
+    connection: Connection, *, tenant: str = "", plan: str = "", status: str = "", after: str = "", limit: int = 100
 ) -> list[StoredLicense]:
-    """Licenses by tenant, after ``after``."""
+    """Licenses by tenant, after ``after``; ``tenant``: of this one only."""
     query = select(licenses).where(licenses.c.tenant > after).order_by(licenses.c.tenant).limit(limit)
+    if tenant:
+        query = query.where(licenses.c.tenant == tenant)
     if plan:
         query = query.where(licenses.c.plan == plan)
     if status:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from sqlalchemy import Connection, select
 
 from licet_control_plane.core.recorded import RecordedSeqs
-from licet_control_plane.store.schema import gaps, logs, ranges, register_spend
+from licet_control_plane.store.schema import logs, ranges, register_spend
 
 
 def spend_in(connection: Connection, tenant: str, quotas: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -27,13 +27,6 @@ def watermarks(connection: Connection, log_ids: Collection[str]) -> dict[str, in
     """Of a few thousand logs; those that the ledger knows."""
     rows = connection.execute(select(logs.c.log_id, logs.c.watermark).where(logs.c.log_id.in_(log_ids)))
     return {row.log_id: row.watermark for row in rows}
-
-
-def declared_lost(connection: Connection, shard: int) -> list[tuple[str, int, int]]:
-    """(log id, first, last) of what sidecars declared lost: it counts as recorded, and nothing of it is in a block."""
-    query = select(logs.c.log_id, gaps.c.first_seq, gaps.c.last_seq).join(logs, logs.c.log == gaps.c.log)
-    rows = connection.execute(query.where(logs.c.shard == shard))
-    return [(log_id, first, last) for log_id, first, last in rows]
 
 
 def recorded_logs(connection: Connection, shard: int) -> Iterator[tuple[str, RecordedSeqs]]:

@@ -3,7 +3,10 @@
 Watermarks, ranges, conflicts, sums and the registers' spend stay, so that nothing of a dropped month is taken again and
 every bill stands. An event of that month that was never recorded is taken when it comes late; the month is then
 exported and dropped once more. On PostgreSQL the month's partition goes; what is elsewhere is deleted in parts.
-Source: ``docs/adr/0025-months-of-the-ledger.md``.
+
+Nothing goes before the chain says so (``begin``), with the digest of the signed export and of the month's sums; and
+``finish`` says there that everything is gone. Verifying takes no event for dropped that is in no such export.
+Source: ``docs/adr/0025-months-of-the-ledger.md``, ``docs/adr/0028-what-leaves-the-ledger-is-in-its-chain.md``.
 """
 
 from __future__ import annotations
@@ -12,14 +15,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgpack
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, insert, or_, select, update
 
-from licet_control_plane.core.recorded import RecordedSeqs
-from licet_control_plane.store import access, partitions
-from licet_control_plane.store.database import POSTGRESQL, upsert
+from licet.wire.signing import VerificationError, Verifier
+from licet_control_plane.core.chain import Drop
+from licet_control_plane.store import access, ledger, ledger_sums, meta, partitions, remnants
+from licet_control_plane.store.database import POSTGRESQL
+from licet_control_plane.store.exports import Export, digest_of, numbers_of
 from licet_control_plane.store.partitions import Month
-from licet_control_plane.store.schema import dropped, events, exports, logs
+from licet_control_plane.store.remnants import Unprovable
+from licet_control_plane.store.schema import events, exports, logs
 
 CLOSED_AFTER_US: Final = 7 * 24 * 3_600 * 1_000_000
 """After its end: what sidecars held back over a long weekend is in by then."""
@@ -52,14 +57,6 @@ class MonthFacts:
     sha256: str
     dropped: int
     dropped_at_us: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """``events`` are gone so far; ``done``: all of the export are."""
-
-    events: int
-    done: bool
 
 
 def is_closed(month: Month, now_us: int) -> bool:
@@ -128,23 +125,22 @@ def log_ids(connection: Connection) -> dict[int, str]:
     return {row.log: row.log_id for row in connection.execute(select(logs.c.log, logs.c.log_id))}
 
 
-def record_export(
-    connection: Connection, month: Month, *, events: int, sha256: str, ranges: list[Range], by: str, now_us: int
-) -> None:
-    """Note that a file with exactly these events is where it was wanted.
+def record_export(connection: Connection, export: Export, *, by: str, now_us: int) -> None:
+    """Note that a file with exactly these events is where it was wanted. ``export`` was verified.
 
     Raises:
         MonthRefused: it is not closed, or events came while it was exported.
     """
+    month = Month.parse(export.month)
     _must_be_closed(month, now_us)
-    if (here := count(connection, month)) != events:
-        raise MonthRefused(f"{month} has {here:,} events, and the export {events:,}", "Export it again.")
+    if (here := count(connection, month)) != export.events:
+        raise MonthRefused(f"{month} has {here:,} events, and the export {export.events:,}", "Export it again.")
     connection.execute(
         insert(exports).values(
-            month=str(month),
-            events=events,
-            sha256=sha256,
-            ranges=msgpack.packb(ranges),
+            month=export.month,
+            events=export.events,
+            sha256=export.sha256,
+            document=export.document,
             at=now_us,
             by=by,
             dropped=0,
@@ -156,61 +152,87 @@ def record_export(
         action="ledger.export",
         target=str(month),
         before=None,
-        after={"events": events, "sha256": sha256},
+        after={"events": export.events, "sha256": export.sha256},
         now_us=now_us,
     )
 
 
-def to_drop(connection: Connection, month: Month, *, now_us: int) -> list[Range]:
-    """What is to be dropped of a month, in parts of at most ``PART_SEQS``.
+def begin(connection: Connection, month: Month, verifier: Verifier, *, now_us: int) -> list[Range]:
+    """Say in the chain that the newest export of a month is being dropped; returns what is to be dropped, in parts of
+    at most ``PART_SEQS``. May be repeated.
+
+    Ledger transactions wait meanwhile: counting a million events takes some 100 ms.
 
     Raises:
-        MonthRefused: it is not closed, not exported, or has events that the export has not.
+        MonthRefused: it is not closed, not exported, its export is not what this deployment signed, it has events that
+            the export has not, or the ledger lacks some already.
     """
-    export = _droppable(connection, month, now_us, locked=False)
-    return list(_parts(msgpack.unpackb(export.ranges)))
+    _must_be_closed(month, now_us)
+    ledger.stand_still(connection)
+    row = _newest(connection, month)
+    export = _signed(connection, row, verifier)
+    if row.begun_at is None:
+        _must_be_exact(connection, month, row)
+        query = select(exports).where(exports.c.begun_at.is_not(None)).order_by(exports.c.id)
+        # Perhaps of a key that was replaced since: with other numbers than were dropped, a remnant proves nothing.
+        gone = numbers_of(_signed(connection, one, None) for one in connection.execute(query).all())
+        try:
+            remnants.keep(connection, export.straddling, gone=gone, going=numbers_of([export]))
+        except Unprovable as error:
+            raise MonthRefused(f"{month} cannot be dropped: {error}", "See what it is: licet ledger verify") from error
+        sums = ledger_sums.digest_of(ledger_sums.stored_in(connection, month))
+        ledger.note_drop(connection, Drop(str(month), export.digest, sums, False), now_us=now_us)
+        connection.execute(update(exports).where(exports.c.id == row.id).values(begun_at=now_us))
+    numbers = {log_id: log for log, log_id in log_ids(connection).items()}
+    ranges = [
+        (numbers[log_id], *span) for log_id, spans in export.ranges.items() for span in spans if log_id in numbers
+    ]
+    return list(_parts(sorted(ranges)))
 
 
 def drop_partition(connection: Connection, month: Month, *, now_us: int) -> None:
     """Drop the month's partition, when there is one. May be repeated.
 
     Raises:
-        MonthRefused: as for ``to_drop``.
+        MonthRefused: it was not begun, or has events that the export has not.
     """
     if connection.dialect.name != POSTGRESQL or month.partition not in partitions.existing(connection):
         return
     partitions.lock_against_writers(connection)
-    export = _droppable(connection, month, now_us)
+    export = _begun(connection, month, now_us)
+    _must_be_exact(connection, month, export)
     table = f'"{month.partition}"'
-    counts = connection.exec_driver_sql(f"SELECT log, count(*) FROM {table} GROUP BY log").all()  # noqa: S608  # own name
-    _count_dropped(connection, month, export.id, {row[0]: row[1] for row in counts})
+    here = connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one()  # noqa: S608  # own name
+    _count_dropped(connection, export.id, int(here))
     connection.exec_driver_sql(f"DROP TABLE {table}")
 
 
 def drop_part(connection: Connection, month: Month, parts: Sequence[Range], *, now_us: int) -> int:
-    """Delete some of what ``to_drop`` named; returns how many events that were. May be repeated.
+    """Delete some of what ``begin`` named; returns how many events that were. May be repeated.
 
     Raises:
-        MonthRefused: not exported, or dropped meanwhile.
+        MonthRefused: not begun, or dropped meanwhile.
     """
-    export = _droppable(connection, month, now_us, exact=False)
-    gone: dict[int, int] = {}
+    export = _begun(connection, month, now_us)
+    gone = 0
     for log, first, last in parts:
         done = connection.execute(
             delete(events).where(events.c.log == log, events.c.seq.between(first, last), _in(month))
         )
-        gone[log] = gone.get(log, 0) + done.rowcount
-    _count_dropped(connection, month, export.id, gone)
-    return sum(gone.values())
+        gone += done.rowcount
+    _count_dropped(connection, export.id, gone)
+    return gone
 
 
 def finish(connection: Connection, month: Month, *, by: str, now_us: int) -> int:
-    """Note that all of the export is gone; returns how many events that were.
+    """Note, in the chain too, that all of the export is gone; returns how many events that were.
 
     Raises:
-        MonthRefused: not exported, or dropped meanwhile.
+        MonthRefused: not begun, or dropped meanwhile.
     """
-    export = _droppable(connection, month, now_us, exact=False)
+    ledger.stand_still(connection)
+    export = _begun(connection, month, now_us)
+    ledger.note_drop(connection, Drop(str(month), digest_of(bytes(export.document)), b"", True), now_us=now_us)
     connection.execute(update(exports).where(exports.c.id == export.id).values(dropped_at=now_us))
     access.record(
         connection,
@@ -224,62 +246,57 @@ def finish(connection: Connection, month: Month, *, by: str, now_us: int) -> int
     return int(export.dropped)
 
 
-def dropped_by_log(connection: Connection) -> dict[int, int]:
-    """Events that are no longer here, by log number."""
-    rows = connection.execute(select(dropped.c.log, func.sum(dropped.c.events)).group_by(dropped.c.log))
-    return {log: int(number) for log, number in rows}
-
-
 def dropped_by_month(connection: Connection) -> dict[Month, int]:
     """Events that are no longer here, by month."""
+    total = func.sum(exports.c.dropped)
     rows = connection.execute(
-        select(dropped.c.month, func.sum(dropped.c.events)).group_by(dropped.c.month).order_by(dropped.c.month)
+        select(exports.c.month, total).group_by(exports.c.month).having(total > 0).order_by(exports.c.month)
     )
     return {Month.parse(month): int(number) for month, number in rows}
 
 
-def dropped_numbers(connection: Connection) -> dict[int, RecordedSeqs]:
-    """Sequence numbers that were exported and are being dropped, or are gone, by log number."""
-    numbers: dict[int, RecordedSeqs] = {}
-    for ranges in connection.scalars(select(exports.c.ranges).where(exports.c.dropped > 0)):
-        for log, first, last in msgpack.unpackb(ranges):
-            numbers.setdefault(log, RecordedSeqs()).add(first, last)
-    return numbers
-
-
-class Ranges:
-    """Collects the sequence numbers of an export as ranges; they come by (log, seq)."""
-
-    def __init__(self) -> None:
-        self.found: list[Range] = []
-
-    def add(self, log: int, seq: int) -> None:
-        """The next event."""
-        if self.found:
-            last_log, first, last = self.found[-1]
-            if last_log == log and last == seq - 1:
-                self.found[-1] = (log, first, seq)
-                return
-        self.found.append((log, seq, seq))
-
-
-def _droppable(
-    connection: Connection, month: Month, now_us: int, *, exact: bool = True, locked: bool = True
-) -> Row[Any]:
-    _must_be_closed(month, now_us)
+def _newest(connection: Connection, month: Month) -> Row[Any]:
+    """The newest export of a month, locked."""
     newest = select(exports).where(exports.c.month == str(month)).order_by(exports.c.id.desc()).limit(1)
-    export = connection.execute(newest.with_for_update() if locked else newest).first()
+    export = connection.execute(newest.with_for_update()).first()
     if export is None or export.dropped_at is not None:
         again = " since it was dropped" if export else ""
-        raise MonthRefused(f"{month} was not exported{again}", f"licet ledger export --month {month} --output FILE")
-    here = count(connection, month) if exact else 0
-    if exact and here + export.dropped != export.events:
-        more = here + export.dropped - export.events
-        raise MonthRefused(
-            f"{month} has {more:,} events that came after it was exported",
-            f"Export it again: licet ledger export --month {month} --output FILE",
-        )
+        raise MonthRefused(f"{month} was not exported{again}", _export_it(month))
     return export
+
+
+def _begun(connection: Connection, month: Month, now_us: int) -> Row[Any]:
+    _must_be_closed(month, now_us)
+    export = _newest(connection, month)
+    if export.begun_at is None:
+        raise MonthRefused(f"{month} was exported anew meanwhile", "Drop it again.")
+    return export
+
+
+def _signed(connection: Connection, row: Row[Any], verifier: Verifier | None) -> Export:
+    """What was signed of an export, and not what its row says."""
+    month = Month.parse(row.month)
+    try:
+        export = Export.of(bytes(row.document), row.month, verifier)
+    except VerificationError as error:
+        raise MonthRefused(f"the export of {month} counts no more: {error}", _export_it(month)) from error
+    if export.deployment != meta.read(connection).deployment:
+        raise MonthRefused(f"the export of {month} is of deployment {export.deployment}", _export_it(month))
+    return export
+
+
+def _must_be_exact(connection: Connection, month: Month, export: Row[Any]) -> None:
+    more = count(connection, month) + export.dropped - export.events
+    if more > 0:
+        raise MonthRefused(
+            f"{month} has {more:,} events that came after it was exported", f"Export it again: {_export_it(month)}"
+        )
+    if more < 0:
+        raise MonthRefused(f"{month} lacks {-more:,} events of its export", "See which: licet ledger verify")
+
+
+def _export_it(month: Month) -> str:
+    return f"licet ledger export --month {month} --output FILE"
 
 
 def _must_be_closed(month: Month, now_us: int) -> None:
@@ -288,19 +305,8 @@ def _must_be_closed(month: Month, now_us: int) -> None:
         raise MonthRefused(f"{month} is not closed", f"A month is closed {days} days after its end (UTC).")
 
 
-def _count_dropped(connection: Connection, month: Month, export: int, gone: dict[int, int]) -> None:
-    rows = [{"month": str(month), "log": log, "events": number} for log, number in sorted(gone.items()) if number]
-    if not rows:
-        return
-    statement = upsert(connection, dropped)
-    connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=["month", "log"], set_={"events": dropped.c.events + statement.excluded.events}
-        ),
-        rows,
-    )
-    total = sum(gone.values())
-    connection.execute(update(exports).where(exports.c.id == export).values(dropped=exports.c.dropped + total))
+def _count_dropped(connection: Connection, export: int, gone: int) -> None:
+    connection.execute(update(exports).where(exports.c.id == export).values(dropped=exports.c.dropped + gone))
 
 
 def _parts(ranges: Sequence[Sequence[int]]) -> Iterator[Range]:

@@ -9,9 +9,10 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, func, insert, select, update
 
 from licet.wire.documents import digest_of
-from licet.wire.signing import Statement
+from licet.wire.signing import Statement, read_own, signed_with
 from licet_control_plane.store import meta
-from licet_control_plane.store.schema import revisions
+from licet_control_plane.store.database import DatabaseUnavailable
+from licet_control_plane.store.schema import revisions, signing_keys
 
 RESYNC: Final = "resync"
 """Kind of an entry in the stream of changes that names no document: whoever was behind it reads them all again."""
@@ -52,9 +53,16 @@ def append(
     by: str,
     message: str = "",
 ) -> int:
-    """Allocate the next revision for a document and put it in the outbox. Returns the revision."""
+    """Allocate the next revision for a document and put it in the outbox. Returns the revision.
+
+    Raises:
+        DatabaseUnavailable: another control plane rotated the signing key, and this one has yet to follow.
+    """
     row = meta.allocate_revision(connection)
     document = sign(Statement(row.deployment, kind, key, row.generation, row.revision, payload))
+    active = connection.scalar(select(signing_keys.c.key_id).where(signing_keys.c.state == "active"))
+    if active is not None and signed_with(document) != active:
+        raise DatabaseUnavailable("the signing key was rotated a moment ago")
     connection.execute(
         insert(revisions).values(
             revision=row.revision,
@@ -123,6 +131,11 @@ def newest(connection: Connection, kind: str, *, up_to: int, after_key: str = ""
         select(revisions).join(latest, revisions.c.revision == latest.c.revision).order_by(revisions.c.key)
     )
     return [_revision(row) for row in rows]
+
+
+def payload_of(document: Revision) -> Any:
+    """What a document of one's own database says."""
+    return read_own(document.document).payload
 
 
 def _revision(row: Row[Any]) -> Revision:

@@ -61,11 +61,31 @@ api_keys: Final = Table(
     "api_keys",
     metadata,
     Column("id", _AutoId, primary_key=True),
+    Column("key_id", String(16), nullable=False, unique=True),  # stands in the key's text, and in lists
     Column("name", String(128), nullable=False, unique=True),
     Column("role", String(16), nullable=False),
+    Column("tenant", String(128), nullable=False),  # the only one it reaches; empty for all
     Column("hash", String(64), nullable=False, unique=True),  # SHA-256, hex
     Column("created_at", BigInteger, nullable=False),
+    Column("created_by", String(128), nullable=False),
+    Column("expires_at", BigInteger),
     Column("revoked_at", BigInteger),
+    Column("last_used_at", BigInteger),  # a minute old at most
+)
+
+signing_keys: Final = Table(
+    # Keys that sign what is published. Of the valid ones the private half is here, under the ledger's key, so that
+    # every control plane of the database signs with the same.
+    "signing_keys",
+    metadata,
+    Column("key_id", String(16), primary_key=True),
+    Column("public_key", String(64), nullable=False),
+    Column("private", LargeBinary),  # wrapped; null once retired
+    Column("state", String(16), nullable=False),  # next, active, previous, retired
+    Column("created_at", BigInteger, nullable=False),
+    Column("activated_at", BigInteger),
+    Column("resigned_at", BigInteger),  # since when all that is published is signed with it
+    Column("retired_at", BigInteger),
 )
 
 revisions: Final = Table(
@@ -217,15 +237,41 @@ sidecars: Final = Table(
 )
 
 audit: Final = Table(
+    # The audit trail: rows are never changed. See ``core/audit_chain.py``.
     "audit",
     metadata,
-    Column("id", _AutoId, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),  # from 1, without gaps
     Column("at", BigInteger, nullable=False, index=True),
-    Column("by", String(128), nullable=False),
-    Column("action", String(64), nullable=False),
+    Column("by", String(128), nullable=False, index=True),
+    Column("via", String(16), nullable=False),
+    Column("credential", String(256), nullable=False),
+    Column("address", String(64), nullable=False),
+    Column("request", String(64), nullable=False),
+    Column("action", String(64), nullable=False, index=True),
     Column("target", String(256), nullable=False),
+    Column("tenant", String(128), nullable=False, index=True),
     Column("before", Text, nullable=False),  # JSON
     Column("after", Text, nullable=False),  # JSON
+    Column("previous", LargeBinary, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+)
+
+audit_head: Final = Table(
+    # The end of the trail: the row whose lock orders entries. Always there, and always the last lock that is taken.
+    "audit_head",
+    metadata,
+    Column("id", Integer, primary_key=True),  # always META_ID
+    Column("number", BigInteger, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+)
+
+audit_checkpoints: Final = Table(
+    # Heads of the trail, signed: what it is held to.
+    "audit_checkpoints",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),  # of the entry
+    Column("at", BigInteger, nullable=False),
+    Column("document", LargeBinary, nullable=False),
 )
 
 # --- the ledger -------------------------------------------------------------------------------------------------------
@@ -337,6 +383,9 @@ blocks: Final = Table(
     Column("last_at", BigInteger, nullable=False),
     Column("ranges", LargeBinary, nullable=False),  # msgpack, [[log id, first, last], …], in the order of the leaves
     Column("erased", LargeBinary, nullable=False),  # msgpack, numbers of subjects
+    Column("logs", LargeBinary, nullable=False),  # msgpack, the logs that it is the first to name
+    Column("lost", LargeBinary, nullable=False),  # msgpack, numbers that became declared lost
+    Column("dropped", LargeBinary, nullable=False),  # msgpack, months that began to be dropped, or were gone
     Column("root", LargeBinary, nullable=False),
     Column("previous", LargeBinary, nullable=False),
     Column("hash", LargeBinary, nullable=False),
@@ -359,20 +408,22 @@ exports: Final = Table(
     Column("month", String(7), nullable=False, index=True),  # such as 2026-05, UTC
     Column("events", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),  # of what the file holds, hex
-    Column("ranges", LargeBinary, nullable=False),  # msgpack, [[log, first seq, last seq], …]: these events exactly
+    Column("document", LargeBinary, nullable=False),  # signed: says the above, and which events exactly
     Column("at", BigInteger, nullable=False),
     Column("by", String(128), nullable=False),
+    Column("begun_at", BigInteger),  # its events may be missing since: time of the block that says so
     Column("dropped", BigInteger, nullable=False),  # events of it that are gone
-    Column("dropped_at", BigInteger),  # all of them are
+    Column("dropped_at", BigInteger),  # all of them are: time of the block that says so
 )
 
-dropped: Final = Table(
-    # How many events of each log are no longer here. Watermarks go on covering them: they are never taken again.
-    "ledger_dropped",
+remnants: Final = Table(
+    # Of blocks that lost some of their events, and not all, to an export: see ``core/merkle.py``. With the leaves that
+    # are here they give the root of the block, so that nobody needs to believe them.
+    "ledger_remnants",
     metadata,
-    Column("month", String(7), primary_key=True),
-    Column("log", BigInteger, primary_key=True, autoincrement=False),
-    Column("events", BigInteger, nullable=False),
+    Column("shard", Integer, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("nodes", LargeBinary, nullable=False),  # hashes of the subtrees that are gone, one after the other
 )
 
 conflicts: Final = Table(

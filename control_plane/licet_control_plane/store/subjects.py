@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from sqlalchemy import ColumnElement, Connection, or_, select, update
+from sqlalchemy import BigInteger, ColumnElement, Connection, Select, bindparam, or_, select, update
 
 from licet.wire.usage import UsageEvent
 from licet_control_plane.core.accounting import storable
@@ -28,7 +29,7 @@ from licet_control_plane.core.sealed_events import (
     public_event,
 )
 from licet_control_plane.core.subject_keys import PERSON_BYTES, LedgerKey, Subject
-from licet_control_plane.store.database import insert_sql
+from licet_control_plane.store.database import insert_sql, raw_rows
 from licet_control_plane.store.schema import logs, subjects
 
 KEYS_MAX: Final = 65_536
@@ -128,6 +129,14 @@ class SubjectKeys:
             self._older, self._newer = self._newer, {}
 
 
+@lru_cache
+def _of_numbers() -> Select[Any]:
+    """Asks for subjects by ``_ASK_MAX`` numbers."""
+    columns = (subjects.c.number, subjects.c.tenant, subjects.c.type, subjects.c.tag, subjects.c.key)
+    wanted = [bindparam(f"number_{index}", type_=BigInteger) for index in range(_ASK_MAX)]
+    return select(*columns).where(subjects.c.number.in_(wanted))
+
+
 class EventReader:
     """Opens events as rows have them, within one transaction. ``ledger_key`` ``None``: personal parts stay closed."""
 
@@ -137,6 +146,8 @@ class EventReader:
         self._ciphers: dict[int, AESGCM | None] = {}
         self.erased: set[int] = set()
         """Subjects met so far that have no key."""
+        self.owners: dict[int, tuple[str, str]] = {}
+        """The tenant and the type of each subject met so far that is there."""
         self._log_ids: dict[int, str] = {}
 
     def read(self, rows: Sequence[Any]) -> list[UsageEvent]:
@@ -169,12 +180,14 @@ class EventReader:
     def ciphers(self, numbers: Collection[int]) -> dict[int, AESGCM | None]:
         """By number, at least of ``numbers``; ``None`` for a subject that was erased, or whose key cannot be had."""
         if len(self._ciphers) > KEYS_MAX:
-            self._ciphers, self.erased = {}, set()
+            self._ciphers, self.erased, self.owners = {}, set(), {}
         missing = [number for number in numbers if number not in self._ciphers]
         for some in _parts(missing):
             self._ciphers.update(dict.fromkeys(some))
-            query = select(subjects.c.number, subjects.c.tag, subjects.c.key).where(subjects.c.number.in_(some))
-            for number, tag, wrapped in self._connection.execute(query):
+            # One question of one length, put together once; what is asked twice comes once.
+            asked = [*some, *[some[0]] * (_ASK_MAX - len(some))]
+            for number, tenant, type, tag, wrapped in raw_rows(self._connection, _of_numbers(), asked):
+                self.owners[number] = (tenant, type)
                 if wrapped is None:
                     self.erased.add(number)
                 elif self._ledger_key is not None and tag is not None:

@@ -8,7 +8,7 @@ Owned by one event loop.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum, auto
@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from licet.domain.catalog import (
     AttributeValue,
+    Enforcement,
     Entitlement,
     Grant,
     License,
@@ -25,15 +26,17 @@ from licet.domain.catalog import (
     UnavailableMode,
 )
 from licet.domain.entitlements import RATE_SCALE, entitlements_of
+from licet.domain.flags import Variant
 from licet.domain.ids import UNITS_MAX
 from licet.domain.money import AMOUNT_NANOS_MAX, Price, format_nanos
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import FOREVER_S, Period, Window, window_of
 from licet.wire.names import scope_digest, subject_value
+from licet_sidecar.core.flags import BoundFlag, Standing, denial_message, judge, retry_after_s, standing_of
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, check_units, declared_context, meter_units
 from licet_sidecar.core.leases import TOKENS_EACH, Kind, Lease, LeaseBook, RateShare, TenantLeases, Terms
-from licet_sidecar.core.rulebook import BoundAction, Rulebook, rollout_includes
-from licet_sidecar.core.rules import rule_on
+from licet_sidecar.core.rulebook import BoundAction, Rulebook
+from licet_sidecar.core.rules import bindings_of, rule_on
 
 ABSENT_MS: Final = 30_000
 """How long "this tenant has no license" is believed without asking again; the change stream ends it sooner."""
@@ -46,11 +49,6 @@ EXHAUSTED_KEPT_MS: Final = 10_000
 BOUND_ACTIONS_MAX: Final = 1_000
 """Actions remembered for each tenant; more than any catalog has, against callers that invent names."""
 
-
-ON: Final = "on"
-OFF: Final = "off"
-"""The variants of a flag."""
-
 _NEVER_US: Final = 2**63
 _APPROVED: Final = Effect.APPROVED
 _OK: Final = Reason.OK
@@ -59,6 +57,9 @@ _NOTHING: Final[dict[str, Any]] = {}
 
 Prices = tuple[tuple[str, Price, str], ...]
 """Feature, price, and the attribute that picks the amount (empty for none)."""
+
+Variants = tuple[tuple[str, Variant], ...]
+"""A flag's name, and the variant that it serves."""
 
 
 class Decision:
@@ -70,6 +71,7 @@ class Decision:
     __slots__ = (
         "context",
         "cost_nanos",
+        "counted",
         "currency",
         "degraded",
         "effect",
@@ -89,6 +91,7 @@ class Decision:
         "spends",
         "stale",
         "units",
+        "variants",
     )
 
     def __init__(self, effect: Effect, reason: Reason, message: str = "", rule: str = "") -> None:
@@ -108,8 +111,12 @@ class Decision:
         self.priced_as: Mapping[str, str] = _NOTHING
         """By feature, the value of its price's attribute, where that has a price of its own."""
         self.exposures: Mapping[str, str] = _NOTHING
-        """The variant of each flag that was looked at."""
+        """The variant of each flag that was looked at; ``on`` or ``off`` where there is none."""
+        self.variants: Variants = ()
+        """Those of them that services are told."""
         self.spends: list[tuple[Lease, int]] = []
+        self.counted: Sequence[tuple[Lease, int]] = ()
+        """What an approval takes of limits in shadow, whether or not a lease covers it."""
         self.rates: list[tuple[RateShare, int]] = []
         """What is to be taken from buckets; never given back, never recorded."""
         self.overage: Mapping[str, int] = _NOTHING
@@ -181,7 +188,8 @@ class BoundLimit:
         self.scope = limit.scope
         self.on_exceeded = limit.on_exceeded
         self.is_rate = limit.is_rate
-        soft = Kind.SOFT if limit.on_exceeded is OnExceeded.OVERAGE else Kind.HARD
+        is_soft = limit.on_exceeded is OnExceeded.OVERAGE or limit.enforcement is Enforcement.SHADOW
+        soft = Kind.SOFT if is_soft else Kind.HARD
         self.terms = Terms(
             amount=limit.amount * RATE_SCALE if limit.is_rate else limit.amount,
             kind=Kind.RATE if limit.is_rate else soft,
@@ -251,18 +259,20 @@ class BoundLimit:
 class TenantAction:
     """What the tenant's license says about one action: a denial, or its prices and limits."""
 
-    __slots__ = ("action", "denial", "exposures", "limits", "prices", "subject_flags")
+    __slots__ = ("action", "denial", "exposures", "limits", "open_flags", "prices", "shadow_limits", "variants")
 
-    def __init__(
-        self, action: BoundAction, denial: tuple[Reason, str, str] | None, exposures: Mapping[str, str]
-    ) -> None:
+    def __init__(self, action: BoundAction, denial: tuple[Reason, str, str] | None = None) -> None:
         self.action = action
         self.denial = denial
-        self.exposures = exposures
-        """The variant of each of the tenant's flags, as far as they were looked at."""
+        self.exposures: dict[str, str] = {}
+        """Of the flags that depend on nothing but the tenant, up to the first other one, what each serves."""
+        self.variants: Variants = ()
+        self.open_flags: tuple[tuple[BoundFlag, Standing | None], ...] = ()
+        """The flags that are left for each check to judge; with where the tenant stands, for those by tenant."""
         self.prices: Prices = ()
         self.limits: tuple[BoundLimit, ...] = ()
-        self.subject_flags = tuple(flag for flag in action.flags if flag.by == "subject")
+        self.shadow_limits: tuple[BoundLimit, ...] = ()
+        """Those that are only counted; they have no grants."""
 
 
 class Tenant:
@@ -313,6 +323,8 @@ class Engine:
         self.generation = 0
         self.tenants: OrderedDict[str, Tenant] = OrderedDict()
         self.tenants_max = tenants_max
+        self.targeting_failures = 0
+        """How often the condition of a flag's targeting rule could not be evaluated."""
         self._staleness_us_max = staleness_us_max
         self._absent_until_ms: OrderedDict[str, int] = OrderedDict()
 
@@ -440,13 +452,14 @@ class Engine:
                 Reason.STALE_POLICY,
                 "What this sidecar knows has not been confirmed for longer than its staleness_max.",
             )
-        exposures = plan.exposures if decision is None else _NOTHING
+        exposures: Mapping[str, str] = plan.exposures if decision is None else _NOTHING
+        variants = plan.variants
         if decision is None and plan.denial is not None:
             reason, message, rule = plan.denial
             decision = Decision(Effect.DENIED, reason, message, rule)
         shadow: Sequence[str] = ()
-        if decision is None and plan.subject_flags:
-            decision, exposures = self._subject_flags(plan, inquiry)
+        if decision is None and plan.open_flags:
+            decision, exposures, variants = self._open_flags(plan, tenant.license, inquiry, now_us)
         if decision is None and bound.roles is not None:
             decision = self._role_denial(plan, inquiry)
         if decision is None and bound.rules:
@@ -461,11 +474,14 @@ class Engine:
             if type(settled) is not Decision:
                 return settled
             decision = settled
+            if plan.shadow_limits and decision.effect is _APPROVED:
+                exceeded, decision.counted = self._in_shadow(plan, inquiry, now_us // 1_000_000, boot_ms)
+                shadow = (*shadow, *exceeded)
         decision.units = units
         decision.context = bound.recorded(context) if bound.hides else context
         decision.shadow = shadow
         if exposures:
-            decision.exposures = exposures
+            decision.exposures, decision.variants = exposures, variants
         if tenant.ends_us <= now_us and tenant.in_term(now_us):
             in_grace(decision, tenant.license)
         if plan.prices and decision.effect is _APPROVED:  # what was not allowed costs nothing
@@ -473,17 +489,29 @@ class Engine:
             add_cost(decision)
         return decision
 
-    @staticmethod
-    def _subject_flags(plan: TenantAction, inquiry: Inquiry) -> tuple[Decision | None, Mapping[str, str]]:
-        """The denial of a flag that is off for the subject, and the variants of all flags that were looked at."""
-        exposures = dict(plan.exposures)
-        for flag in plan.subject_flags:
-            if not rollout_includes(flag, inquiry.subject_id):
-                exposures[flag.name] = OFF
-                message = f"{flag.feature} is not rolled out to this subject."
-                return Decision(Effect.DENIED, Reason.FEATURE_OFF, message, flag.name), exposures
-            exposures[flag.name] = ON
-        return None, exposures
+    def _open_flags(
+        self, plan: TenantAction, license_: License, inquiry: Inquiry, now_us: int
+    ) -> tuple[Decision | None, Mapping[str, str], Variants]:
+        """The denial of the first flag that is off, and what every flag that was looked at serves."""
+        exposures, variants = dict(plan.exposures), plan.variants
+
+        def bindings(variables: Iterable[str]) -> Mapping[str, Any]:
+            return bindings_of(variables, plan.action, license_, inquiry, now_us)
+
+        for bound, standing in plan.open_flags:
+            flag = bound.flag
+            if standing is None:
+                standing = standing_of(flag, inquiry.subject_id)
+            verdict = judge(bound, standing, bindings, now_us)
+            self.targeting_failures += len(verdict.failed)
+            exposures[flag.name] = verdict.served
+            if not verdict.is_on:
+                decision = Decision(Effect.DENIED, Reason.FEATURE_OFF, denial_message(flag, verdict), flag.name)
+                decision.retry_after_s = retry_after_s(flag, standing, verdict, now_us)
+                return decision, exposures, variants
+            if verdict.variant is not None:
+                variants = (*variants, (flag.name, verdict.variant))
+        return None, exposures, variants
 
     @staticmethod
     def _role_denial(plan: TenantAction, inquiry: Inquiry) -> Decision | None:
@@ -565,6 +593,48 @@ class Engine:
         if patient:
             return LeaseWait(inquiry.tenant, tuple(needs))
         return self._without_lease(plan.action, decision, needs, now_us, boot_ms)
+
+    def count_in_shadow(self, inquiry: Inquiry, *, now_us: int, boot_ms: int) -> Sequence[tuple[Lease, int]]:
+        """What was asked takes of limits in shadow, for what is approved without being decided again.
+
+        Raises:
+            InvalidInquiry: the request does not fit the action it names any more.
+        """
+        tenant = self.tenants.get(inquiry.tenant)
+        plan = tenant.actions.get(inquiry.action) if tenant else None
+        if plan is None or not plan.shadow_limits:
+            return ()
+        prepare(plan.action, inquiry)
+        return self._in_shadow(plan, inquiry, now_us // 1_000_000, boot_ms)[1]
+
+    def _in_shadow(
+        self, plan: TenantAction, inquiry: Inquiry, now_s: int, boot_ms: int
+    ) -> tuple[list[str], list[tuple[Lease, int]]]:
+        """What limits in shadow would have said, and what of each is to be counted. Nothing is waited for.
+
+        Of a rate it is known only while a share of it is held.
+        """
+        held = self.leases.of(inquiry.tenant)
+        exceeded: list[str] = []
+        counted: list[tuple[Lease, int]] = []
+        for limit in plan.shadow_limits:
+            asked = inquiry.units.get(limit.feature, 0)
+            if not asked:
+                continue
+            scope = scope_of(limit.scope, inquiry, inquiry.declared) if limit.scope else ""
+            lease = self.leases.lease(held, limit.key, scope, *limit.window_at(now_s), limit.terms, boot_ms)
+            if isinstance(lease, RateShare):
+                is_known = boot_ms < lease.hold_until_ms and boot_ms - lease.since_ms >= BUCKET_YOUNG_MS
+                is_exceeded = asked > lease.burst or (is_known and lease.level(boot_ms) < asked * TOKENS_EACH)
+                counted.append((lease, asked))
+            else:
+                asked = limit.quota_units(asked, inquiry.declared)
+                is_exceeded = asked > lease.unused
+                if asked <= lease.countable:
+                    counted.append((lease, asked))
+            if is_exceeded:
+                exceeded.append(f"{limit.key}={limit.on_exceeded.value}")
+        return exceeded, counted
 
     def _rate(
         self, limit: BoundLimit, lease: Lease, asked: int, boot_ms: int, decision: Decision
@@ -700,7 +770,7 @@ class Engine:
         if loaded is None:
             return None
         for plan in loaded.actions.values():
-            for limit in plan.limits:
+            for limit in (*plan.limits, *plan.shadow_limits):
                 if limit.key == lease.limit_key:
                     return limit.window_after(lease)
         return None
@@ -812,24 +882,14 @@ def add_cost(decision: Decision) -> None:
 def bind_action(tenant: Tenant, bound: BoundAction) -> TenantAction:
     """What a tenant's license, bound to the present bundle, says about an action."""
     license_ = tenant.license
+    plan = TenantAction(bound)
     features = tuple(dict.fromkeys(bound.action.meters.values()))
-    denial: tuple[Reason, str, str] | None = None
-    exposures: dict[str, str] = {}
-    for feature in features:
-        if feature not in tenant.entitlements:
-            denial = (Reason.NOT_ENTITLED, f"Plan {license_.plan} does not include {feature}.", "")
-            break
+    missing = next((feature for feature in features if feature not in tenant.entitlements), None)
+    if missing is not None:
+        plan.denial = (Reason.NOT_ENTITLED, f"Plan {license_.plan} does not include {missing}.", "")
     else:
-        for flag in bound.flags:
-            if flag.by != "tenant":
-                continue
-            if not rollout_includes(flag, license_.tenant):
-                exposures[flag.name] = OFF
-                denial = (Reason.FEATURE_OFF, f"{flag.feature} is not rolled out to this tenant.", flag.name)
-                break
-            exposures[flag.name] = ON
-    plan = TenantAction(bound, denial, exposures)
-    if denial is None:
+        _bind_flags(plan, license_.tenant)
+    if plan.denial is None:
         granted = [(feature, tenant.entitlements[feature]) for feature in features]
         plan.prices = tuple(
             (feature, entitlement.price, entitlement.price.by.removeprefix("context."))
@@ -840,8 +900,34 @@ def bind_action(tenant: Tenant, bound: BoundAction) -> TenantAction:
             BoundLimit.with_grants(feature, limit, entitlement, license_)
             for feature, entitlement in granted
             for limit in entitlement.limits
+            if limit.enforcement is Enforcement.ENFORCE
+        )
+        plan.shadow_limits = tuple(
+            BoundLimit(feature, limit, entitlement, license_)
+            for feature, entitlement in granted
+            for limit in entitlement.limits
+            if limit.enforcement is Enforcement.SHADOW
         )
     return plan
+
+
+def _bind_flags(plan: TenantAction, tenant: str) -> None:
+    """Judges once and for all the flags that depend on nothing but the tenant, and leaves the rest to each check."""
+    flags = plan.action.flags
+    for position, bound in enumerate(flags):
+        flag = bound.flag
+        if flag.by != "tenant" or not flag.is_settled:
+            plan.open_flags = tuple(
+                (one, standing_of(one.flag, tenant) if one.flag.by == "tenant" else None) for one in flags[position:]
+            )
+            return
+        verdict = judge(bound, standing_of(flag, tenant), lambda _: _NOTHING, 0)
+        plan.exposures[flag.name] = verdict.served
+        if not verdict.is_on:
+            plan.denial = (Reason.FEATURE_OFF, denial_message(flag, verdict), flag.name)
+            return
+        if verdict.variant is not None:
+            plan.variants = (*plan.variants, (flag.name, verdict.variant))
 
 
 def license_problem(license_: License, now_us: int) -> Decision | None:

@@ -7,13 +7,13 @@ random bundles. Pure; takes nothing, and makes no lease.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-from licet.domain.catalog import AttributeValue, Flag, RuleEffect
+from licet.domain.catalog import AttributeValue, License, RuleEffect
 from licet.domain.outcomes import Effect, Reason
 from licet_sidecar.core.engine import (
     BoundLimit,
@@ -26,10 +26,11 @@ from licet_sidecar.core.engine import (
     prepare,
     scope_of,
 )
+from licet_sidecar.core.flags import BoundFlag, Standing, Verdict, described, judge, standing_of
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import Lease
-from licet_sidecar.core.rulebook import BoundAction, rollout_includes
-from licet_sidecar.core.rules import Traced, trace_rules
+from licet_sidecar.core.rulebook import BoundAction
+from licet_sidecar.core.rules import Traced, bindings_of, trace_rules
 
 
 class StepName(StrEnum):
@@ -117,7 +118,7 @@ def explain(engine: Engine, inquiry: Inquiry, decision: Decision, *, now_us: int
     if inquiry.prepared_for is not bound:
         prepare(bound, inquiry)
     plan = tenant.actions.get(inquiry.action) or bind_action(tenant, bound)
-    steps += [_entitlement(tenant, bound), _flags(bound, inquiry), _roles(bound, inquiry)]
+    steps += [_entitlement(tenant, bound), _flags(bound, tenant.license, inquiry, now_us), _roles(bound, inquiry)]
     steps.append(_policies(bound, tenant, inquiry, now_us))
     steps.append(_quotas(engine, plan, inquiry, decision, deciding_step(decision, steps), now_us))
     return steps
@@ -185,20 +186,26 @@ def _entitlement(tenant: Tenant, bound: BoundAction) -> Step:
     return step
 
 
-def _flags(bound: BoundAction, inquiry: Inquiry) -> Step:
+def _flags(bound: BoundAction, license_: License, inquiry: Inquiry, now_us: int) -> Step:
     step = Step(StepName.FLAGS)
-    for flag in bound.flags:
-        included = rollout_includes(flag, _holder(flag, inquiry))
-        step.objects |= not included
-        verb = "includes" if included else "does not include"
-        step.found.append(f"Flag {flag.name} ({flag.percent:g} % by {flag.by}) {verb} this {flag.by}.")
+    for flag, standing, verdict in judged_flags(bound, license_, inquiry, now_us):
+        step.objects |= not verdict.is_on
+        step.found += described(flag, standing, verdict, now_us)
     if not bound.flags:
         step.found.append("No flag is on its features.")
     return step
 
 
-def _holder(flag: Flag, inquiry: Inquiry) -> str:
-    return inquiry.tenant if flag.by == "tenant" else inquiry.subject_id
+def judged_flags(
+    bound: BoundAction, license_: License, inquiry: Inquiry, now_us: int
+) -> Iterator[tuple[BoundFlag, Standing, Verdict]]:
+    """What every flag on an action's features serves, also those after one that is off.
+
+    The inquiry was prepared for ``bound``; ``now_us`` in microseconds since the Unix epoch.
+    """
+    for one in bound.flags:
+        standing = standing_of(one.flag, inquiry.tenant if one.flag.by == "tenant" else inquiry.subject_id)
+        yield one, standing, judge(one, standing, lambda v: bindings_of(v, bound, license_, inquiry, now_us), now_us)
 
 
 def _roles(bound: BoundAction, inquiry: Inquiry) -> Step:
@@ -260,7 +267,11 @@ def _quotas(
             if lease is not None and lease.start != window[0]:
                 lease = None
             step.limits.append(LimitSeen(pool, asked, window[1], lease))
-    if not plan.limits:
+    step.found += [
+        f"Limit {limit.key} is in shadow: it is counted, and answers as if it were absent."
+        for limit in plan.shadow_limits
+    ]
+    if not (plan.limits or plan.shadow_limits):
         step.found.append("No limit applies: the action is unmetered for this license.")
     if decided is StepName.QUOTAS:
         step.found += [decision.message] if decision.message else []

@@ -327,6 +327,15 @@ class RateShare(Lease):
         self.spent_lately += units
         self.spent_ms = boot_ms
 
+    def take_what_is_there(self, units: int, boot_ms: int) -> bool:
+        """Takes ``units`` of the share when it has them; else they are demand. Whether there is a share at all."""
+        if self.level(boot_ms) >= units * TOKENS_EACH:
+            self.take(units, boot_ms)
+        else:
+            self.refused(units)
+            self.spent_ms = boot_ms
+        return boot_ms < self.hold_until_ms
+
     def refused(self, units: int) -> None:
         """Units that were asked and not there: demand, too."""
         self.spent_lately += units

@@ -178,6 +178,11 @@ class Reservation:
             feature: units - held.get(feature, 0) for feature, units in used.items() if units > held.get(feature, 0)
         }
 
+    def within(self, used: Mapping[str, int]) -> dict[str, int]:
+        """What of ``used`` the reservation covers, by feature."""
+        held = {} if self.given_up else self.units
+        return {feature: min(units, held.get(feature, 0)) for feature, units in used.items()}
+
     def inquiry_for(self, extra: Mapping[str, int]) -> Inquiry:
         """The same question about other units, by feature."""
         inquiry = Inquiry(self.tenant, self.inquiry.action)

@@ -7,7 +7,7 @@ functions of what they read, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
@@ -42,7 +42,7 @@ class Ruling(NamedTuple):
 
 def rule_on(bound: BoundAction, license_: License, inquiry: Inquiry, now_us: int) -> Ruling:
     """The ruling on an inquiry that was prepared for ``bound``."""
-    bindings = _bindings(bound, license_, inquiry, now_us)
+    bindings = bindings_of(bound.variables, bound, license_, inquiry, now_us)
     if not bound.rulings_kept:
         return _evaluate(bound, bindings)
     values = tuple([bindings.get(variable) for variable in bound.variables])
@@ -56,7 +56,7 @@ def rule_on(bound: BoundAction, license_: License, inquiry: Inquiry, now_us: int
 
 def trace_rules(bound: BoundAction, license_: License, inquiry: Inquiry, now_us: int) -> list[Traced]:
     """What each rule says about an inquiry that was prepared for ``bound``, also after one that decides."""
-    bindings = _bindings(bound, license_, inquiry, now_us)
+    bindings = bindings_of(bound.variables, bound, license_, inquiry, now_us)
     return [Traced(rule, *_asked(rule, bindings)) for rule in bound.rules]
 
 
@@ -102,16 +102,21 @@ def _evaluate(bound: BoundAction, bindings: Mapping[str, Any]) -> Ruling:
     return Ruling(Effect.PENDING, Reason.APPROVAL_REQUIRED, message, pending.name, tuple(shadow))
 
 
-def _bindings(bound: BoundAction, license_: License, inquiry: Inquiry, now_us: int) -> dict[str, Any]:
-    """Values of exactly the variables that the action's conditions read: binding is much of what evaluation costs."""
+def bindings_of(
+    variables: Iterable[str], bound: BoundAction, license_: License, inquiry: Inquiry, now_us: int
+) -> dict[str, Any]:
+    """Values of exactly the variables that conditions read: binding is much of what evaluation costs.
+
+    The inquiry was prepared for ``bound``. What was not sent and has no default is left out: the condition fails.
+    """
     bindings: dict[str, Any] = {}
-    for variable in bound.variables:
+    for variable in variables:
         root, _, rest = variable.partition(".")
         match root:
             case "context":
                 value = inquiry.declared.get(rest)
                 if value is None:
-                    continue  # declared without a default and not sent: the condition fails, and denies
+                    continue
                 if bound.action.attributes[rest].type is AttributeType.TIMESTAMP and isinstance(value, int):
                     bindings[variable] = datetime.fromtimestamp(value / 1e6, UTC)
                 else:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from licet.domain.entitlements import RATE_SCALE
+from licet.domain.flags import VALUE_KEY, VARIANT_KEY, Variant
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import FOREVER_S
 from licet.v1 import approval_pb2 as pb
@@ -28,6 +29,8 @@ _AMOUNT_TAG: Final = b"\x08"  # field 1 of Cost, varint
 _APPROVED: Final = Effect.APPROVED
 _REASONS: Final = max(Reason) + 1
 _QUOTA_FRAGMENTS_MAX: Final = 50_000
+_VARIANT_FRAGMENTS_MAX: Final = 10_000
+"""More than the flags of a bundle have; those of earlier bundles are let go."""
 
 
 class Answers:
@@ -40,6 +43,7 @@ class Answers:
         self._state = b""
         self._outcomes: dict[int, bytes] = {}
         self._quotas: dict[str, tuple[Terms, bytes]] = {}
+        self._variants: dict[tuple[str, Variant], bytes] = {}
         self._currencies: dict[str, bytes] = {}  # as many as the catalog has
 
     def encode(self, decision: Decision, decision_id: str) -> bytes:
@@ -68,6 +72,8 @@ class Answers:
             self._quota(share, parts, False)
         if decision.cost_nanos:
             parts.append(self._cost(decision.cost_nanos, decision.currency))
+        for flag, variant in decision.variants:
+            parts.append(self._variant(flag, variant))
         # Whatever is in grace has a message, too.
         if decision.message or decision.rule or decision.retry_after_s or decision.observed:
             parts.append(_encode_explanation(decision))
@@ -95,6 +101,18 @@ class Answers:
     @staticmethod
     def _encode_quota(lease: Lease) -> bytes:
         return quota_state(lease.terms, lease.limit_key, lease.end).SerializeToString()
+
+    def _variant(self, flag: str, variant: Variant) -> bytes:
+        key = (flag, variant)
+        fragment = self._variants.get(key)
+        if fragment is None:
+            if len(self._variants) >= _VARIANT_FRAGMENTS_MAX:
+                self._variants.clear()
+            response = pb.CheckResponse(metadata={f"{VARIANT_KEY}{flag}": variant.name})
+            if variant.value:
+                response.metadata[f"{VALUE_KEY}{flag}"] = variant.value
+            fragment = self._variants[key] = response.SerializeToString()
+        return fragment
 
     def _cost(self, amount_nanos: int, currency: str) -> bytes:
         text = self._currencies.get(currency)

@@ -28,7 +28,7 @@ from licet_sidecar.adapters.usage_log import (
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.engine import BucketWait, Decision, Engine, LeaseWait, LoadWait, Wait, prepare
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
-from licet_sidecar.core.leases import Lease, LeaseBook
+from licet_sidecar.core.leases import Lease, LeaseBook, RateShare
 from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers, varint
@@ -194,7 +194,26 @@ class ApprovalService:
                     self._leasing.refill_soon(inquiry.tenant)
             for share, units in outcome.rates:
                 share.take(units, boot_ms)
+            if outcome.counted:
+                # What is reserved is counted when it is used.
+                outcome.counted = self.count(inquiry.tenant, outcome.counted) if take is LeaseBook.spend else ()
         return outcome
+
+    def count(self, tenant: str, counted: Sequence[tuple[Lease, int]]) -> Sequence[tuple[Lease, int]]:
+        """Takes units of limits in shadow, whether or not a lease covers them; what of it events record."""
+        boot_ms = self._clock.boot_ms()
+        spends: list[tuple[Lease, int]] = []
+        for lease, units in counted:
+            if not isinstance(lease, RateShare):
+                spends.append((lease, units))
+            elif not lease.take_what_is_there(units, boot_ms):
+                self._leasing.ask_for(tenant, lease, units)
+        if not all(LeaseBook.can_spend(lease, units, boot_ms) for lease, units in spends):
+            self._leasing.overdraw(tenant, spends)
+        for lease, units in spends:
+            if LeaseBook.spend(lease, units, boot_ms):
+                self._leasing.refill_soon(tenant)
+        return spends
 
     def _later(self, question: Question, wait: Wait, started_ns: int, timeout_s: float) -> Awaitable[bytes]:
         later = self._check_later(question, wait, started_ns, timeout_s)
@@ -382,7 +401,7 @@ class ApprovalService:
                     inquiry.resource_type,
                     inquiry.resource_id,
                     decision.context,
-                    [(lease.quota, units) for lease, units in decision.spends if units]
+                    [(lease.quota, units) for lease, units in (*decision.spends, *decision.counted) if units]
                     if decision.effect is _APPROVED
                     else (),
                     decision.shadow,
@@ -400,6 +419,8 @@ class ApprovalService:
             return decision
         for lease, units in decision.spends:
             give_back(lease, units)
+        for lease, units in decision.counted:
+            LeaseBook.unspend(lease, units)
         rulebook = self._engine.rulebook
         bound = rulebook.action(inquiry.action) if rulebook else None
         allowed = bound is not None and bound.action.on_unavailable.mode is UnavailableMode.ALLOW

@@ -12,15 +12,16 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from licet.domain.catalog import AttributeValue, Limit
+from licet.domain.catalog import AttributeValue, Enforcement, Limit
+from licet.domain.flags import OFF
 from licet.domain.outcomes import Effect
 from licet.v1 import approval_pb2 as pb
 from licet_sidecar.clock import Clock
-from licet_sidecar.core.engine import BoundLimit, Decision, Engine, LeaseWait, LoadWait, Tenant, scope_of
-from licet_sidecar.core.explanation import LimitSeen, Step, deciding_step, explain
+from licet_sidecar.core.engine import BoundLimit, Decision, Engine, LeaseWait, LoadWait, Tenant, prepare, scope_of
+from licet_sidecar.core.explanation import LimitSeen, Step, deciding_step, explain, judged_flags
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
 from licet_sidecar.core.leases import Lease
-from licet_sidecar.core.rulebook import Rulebook, rollout_includes
+from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.rules import Traced
 from licet_sidecar.ports import LinkDown, LinkRefused
 from licet_sidecar.services.answers import Answers, quota_state, remaining_of
@@ -191,16 +192,14 @@ class ExplainingService:
             return False
         for feature, granted in sorted(tenant.entitlements.items()):
             known = rulebook.catalog.features.get(feature)
-            flags = [flag for flag in rulebook.catalog.flags.values() if flag.feature == feature]
+            flags = self._flags(rulebook, tenant, feature, asked)
             response.entitlements.append(
                 pb.EntitlementState(
                     feature=feature,
                     title=known.title if known else "",
                     unit=known.unit if known else "",
-                    rolled_out=all(
-                        rollout_includes(flag, asked.tenant if flag.by == "tenant" else asked.subject_id)
-                        for flag in flags
-                    ),
+                    rolled_out=all(flag.variant != OFF for flag in flags),
+                    flags=flags,
                     seats=granted.seats,
                     limits=[
                         self._limit(LimitSeen(limit, 0, limit.window[1], lease))
@@ -210,6 +209,25 @@ class ExplainingService:
                 )
             )
         return await self._describe_actions(response, rulebook, tenant, asked)
+
+    def _flags(self, rulebook: Rulebook, tenant: Tenant, feature: str, asked: Inquiry) -> list[pb.FlagState]:
+        """What the flags on a feature serve; targeting is asked about the first action that draws on it."""
+        bound = rulebook.action_on(feature)
+        if bound is None:
+            return []
+        inquiry = _question(asked, bound.action.name, tuple(bound.action.meters))
+        try:
+            prepare(bound, inquiry)
+        except InvalidInquiry:  # an attribute is of another type there
+            inquiry.context = {}
+            prepare(bound, inquiry)
+        return [
+            pb.FlagState(
+                flag=one.flag.name, variant=verdict.served, value_json=verdict.variant.value if verdict.variant else ""
+            )
+            for one, _, verdict in judged_flags(bound, tenant.license, inquiry, self._clock.now_us())
+            if one.flag.feature == feature
+        ]
 
     async def _describe_actions(
         self, response: pb.ListEntitlementsResponse, rulebook: Rulebook, tenant: Tenant, asked: Inquiry
@@ -240,13 +258,7 @@ class ExplainingService:
 
     def _ask(self, asked: Inquiry, action: str, *, patient: bool, meters: tuple[str, ...] = ("",)) -> object:
         """A decision up to the quotas, or a wait. Attributes of other actions, or of another type, are left out."""
-        inquiry = Inquiry(asked.tenant, action)
-        inquiry.subject_type, inquiry.subject_id = asked.subject_type, asked.subject_id
-        inquiry.on_behalf_of, inquiry.roles = asked.on_behalf_of, asked.roles
-        inquiry.subject_attributes, inquiry.context = asked.subject_attributes, asked.context
-        inquiry.peek = True
-        if meters != ("",):
-            inquiry.quantities = dict.fromkeys(meters, 1)
+        inquiry = _question(asked, action, meters)
         when = {"now_us": self._clock.now_us(), "boot_ms": self._clock.boot_ms()}
         try:
             return self._engine.decide_access(inquiry, **when, patient=patient)
@@ -267,6 +279,8 @@ class ExplainingService:
         for feature, granted in sorted(tenant.entitlements.items()):
             for limit in granted.limits:
                 context = _scope_context(limit, asked)
+                if limit.enforcement is not Enforcement.ENFORCE:
+                    continue  # nothing that a customer is held to
                 if context is None or ("subject" in limit.scope and not asked.subject_id):
                     continue
                 own = BoundLimit.with_grants(feature, limit, granted, tenant.license)
@@ -299,6 +313,18 @@ class ExplainingService:
     def _is_current(self, rulebook: Rulebook, tenant: Tenant) -> bool:
         engine = self._engine
         return engine.rulebook is rulebook and engine.tenants.get(tenant.license.tenant) is tenant
+
+
+def _question(asked: Inquiry, action: str, meters: tuple[str, ...]) -> Inquiry:
+    """A check of one unit of each meter of an action, by whom the list is for."""
+    inquiry = Inquiry(asked.tenant, action)
+    inquiry.subject_type, inquiry.subject_id = asked.subject_type, asked.subject_id
+    inquiry.on_behalf_of, inquiry.roles = asked.on_behalf_of, asked.roles
+    inquiry.subject_attributes, inquiry.context = asked.subject_attributes, asked.context
+    inquiry.peek = True
+    if meters != ("",):
+        inquiry.quantities = dict.fromkeys(meters, 1)
+    return inquiry
 
 
 def _scope_context(limit: Limit, asked: Inquiry) -> dict[str, AttributeValue] | None:

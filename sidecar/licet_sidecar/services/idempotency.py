@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import msgpack
 
+from licet.domain.flags import OFF, ON, VARIANT_KEY
 from licet.domain.outcomes import Effect, Reason
 from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
@@ -162,7 +163,7 @@ class RecentAnswers:
 
 
 def answer_of(prefix: bytes, event: usage.UsageEvent) -> pb.CheckResponse:
-    """The answer that an event was recorded with; without message, quotas and ``retry_after``."""
+    """The answer that an event was recorded with; without message, quotas, ``retry_after`` and variants' values."""
     observed = event.flags & usage.FLAG_OBSERVED
     response = pb.CheckResponse(
         decision_id=usage.decision_id(prefix, event.seq),
@@ -179,6 +180,9 @@ def answer_of(prefix: bytes, event: usage.UsageEvent) -> pb.CheckResponse:
         response.cost.currency = event.currency
     if observed:
         response.metadata["observed_effect"] = Effect(event.effect).name
+    for flag, served in event.exposures.items():
+        if served not in (ON, OFF):
+            response.metadata[f"{VARIANT_KEY}{flag}"] = served
     return response
 
 

@@ -122,6 +122,11 @@ class LeasingService:
                 self._book.note(held, lease)
         self.refill_soon(tenant)
 
+    def ask_for(self, tenant: str, lease: Lease, units: int) -> None:
+        """Leases ``units`` with the next upkeep, as far as they can be had; nobody waits for them."""
+        self._book.need(self._book.of(tenant), lease, units)
+        self.refill_soon(tenant)
+
     def refill_soon(self, tenant: str) -> None:
         """A lease of the tenant runs low: refill it with the next upkeep, ahead of need."""
         self._refills.add(tenant)

@@ -62,6 +62,11 @@ class Metrics:
         counter("licet_check_waits", "Checks that waited for a license or a lease.", lambda: tally.lease_waits)
         counter("licet_check_wait_seconds", "Time they waited.", lambda: tally.lease_wait_sum_us / 1e6)
         counter("licet_checks_stale", "Answers marked stale.", lambda: tally.stale_answers)
+        counter(
+            "licet_targeting_failures",
+            "Conditions of flags that could not be evaluated, which lets nobody in.",
+            lambda: engine.targeting_failures,
+        )
         counter("licet_settle_calls", "Calls to the quota registers.", lambda: tally.settle_calls)
         counter("licet_settle_failures", "Those that were not answered.", lambda: tally.settle_failures)
         counter("licet_redis_round_trips", "Times Redis was waited for; a pipeline is one.", lambda: round_trips.total)

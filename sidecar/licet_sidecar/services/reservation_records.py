@@ -83,7 +83,7 @@ def event_of(
         resource_type=inquiry.resource_type,
         resource_id=inquiry.resource_id,
         context=dict(decision.context),
-        spends=[(lease.quota, units) for lease, units in decision.spends if units]
+        spends=[(lease.quota, units) for lease, units in (*decision.spends, *decision.counted) if units]
         if decision.effect is Effect.APPROVED
         else [],
         shadow=list(decision.shadow),

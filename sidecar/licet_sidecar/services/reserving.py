@@ -87,6 +87,10 @@ class Deciding(Protocol):
     ) -> Decision | Wait:
         """See ``ApprovalService``."""
 
+    def count(self, tenant: str, counted: Sequence[tuple[Lease, int]]) -> Sequence[tuple[Lease, int]]:
+        """Takes units of limits in shadow."""
+        ...
+
     async def decide_later(
         self, inquiry: Inquiry, wait: Wait, timeout_s: float, take: Callable[[Lease, int, int], bool] = ...
     ) -> Decision:
@@ -446,6 +450,9 @@ class Reserving:
         decision.spends = _merged(
             [*((one.lease, units) for one, units in shares), *(extra.spends if extra and extra_taken else ())]
         )
+        decision.counted = _merged(
+            [*self._count_in_shadow(reservation, decision), *(extra.counted if extra and extra_taken else ())]
+        )
         overage = {one.lease.quota: over for one, units in shares if (over := one.lease.overage_held(units))}
         if extra is not None and extra_taken:
             overage.update({quota: overage.get(quota, 0) + over for quota, over in extra.overage.items()})
@@ -464,6 +471,8 @@ class Reserving:
             self._tally.log_failures += 1
             for lease, units in extra.spends if extra and extra_taken else ():
                 lease.used -= units
+            for lease, units in decision.counted:
+                lease.used -= units
             return self._held_answer(str(error))
         observed = decision.observed
         response = pb.CommitReservationResponse(
@@ -480,6 +489,19 @@ class Reserving:
         self._count("committed_on_expiry" if expired else "committed")
         self._tally.units_unfunded += sum(unfunded.values())
         return answer
+
+    def _count_in_shadow(self, reservation: Reservation, decision: Decision) -> Sequence[tuple[Lease, int]]:
+        """Limits in shadow count what was reserved when it is used, in the window of that moment."""
+        used = reservation.within(decision.units)
+        if decision.effect is not Effect.APPROVED or not any(used.values()):
+            return ()
+        inquiry = reservation.inquiry_for(used)
+        now_us, boot_ms = self._clock.now_us(), self._clock.boot_ms()
+        try:
+            counted = self._engine.count_in_shadow(inquiry, now_us=now_us, boot_ms=boot_ms)
+        except InvalidInquiry:  # the action was changed since
+            return ()
+        return self._deciding.count(reservation.tenant, counted) if counted else ()
 
     def _commit_decision(
         self,

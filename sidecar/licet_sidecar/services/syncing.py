@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from licet.domain.catalog import Catalog, license_from_wire
 from licet.wire import documents, envelope
-from licet.wire.documents import Head, Manifest, Snapshot, catalog_of_chunks
+from licet.wire.documents import Head, Manifest, Snapshot
 from licet.wire.registers import Pair
 from licet.wire.signing import Statement, VerificationError, Verifier
 from licet_sidecar.adapters.state_directory import StateDirectory, StateDirectoryError
@@ -28,7 +28,9 @@ from licet_sidecar.core.sync import Changes, HeadVerdict, SyncState
 from licet_sidecar.logs import Logger
 from licet_sidecar.ports import Change, LinkDown, LinkRefused, PulseReport, SecondRoute, StateSource
 from licet_sidecar.services.link import LinkState
+from licet_sidecar.services.slices import in_slices
 from licet_sidecar.services.tally import Tally
+from licet_sidecar.services.unpacking import Unpacking
 
 BLOCK_MS: Final = 5_000
 RETRY_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -90,6 +92,7 @@ class SyncService:
         self._head_document: bytes | None = None
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._dirty: set[str] = set()
+        self._unpacking = Unpacking()
         self._advanced = asyncio.Condition()
         self._resync_wanted = asyncio.Event()
         self._resync_wanted.set()
@@ -408,7 +411,11 @@ class SyncService:
             if chunk is None:
                 raise Inconsistent(f"chunk {digest[:12]}… of the bundle is missing in Redis")
             chunks[digest] = chunk
-        return self._verified_bundle(document, chunks)
+        await self._unpacking.unpack(Manifest.from_payload(statement.payload).chunks, chunks)
+        bundle = self._verified_bundle(document, chunks)
+        # What checks ask for is compiled before the bundle is in force, so that none of them waits for all of it.
+        await in_slices(bundle.rulebook.warmed(self._engine.rulebook))
+        return bundle
 
     def _verified_bundle(self, document: bytes, chunks: dict[str, bytes]) -> _Bundle:
         statement = self._verifier.verify(document, kind=documents.BUNDLE, key=documents.BUNDLE_KEY)
@@ -418,7 +425,7 @@ class SyncService:
         if held is not None and held.document == document:
             return held
         manifest = Manifest.from_payload(statement.payload)
-        catalog: Catalog = catalog_of_chunks((chunks[digest] for digest in manifest.chunks), manifest.chunks)
+        catalog = self._unpacking.catalog(manifest.chunks, chunks)
         rulebook = Rulebook(
             catalog,
             generation=statement.generation,

@@ -1,15 +1,16 @@
-"""Every condition of every policy, compiled against every action it will be asked about."""
+"""Every condition of every policy and flag, compiled against every action it will be asked about."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
 
-from licet.domain.catalog import Action, Attribute, matches
+from licet.domain.catalog import Action, Attribute
 from licet.domain.conditions import CONTEXT_PREFIX, ConditionEnvironment, ConditionError
+from licet.domain.expressions import CheckedExpression
 from licet_control_plane.core.documents.findings import Findings, Path
+from licet_control_plane.core.documents.index import DocumentIndex
 from licet_control_plane.core.documents.nodes import Node, SourceDocument
-from licet_control_plane.core.documents.references import DocumentIndex
 
 ENVIRONMENTS_MAX: Final = 64
 """Environments kept at once, at 200 KB each. Policies are checked one by one, and few actions differ in attributes."""
@@ -32,6 +33,8 @@ class ConditionChecks:
     def __init__(self) -> None:
         self._environments: dict[_Signature, ConditionEnvironment] = {}
         self._passed: dict[str, list[Mapping[str, str]]] = {}
+        self.checked: dict[str, CheckedExpression] = {}
+        """What each source that compiled is made of, the same for every action."""
 
     def problems(self, source: str, attributes: Mapping[str, Attribute]) -> tuple[ConditionError, ...]:
         """What is wrong with ``source`` for an action with ``attributes``; empty when nothing is."""
@@ -40,7 +43,8 @@ class ConditionChecks:
             if needed.items() <= types.items():
                 return ()
         try:
-            condition = self._environment(tuple(sorted(types.items())), attributes).compile(source)
+            environment = self._environment(tuple(sorted(types.items())), attributes)
+            condition, self.checked[source] = environment.compile_checked(source)
         except ConditionError as error:
             return (error, *error.further)
         used = (name.removeprefix(CONTEXT_PREFIX) for name in condition.variables if name.startswith(CONTEXT_PREFIX))
@@ -55,23 +59,47 @@ class ConditionChecks:
         return environment
 
 
-def check_conditions(index: DocumentIndex, findings: Findings) -> None:
+def check_conditions(index: DocumentIndex, findings: Findings) -> Mapping[str, CheckedExpression]:
     """Reports every condition that does not compile, at its place inside the ``when``.
 
     Policies that are off are checked too, so that turning one on is never the moment its mistakes appear. Actions
     with errors of their own are left out: their attributes are not known.
+
+    Returns what each sound condition is made of, by its source.
     """
     checks = ConditionChecks()
+    groups: dict[frozenset[str], list[list[Action]]] = {}  # many policies are asked about the same actions
     for document in index.of_kind("Policy"):
         patterns = [node.text() for node in document.root.at("actions").items()]
-        actions = [action for name, action in sorted(index.actions.items()) if matches(patterns, name)]
-        distinct = _by_signature(actions)
+        names = index.matching(patterns)
+        if names not in groups:
+            groups[names] = _by_signature([index.actions[name] for name in sorted(names) if name in index.actions])
+        distinct = groups[names]
         for position, rule in enumerate(document.root.at("rules").items()):
             if findings.full:
-                return
+                return checks.checked
             when = rule.at("when")
             if when.text().strip():
                 _check_one(document, ("rules", position, "when"), when, distinct, checks, findings)
+    for document in index.of_kind("Flag"):
+        _check_targeting(document, index, checks, findings)
+    return checks.checked
+
+
+def _check_targeting(
+    document: SourceDocument, index: DocumentIndex, checks: ConditionChecks, findings: Findings
+) -> None:
+    """Conditions of a flag, against the actions that draw on its feature."""
+    feature = document.root.at("feature").text()
+    distinct = _by_signature(
+        [action for _, action in sorted(index.actions.items()) if feature in action.meters.values()]
+    )
+    for position, target in enumerate(document.root.at("targeting").items()):
+        if findings.full:
+            return
+        when = target.at("when")
+        if when.text().strip():
+            _check_one(document, ("targeting", position, "when"), when, distinct, checks, findings)
 
 
 def _by_signature(actions: list[Action]) -> list[list[Action]]:
@@ -108,6 +136,7 @@ def _check_one(
             document.position_inside(when, line, column),
             message,
             f"The condition is asked about {_listed(sorted(names))}.",
+            code="condition",
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Final
 
 from licet_control_plane.core.documents.nodes import SourceDocument
 from licet_control_plane.core.suggestion import did_you_mean
@@ -16,12 +17,19 @@ Path = tuple[str | int, ...]
 """Where in a document: field names, keys and positions, from its root."""
 
 
+class Severity(StrEnum):
+    """Whether it stands in the way of publishing."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
 @dataclass(frozen=True, slots=True)
 class DocumentError:
-    """One thing that is wrong.
+    """One thing that is wrong, or with ``severity`` a warning, probably not meant.
 
     ``line`` and ``column`` count from 1; ``path`` names the document and the field; ``message`` is a clause, and
-    ``fix`` whole sentences.
+    ``fix`` whole sentences. ``code`` is stable: programs match on it.
     """
 
     file: str
@@ -30,6 +38,12 @@ class DocumentError:
     path: str
     message: str
     fix: str = ""
+    code: str = "invalid"
+    severity: Severity = Severity.ERROR
+
+    def as_json(self) -> dict[str, Any]:
+        """As the API and ``--json`` show it."""
+        return {**asdict(self), "severity": self.severity.value}
 
     def __str__(self) -> str:
         """One line for a terminal: where, what, and what to do."""
@@ -50,32 +64,61 @@ class Findings:
         """Whether further errors are dropped, so that looking for more is of no use."""
         return len(self._errors) >= ERRORS_MAX
 
-    def error(self, document: SourceDocument, path: Path, message: str, fix: str = "", *, at_key: bool = False) -> None:
+    def error(
+        self,
+        document: SourceDocument,
+        path: Path,
+        message: str,
+        fix: str = "",
+        *,
+        at_key: bool = False,
+        code: str = "invalid",
+    ) -> None:
         """An error at ``path``, or at the nearest thing above it that was written; ``at_key`` points at its name."""
-        line, column = document.root.position_of(path, at_key=at_key)
-        self.error_at(document.file, line, column, message, fix, _described(document, path))
+        position = document.root.position_of(path, at_key=at_key)
+        self.error_inside(document, path, position, message, fix, code=code)
 
     def error_inside(
-        self, document: SourceDocument, path: Path, position: tuple[int, int], message: str, fix: str
+        self,
+        document: SourceDocument,
+        path: Path,
+        position: tuple[int, int],
+        message: str,
+        fix: str,
+        *,
+        code: str = "invalid",
     ) -> None:
         """An error at a line and column inside the text at ``path``."""
-        self.error_at(document.file, *position, message, fix, _described(document, path))
+        self.error_at(document.file, *position, message, fix, _described(document, path), code=code)
 
-    def error_at(self, file: str, line: int, column: int, message: str, fix: str = "", path: str = "") -> None:
+    def error_at(
+        self,
+        file: str,
+        line: int,
+        column: int,
+        message: str,
+        fix: str = "",
+        path: str = "",
+        *,
+        code: str = "unreadable",
+    ) -> None:
         """An error at a known position."""
         if not self.full:
-            self._errors.append(DocumentError(file, line, column, path, message, fix))
+            self._errors.append(DocumentError(file, line, column, path, message, fix, code))
 
-    def warning(self, document: SourceDocument, path: Path, message: str, fix: str = "") -> None:
+    def warning(self, document: SourceDocument, path: Path, message: str, fix: str = "", *, code: str) -> None:
         """Something legal that is probably not meant."""
         if len(self._warnings) < ERRORS_MAX:
             line, column = document.root.position_of(path)
-            self._warnings.append(DocumentError(document.file, line, column, _described(document, path), message, fix))
+            described = _described(document, path)
+            self._warnings.append(
+                DocumentError(document.file, line, column, described, message, fix, code, Severity.WARNING)
+            )
 
     def unknown(self, document: SourceDocument, path: Path, what: str, word: str, known: Iterable[str]) -> None:
         """The error that ``word`` is no ``what``, with the nearest of ``known``."""
         if not self.full:
-            self.error(document, path, f"there is no {what} {word!r}", did_you_mean(word, known))
+            self.error(document, path, f"there is no {what} {word!r}", did_you_mean(word, known), code="unknown-name")
 
     def errors(self) -> tuple[DocumentError, ...]:
         """All errors by file and position; when there were too many, a last one says so."""

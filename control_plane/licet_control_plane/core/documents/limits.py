@@ -6,12 +6,12 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, StrictBool, ValidationInfo, field_validator
 
-from licet.domain.catalog import Limit, OnExceeded, budget_key, rate_key
+from licet.domain.catalog import Enforcement, Limit, OnExceeded, budget_key, rate_key
 from licet.domain.entitlements import RATE_MAX
 from licet.domain.ids import LimitKey
 from licet.domain.money import Price
 from licet.domain.windows import Anchor, Period
-from licet_control_plane.core.documents.model import Source
+from licet_control_plane.core.documents.model import Source, one_of
 from licet_control_plane.core.documents.scalars import (
     Budget,
     Currency,
@@ -44,6 +44,8 @@ class LimitSource(Source):
     ``per`` comes first, because what the other fields may be depends on it.
     """
 
+    model_config = one_of("amount", "spend")
+
     per: Period
     amount: Units | None = None
     spend: Budget | None = None
@@ -54,6 +56,7 @@ class LimitSource(Source):
     burst: PositiveUnits | None = None
     durable: StrictBool = False
     overage_price: OveragePriceSource | None = None
+    enforcement: Enforcement = Enforcement.ENFORCE
 
     @field_validator("amount")
     @classmethod
@@ -167,6 +170,7 @@ class LimitSource(Source):
             burst=self.burst or 0,
             durable=self.durable,
             overage_price=self.overage_price.to_domain() if self.overage_price else None,
+            enforcement=self.enforcement,
         )
 
 

@@ -12,3 +12,8 @@ class Source(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def one_of(*names: str) -> ConfigDict:
+    """Tells schemas for editors that exactly one of the fields is written; validators see to it themselves."""
+    return ConfigDict(json_schema_extra={"oneOf": [{"required": [name]} for name in names]})

@@ -6,68 +6,21 @@ Whatever has the wrong type is passed over: the schema has reported it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Final
 
-from licet.domain.catalog import Action, AttributeType, Document, Entitlement, Limit, Plan, matches
+from licet.domain.catalog import Action, AttributeType, Entitlement, Limit
 from licet.domain.conditions import CONTEXT_PREFIX
+from licet.domain.flags import OFF, ON
 from licet.domain.redaction import RecordMode
-from licet_control_plane.core.documents.findings import Findings
+from licet_control_plane.core.documents.findings import Findings, Path
+from licet_control_plane.core.documents.index import DocumentIndex
 from licet_control_plane.core.documents.nodes import Node, SourceDocument
+from licet_control_plane.core.documents.sources import PlanSource
 from licet_control_plane.core.suggestion import did_you_mean
 
 _SCOPE_TYPES: Final = frozenset((AttributeType.STRING, AttributeType.INT, AttributeType.BOOL))
 """Types whose every value can have a quota of its own."""
-
-
-@dataclass(slots=True)
-class DocumentIndex:
-    """All written documents by kind and name, and the records of the sound actions and plans by name.
-
-    Of documents that share a name, the first one counts.
-    """
-
-    documents: Sequence[SourceDocument]
-    by_kind: dict[str, dict[str, SourceDocument]] = field(default_factory=dict)
-    actions: dict[str, Action] = field(default_factory=dict)
-    plans: dict[str, Plan] = field(default_factory=dict)
-
-    def named(self, kind: str) -> Mapping[str, SourceDocument]:
-        """The documents of a kind, by name."""
-        return self.by_kind.get(kind, {})
-
-    def add_record(self, document: SourceDocument, record: Document) -> None:
-        """Keeps the record of a sound document."""
-        if self.named(document.kind).get(record.name) is not document:
-            return
-        if isinstance(record, Action):
-            self.actions[record.name] = record
-        elif isinstance(record, Plan):
-            self.plans[record.name] = record
-
-    def of_kind(self, kind: str) -> Iterable[SourceDocument]:
-        """The documents of a kind, with those whose names repeat."""
-        return (document for document in self.documents if document.kind == kind)
-
-
-def indexed(documents: Sequence[SourceDocument], findings: Findings) -> DocumentIndex:
-    """The documents by kind and name; a repeated name is an error."""
-    index = DocumentIndex(documents)
-    for document in documents:
-        if not document.kind or not document.name:
-            continue
-        named = index.by_kind.setdefault(document.kind, {})
-        first = named.setdefault(document.name, document)
-        if first is not document:
-            line, column = first.root.position_of(("name",))
-            findings.error(
-                document,
-                ("name",),
-                f"the name {document.name!r} is taken by the {document.kind} at {first.file}:{line}:{column}",
-                "Rename or remove one of them.",
-            )
-    return index
 
 
 def check_references(index: DocumentIndex, findings: Findings) -> None:
@@ -84,7 +37,7 @@ def check_references(index: DocumentIndex, findings: Findings) -> None:
             case "Role":
                 _check_patterns(document, index, findings)
             case "Flag":
-                _check_feature(document, ("feature",), document.root.at("feature").text(), index, findings)
+                _check_flag(document, index, findings)
 
 
 def _check_feature(
@@ -104,12 +57,13 @@ def _check_patterns(document: SourceDocument, index: DocumentIndex, findings: Fi
     actions = index.named("Action")
     for position, node in enumerate(document.root.at("actions").items()):
         pattern = node.text()
-        if pattern and not any(matches((pattern,), name) for name in actions):
+        if pattern and not index.matching((pattern,)):
             findings.warning(
                 document,
                 ("actions", position),
                 f"{pattern!r} matches no action, so that it has no effect",
                 did_you_mean(pattern, actions),
+                code="matches-no-action",
             )
 
 
@@ -130,7 +84,33 @@ def _check_rules(document: SourceDocument, index: DocumentIndex, findings: Findi
             findings.unknown(document, ("rules", position, "approval"), "approval chain", approval, chains)
 
 
+def _check_flag(document: SourceDocument, index: DocumentIndex, findings: Findings) -> None:
+    _check_feature(document, ("feature",), document.root.at("feature").text(), index, findings)
+    variants = document.root.at("variants").entries()
+    seen: set[str] = set()
+    for position, target in enumerate(document.root.at("targeting").items()):
+        name, serve = target.at("name").text(), target.at("serve").text()
+        if name and name in seen:
+            findings.error(
+                document,
+                ("targeting", position, "name"),
+                f"the rule {name!r} is there twice",
+                "Rename one of them: explanations name the rule that decided.",
+            )
+        seen.add(name)
+        if serve and serve not in (ON, OFF, *variants):
+            findings.error(
+                document,
+                ("targeting", position, "serve"),
+                f"{serve!r} is neither a variant of the flag nor on or off",
+                did_you_mean(serve, (*variants, ON, OFF)),
+            )
+
+
 def _check_plan(document: SourceDocument, index: DocumentIndex, findings: Findings) -> None:
+    source = index.source(document.name, PlanSource) if _is_first(document, index) else None
+    own = source.to_domain() if source else None
+    plan = index.plans.get(document.name) if source else None
     for feature, entitlement in document.root.at("features").entries().items():
         if feature not in index.named("Feature"):
             findings.error(
@@ -144,23 +124,29 @@ def _check_plan(document: SourceDocument, index: DocumentIndex, findings: Findin
         metering = _actions_metering(feature, index)
         _check_price_by(document, feature, entitlement, metering, findings)
         _check_scopes(document, feature, entitlement, metering, findings)
-        plan = index.plans.get(document.name)
-        if plan is not None and index.named("Plan")[document.name] is document:
-            _check_limit_keys(document, feature, plan.features[feature].limits, findings)
-            _check_budgets(document, feature, plan.features[feature], findings)
+        if own is not None:
+            _check_limit_keys(document, feature, own.features[feature].limits, findings)
+            if plan is not None:
+                _check_budgets(document, feature, own.features[feature], plan.features[feature], findings)
         if entitlement.at("limits").items() and not metering:
             findings.warning(
                 document,
                 ("features", feature, "limits"),
                 f"no action draws on {feature!r}, so that its limits have no effect",
                 f"Add an action with 'feature: {feature}'.",
+                code="limit-without-action",
             )
     _check_currencies(document, index, findings)
 
 
+def _is_first(document: SourceDocument, index: DocumentIndex) -> bool:
+    """Whether it is the one that counts of those with its name."""
+    return index.named(document.kind).get(document.name) is document
+
+
 def _check_currencies(document: SourceDocument, index: DocumentIndex, findings: Findings) -> None:
     plan = index.plans.get(document.name)
-    if plan is None or index.named("Plan")[document.name] is not document:
+    if plan is None or not _is_first(document, index):
         return
     prices = {feature: entitlement.price for feature, entitlement in plan.features.items() if entitlement.price}
     for name, action in index.actions.items():
@@ -171,6 +157,7 @@ def _check_currencies(document: SourceDocument, index: DocumentIndex, findings: 
                 ("features",),
                 f"action {name!r} is priced in {' and '.join(sorted(currencies))}: its cost shows only one of them",
                 "Price the features of one action in one currency.",
+                code="two-currencies",
             )
 
 
@@ -284,16 +271,25 @@ def _check_limit_keys(document: SourceDocument, feature: str, limits: Sequence[L
             )
 
 
-def _check_budgets(document: SourceDocument, feature: str, entitlement: Entitlement, findings: Findings) -> None:
-    price = entitlement.price
-    for position, limit in enumerate(entitlement.limits):
+def _check_budgets(
+    document: SourceDocument, feature: str, own: Entitlement, whole: Entitlement, findings: Findings
+) -> None:
+    """Budgets that cannot be spent at the price of the whole plan: one of the two may be that of the extended plan."""
+    price = whole.price
+    written = {limit.key: position for position, limit in enumerate(own.limits)}
+    for limit in whole.limits:
         if not limit.currency or (price and price.currency == limit.currency):
             continue
         said = f"is priced in {price.currency}" if price else "has no price"
+        position = written.get(limit.key)
+        path: Path = ("features", feature, "price")
+        which = f"the budget {limit.key!r}"
+        if position is not None:
+            path, which = ("features", feature, "limits", position, "spend"), "this budget"
         findings.error(
             document,
-            ("features", feature, "limits", position, "spend"),
-            f"this budget is in {limit.currency}, and {feature!r} {said} in this plan",
+            path,
+            f"{which} is in {limit.currency}, and {feature!r} {said} in this plan",
             f"Write the budget in {price.currency}."
             if price
             else f"Add a price in {limit.currency}, or limit units with 'amount'.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BeforeValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from licet.domain.ids import NAME_CHARS_MAX, NAME_PATTERN, UNITS_MAX
@@ -77,6 +77,16 @@ def _attribute_name(text: str) -> str:
 def _limit_name(text: str) -> str:
     if not _LIMIT_NAME.fullmatch(text):
         raise refused(f"{text!r} is not a name for a limit", "Use lower-case letters, digits, '-' and '_', at most 64.")
+    return text
+
+
+def _removal(text: str) -> str:
+    feature, colon, limit = text.partition(":")
+    if not NAME_PATTERN.fullmatch(feature) or len(text) > TEXT_CHARS_MAX or (colon and not limit):
+        raise refused(
+            f"{text!r} is neither a feature nor the key of a limit",
+            "Write a feature, such as 'reports', or a limit's key, such as 'reports:month'.",
+        )
     return text
 
 
@@ -156,21 +166,35 @@ def _not_blank(text: str) -> str:
     return text
 
 
-Name = Annotated[str, AfterValidator(_name)]
-AttributeName = Annotated[str, AfterValidator(_attribute_name)]
-LimitName = Annotated[str, AfterValidator(_limit_name)]
-ActionPattern = Annotated[str, AfterValidator(_action_pattern)]
-Approver = Annotated[str, AfterValidator(_approver)]
-ScopePath = Annotated[str, AfterValidator(_scope_path)]
-AttributePath = Annotated[str, AfterValidator(_attribute_path)]
-Currency = Annotated[str, AfterValidator(_currency)]
+# What a schema for editors says of them. Its patterns are those of ECMAScript, and sometimes wider than what is read.
+_NAME_FORM: Final = NAME_PATTERN.pattern
+MoneyForm = Annotated[str, Field(pattern=r"^ *[0-9]+(\.[0-9]+)? +[A-Z]{3} *$")]
+DurationForm = Annotated[str, Field(pattern=r"^[0-9]{1,9}[smhd]$")]
+DecimalForm = Annotated[str, Field(pattern=r"^ *[0-9]+(\.[0-9]{1,9})? *$")] | Annotated[int, Field(ge=0)]
+
+
+def _form(pattern: str, chars_max: int | None = None) -> WithJsonSchema:
+    bound = {} if chars_max is None else {"maxLength": chars_max}
+    return WithJsonSchema({"type": "string", "pattern": f"^({pattern})$", **bound})
+
+
+Name = Annotated[str, AfterValidator(_name), _form(_NAME_FORM, NAME_CHARS_MAX)]
+AttributeName = Annotated[str, AfterValidator(_attribute_name), _form(_WORD.pattern)]
+LimitName = Annotated[str, AfterValidator(_limit_name), _form(_LIMIT_NAME.pattern)]
+Removal = Annotated[str, AfterValidator(_removal), _form(rf"{_NAME_FORM}(:.+)?", TEXT_CHARS_MAX)]
+"""A feature's name, or a limit's key."""
+ActionPattern = Annotated[str, AfterValidator(_action_pattern), _form(_PATTERN.pattern, NAME_CHARS_MAX)]
+Approver = Annotated[str, AfterValidator(_approver), _form(_APPROVER.pattern)]
+ScopePath = Annotated[str, AfterValidator(_scope_path), _form(rf"subject|context\.{_WORD.pattern}")]
+AttributePath = Annotated[str, AfterValidator(_attribute_path), _form(rf"context\.{_WORD.pattern}")]
+Currency = Annotated[str, AfterValidator(_currency), _form(_CURRENCY.pattern)]
 Text = Annotated[str, Field(max_length=TEXT_CHARS_MAX)]
 ConditionText = Annotated[str, AfterValidator(_not_blank)]
-Seconds = Annotated[int, BeforeValidator(_seconds)]
-Nanos = Annotated[int, BeforeValidator(_nanos)]
-Budget = Annotated[tuple[int, str], BeforeValidator(_budget)]
+Seconds = Annotated[int, BeforeValidator(_seconds, json_schema_input_type=DurationForm)]
+Nanos = Annotated[int, BeforeValidator(_nanos, json_schema_input_type=DecimalForm)]
+Budget = Annotated[tuple[int, str], BeforeValidator(_budget, json_schema_input_type=MoneyForm)]
 """Nanos, and their currency."""
-FeeAmount = Annotated[tuple[int, str], BeforeValidator(_fee)]
+FeeAmount = Annotated[tuple[int, str], BeforeValidator(_fee, json_schema_input_type=MoneyForm)]
 """As ``Budget``, but not bounded by what a quota can count."""
 Units = Annotated[int, Strict(), Field(ge=0, le=UNITS_MAX)]
 PositiveUnits = Annotated[int, Strict(), Field(ge=1, le=UNITS_MAX)]

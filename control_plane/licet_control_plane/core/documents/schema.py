@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Collection
 from types import UnionType
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from licet.domain.catalog import Document
-from licet_control_plane.core.documents.availability import refuse_unavailable
 from licet_control_plane.core.documents.findings import Findings, Path
 from licet_control_plane.core.documents.nodes import SourceDocument
-from licet_control_plane.core.documents.sources import SOURCE_OF_KIND
+from licet_control_plane.core.documents.sources import SOURCE_OF_KIND, DocumentSource
 from licet_control_plane.core.suggestion import did_you_mean
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -38,8 +35,8 @@ _SHAPES: Final = {
 }
 
 
-def check_schema(document: SourceDocument, findings: Findings) -> Document | None:
-    """The record that a document says; ``None`` when it has errors, all of which are then among ``findings``."""
+def check_schema(document: SourceDocument, findings: Findings) -> DocumentSource | None:
+    """What a document says by itself; ``None`` when it has errors, all of which are then among ``findings``."""
     kind = document.kind
     if kind == "License":
         findings.error(
@@ -53,26 +50,18 @@ def check_schema(document: SourceDocument, findings: Findings) -> Document | Non
     if model is None:
         _report_kind(document, findings)
         return None
-    explained = refuse_unavailable(document, findings)
-    written = check_model(document, model, findings, explained)
-    return written.to_domain() if written is not None and not explained else None
+    return check_model(document, model, findings)
 
 
-def check_model(
-    document: SourceDocument, model: type[_Model], findings: Findings, explained: Collection[Path] = ()
-) -> _Model | None:
-    """The document as its model reads it; ``None`` when it has errors, all of which are then among ``findings``.
-
-    What stands at a path in ``explained`` was reported already.
-    """
+def check_model(document: SourceDocument, model: type[_Model], findings: Findings) -> _Model | None:
+    """The document as its model reads it; ``None`` when it has errors, all of which are then among ``findings``."""
     sound = _check_api_version(document, findings)
     body = {key: node.plain() for key, node in document.root.entries().items() if key not in _HEADER_FIELDS}
     try:
         written = model.model_validate(body)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            if not _is_explained(detail["loc"], explained):
-                _report(document, model, detail, findings)
+            _report(document, model, detail, findings)
         return None
     return written if sound else None
 
@@ -106,10 +95,6 @@ def _check_api_version(document: SourceDocument, findings: Findings) -> bool:
         f"Write {API_VERSION}, or leave it out.",
     )
     return False
-
-
-def _is_explained(path: Path, explained: Collection[Path]) -> bool:
-    return any(path[:length] in explained for length in range(1, len(path) + 1))
 
 
 def _report(document: SourceDocument, model: type[BaseModel], detail: ErrorDetails, findings: Findings) -> None:

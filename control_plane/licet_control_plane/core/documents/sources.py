@@ -1,14 +1,13 @@
 """Documents as people write them: one model for each kind, and its translation to ``licet.domain.catalog``.
 
-A model sees one document alone. What needs a second document is in ``references`` and ``conditions``; what this
-version does not do yet is refused, before, by ``availability``.
+A model sees one document alone. What needs a second document is in ``inheritance``, ``references`` and ``conditions``.
 """
 
 from __future__ import annotations
 
 import math
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, Field, Strict, ValidationInfo, field_validator
 
@@ -23,7 +22,6 @@ from licet.domain.catalog import (
     Enforcement,
     Entitlement,
     Feature,
-    Flag,
     OnExpiry,
     OnUnavailable,
     Plan,
@@ -36,8 +34,9 @@ from licet.domain.catalog import (
 )
 from licet.domain.money import Fee, Price, Step, TierMode, Tiers
 from licet.domain.redaction import RecordMode
+from licet_control_plane.core.documents.flags import FlagSource
 from licet_control_plane.core.documents.limits import LimitSource
-from licet_control_plane.core.documents.model import Source
+from licet_control_plane.core.documents.model import Source, one_of
 from licet_control_plane.core.documents.scalars import (
     TEXT_CHARS_MAX,
     ActionPattern,
@@ -51,6 +50,7 @@ from licet_control_plane.core.documents.scalars import (
     Name,
     Nanos,
     PositiveUnits,
+    Removal,
     Seconds,
     Text,
     refused,
@@ -64,6 +64,10 @@ LIMITS_MAX: Final = 16
 
 STEPS_MAX: Final = 64
 """Most steps of a tiered price: more than anybody reads on a price list."""
+
+REMOVALS_MAX: Final = 1_000
+INCLUDES_MAX: Final = 64
+"""Most names that a plan leaves out and that a role includes: more is a plan, or a role, of its own."""
 
 STAGES_MAX: Final = 16
 APPROVERS_MAX: Final = 64
@@ -149,7 +153,11 @@ def _attribute_value(kind: AttributeType, value: Any) -> AttributeValue:
 
 
 AttributeWritten = Annotated[
-    AttributeSource, BeforeValidator(lambda written: {"type": written} if isinstance(written, str) else written)
+    AttributeSource,
+    BeforeValidator(
+        lambda written: {"type": written} if isinstance(written, str) else written,
+        json_schema_input_type=AttributeSource | AttributeType,
+    ),
 ]
 
 
@@ -211,6 +219,8 @@ class ReservationSource(Source):
 
 class ActionSource(Source):
     """``kind: Action``."""
+
+    model_config = one_of("feature", "meters")
 
     name: Name
     meters: Annotated[dict[LimitName, Name], Field(min_length=1, max_length=METERS_MAX)] | None = None
@@ -290,6 +300,8 @@ class PriceSource(Source):
     ``by`` and ``amounts`` price by an attribute; with tiers, each step has its own ``amounts``.
     """
 
+    model_config = one_of("amount", "tiers")
+
     amount: Nanos | None = None
     tiers: TiersSource | None = None
     per_units: PositiveUnits = 1
@@ -366,18 +378,40 @@ class EntitlementSource(Source):
         )
 
 
+EntitlementWritten = Annotated[
+    EntitlementSource, BeforeValidator(_empty_when_null, json_schema_input_type=EntitlementSource | None)
+]
+
+
 class PlanSource(Source):
-    """``kind: Plan``."""
+    """``kind: Plan``. With ``extends`` it says what is other than in that plan: ``inheritance`` puts both together."""
 
     name: Name
     title: Text = ""
+    extends: Name | None = None
+    without: Annotated[tuple[Removal, ...], Field(max_length=REMOVALS_MAX)] = ()
     fee: FeeAmount | None = None
-    features: dict[Name, Annotated[EntitlementSource, BeforeValidator(_empty_when_null)]]
+    features: dict[Name, EntitlementWritten] | None = None
+
+    @field_validator("without")
+    @classmethod
+    def _something_to_leave_out_of(cls, without: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if without and "extends" in info.data and info.data["extends"] is None:
+            raise refused("'without' is only for plans that extend another", "Add 'extends: …', or remove 'without'.")
+        return without
+
+    @field_validator("features", mode="wrap")
+    @classmethod
+    def _features_unless_inherited(cls, value: Any, handler: Any, info: ValidationInfo) -> dict[str, Any] | None:
+        if value is None and "extends" in info.data and info.data["extends"] is None:
+            raise refused("'features' is missing", "Add 'features: …'.")
+        features: dict[str, Any] | None = handler(value)
+        return features
 
     def to_domain(self) -> Plan:
-        """The record both programs act on."""
-        features = {name: one.to_domain(name) for name, one in self.features.items()}
-        return Plan(self.name, features, self.title, Fee(*self.fee) if self.fee else None)
+        """The record both programs act on, of what is written here alone."""
+        features = {name: one.to_domain(name) for name, one in (self.features or {}).items()}
+        return Plan(self.name, features, self.title, Fee(*self.fee) if self.fee and self.fee[0] else None)
 
 
 class RuleSource(Source):
@@ -417,33 +451,25 @@ class PolicySource(Source):
 
 
 class RoleSource(Source):
-    """``kind: Role``."""
+    """``kind: Role``. What the roles in ``includes`` allow is added by ``inheritance``."""
 
     name: Name
-    actions: Annotated[tuple[ActionPattern, ...], Field(min_length=1)]
+    includes: Annotated[tuple[Name, ...], Field(max_length=INCLUDES_MAX)] = ()
+    actions: tuple[ActionPattern, ...] = ()
+
+    @field_validator("actions")
+    @classmethod
+    def _it_allows_something(cls, actions: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not actions and not info.data.get("includes", True):
+            raise refused(
+                "a role needs 'actions' or 'includes'",
+                "Write 'actions: [report.*]', or name roles whose actions it has with 'includes: [analyst]'.",
+            )
+        return actions
 
     def to_domain(self) -> Role:
-        """The record both programs act on."""
+        """The record both programs act on, of what is written here alone."""
         return Role(self.name, self.actions)
-
-
-class RolloutSource(Source):
-    """``{percent: 20, by: tenant}``."""
-
-    percent: Annotated[float, Strict(), Field(ge=0, le=100, allow_inf_nan=False)] = 100.0
-    by: Literal["tenant", "subject"] = "tenant"
-
-
-class FlagSource(Source):
-    """``kind: Flag``."""
-
-    name: Name
-    feature: Name
-    rollout: RolloutSource = RolloutSource()
-
-    def to_domain(self) -> Flag:
-        """The record both programs act on."""
-        return Flag(self.name, self.feature, self.rollout.percent, self.rollout.by)
 
 
 class StageSource(Source):

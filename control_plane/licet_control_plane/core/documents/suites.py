@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool
 
 from licet.domain.catalog import Catalog, Grant, License, LicenseStatus, Plan
 from licet.domain.entitlements import entitlements_of
+from licet.domain.flags import OFF, ON
 from licet.domain.ids import TENANT_PATTERN, UNITS_MAX, LimitKey
 from licet.domain.money import parse_budget
 from licet.domain.outcomes import Effect, Reason
@@ -22,7 +23,7 @@ from licet_control_plane.core.documents.findings import DocumentError, Findings,
 from licet_control_plane.core.documents.model import Source
 from licet_control_plane.core.documents.nodes import SourceDocument
 from licet_control_plane.core.documents.reading import SourceFile, read
-from licet_control_plane.core.documents.scalars import PositiveUnits, Text, Units, refused
+from licet_control_plane.core.documents.scalars import MoneyForm, PositiveUnits, Text, Units, refused
 from licet_control_plane.core.documents.schema import check_model
 
 KIND: Final = "PolicyTest"
@@ -76,11 +77,14 @@ def _word_of(kind: type[Effect] | type[Reason]) -> Any:
             raise refused(f"{value!r} is not one of the {kind.__name__.lower()}s", f"There are: {names}.")
         return value
 
-    return BeforeValidator(check)
+    return BeforeValidator(check, json_schema_input_type=Literal[tuple(kind.__members__)])
 
 
-Instant = Annotated[datetime | None, BeforeValidator(_instant)]
-Amount = Annotated[int | tuple[int, str], BeforeValidator(_quantity)]
+Instant = Annotated[datetime | None, BeforeValidator(_instant, json_schema_input_type=str | None)]
+Amount = Annotated[
+    int | tuple[int, str],
+    BeforeValidator(_quantity, json_schema_input_type=Annotated[int, Field(ge=0, le=UNITS_MAX)] | MoneyForm),
+]
 Attribute = str | int | float | bool | list[str]
 
 
@@ -134,6 +138,9 @@ class ScopedUse(Source):
     context: dict[str, Attribute] = Field(default_factory=dict)
 
 
+UsedForm = tuple[ScopedUse, ...] | dict[str, Amount]
+
+
 def _used(value: Any) -> Any:
     """``{key: units}`` is short for a list."""
     if isinstance(value, dict):
@@ -148,7 +155,7 @@ class GivenSource(Source):
     tenant: Annotated[str, BeforeValidator(_tenant)] | None = None
     license: LicenseSource | None = None
     no_license: StrictBool = False
-    used: Annotated[tuple[ScopedUse, ...], BeforeValidator(_used)] = ()
+    used: Annotated[tuple[ScopedUse, ...], BeforeValidator(_used, json_schema_input_type=UsedForm)] = ()
 
 
 class AskSource(Source):
@@ -175,6 +182,7 @@ class ExpectSource(Source):
     remaining: dict[str, Amount] = Field(default_factory=dict)
     cost: Annotated[Amount | None, Field()] = None
     shadow: tuple[str, ...] | None = None
+    variants: dict[str, str] = Field(default_factory=dict)
     invalid: str | None = None
 
 
@@ -320,9 +328,23 @@ def _check_names(suite: Suite, catalog: Catalog, findings: Findings) -> None:
             if used.limit not in known:
                 findings.unknown(document, (*path, "given", "used"), "limit", used.limit, known)
         for steps_path, expect in _expectations(test, path):
+            _check_variants(document, steps_path, expect, catalog, findings)
             for key in expect.remaining:
                 if given.license_ is not None and key not in known:
                     findings.unknown(document, (*steps_path, "remaining", key), "limit", key, known)
+
+
+def _check_variants(
+    document: SourceDocument, path: Path, expect: ExpectSource, catalog: Catalog, findings: Findings
+) -> None:
+    for name, served in expect.variants.items():
+        flag = catalog.flags.get(name)
+        if flag is None:
+            findings.unknown(document, (*path, "variants", name), "flag", name, catalog.flags)
+            continue
+        choices = [*(variant.name for variant in flag.variants), OFF] if flag.variants else [ON, OFF]
+        if served not in choices:
+            findings.unknown(document, (*path, "variants", name), "variant", served, choices)
 
 
 def _expectations(test: TestSource, path: Path) -> list[tuple[Path, ExpectSource]]:

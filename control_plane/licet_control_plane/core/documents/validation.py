@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from licet.domain.catalog import Catalog, Document
 from licet_control_plane.core.documents.conditions import check_conditions
 from licet_control_plane.core.documents.findings import DocumentError, Findings
+from licet_control_plane.core.documents.index import indexed
+from licet_control_plane.core.documents.inheritance import resolve_plans, resolve_roles
+from licet_control_plane.core.documents.lint import check_sense
 from licet_control_plane.core.documents.nodes import SourceDocument
 from licet_control_plane.core.documents.reading import DOCUMENTS_MAX, SourceFile, read
-from licet_control_plane.core.documents.references import check_references, indexed
+from licet_control_plane.core.documents.references import check_references
 from licet_control_plane.core.documents.schema import check_schema
+from licet_control_plane.core.documents.sources import PlanSource, RoleSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,18 @@ def validate(files: Iterable[SourceFile]) -> Validated:
     index = indexed(written, findings)
     records: list[Document] = []
     for document in written:
-        record = check_schema(document, findings)
-        if record is not None:
-            records.append(record)
-            index.add_record(document, record)
+        source = check_schema(document, findings)
+        if source is not None:
+            index.add(document, source)
+            if not isinstance(source, PlanSource | RoleSource):
+                records.append(source.to_domain())
     if complete:
+        resolve_plans(index, findings)
+        resolve_roles(index, findings)
+        records += [*index.plans.values(), *index.roles.values()]
         check_references(index, findings)
-        check_conditions(index, findings)
+        checked = check_conditions(index, findings)
+        if not findings.errors():
+            check_sense(index, checked, findings)
     errors = findings.errors()
     return Validated(None if errors else Catalog.of(records), errors, findings.warnings())

@@ -5,6 +5,7 @@ The inverse of ``validation``: what is written here is valid, and means the same
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -35,6 +36,7 @@ from licet.domain.catalog import (
     Role,
     Rule,
 )
+from licet.domain.flags import Target, Variant
 from licet.domain.money import Price, Step, format_budget, format_nanos
 from licet.domain.redaction import RecordMode
 from licet.domain.windows import Anchor
@@ -95,9 +97,7 @@ def to_source(document: Document) -> dict[str, Any]:
         case Role():
             head["actions"] = list(document.actions)
         case Flag():
-            head["feature"] = document.feature
-            rollout = _given({"percent": (document.percent, 100.0), "by": (document.by, "tenant")})
-            head |= {"rollout": rollout} if rollout else {}
+            head |= _flag(document)
         case ApprovalChain():
             head["stages"] = [_stage(stage) for stage in document.stages]
     return head
@@ -198,6 +198,7 @@ def _limit(feature: str, limit: Limit) -> dict[str, Any]:
             "on_exceeded": (limit.on_exceeded, OnExceeded.DENY),
             "burst": (limit.burst, 0),
             "durable": (limit.durable, False),
+            "enforcement": (limit.enforcement, Enforcement.ENFORCE),
         }
     )
 
@@ -205,6 +206,37 @@ def _limit(feature: str, limit: Limit) -> dict[str, Any]:
 def _rule(rule: Rule) -> dict[str, Any]:
     body: dict[str, Any] = {"name": rule.name, "effect": rule.effect.value}
     return body | _given({"when": (rule.when, ""), "approval": (rule.approval, "")})
+
+
+def _flag(flag: Flag) -> dict[str, Any]:
+    percent = 0.0 if flag.steps else 100.0  # what is meant when nothing is said
+    rollout = _given({"percent": (flag.percent, percent), "by": (flag.by, "tenant")})
+    return _given(
+        {
+            "feature": (flag.feature, ""),
+            "enabled": (flag.enabled, True),
+            "starts": (_instant(flag.starts_s), None),
+            "ends": (_instant(flag.ends_s), None),
+            "rollout": (rollout, {}),
+            "schedule": ([{"at": _instant(step.at_s), "percent": step.percent} for step in flag.steps], []),
+            "variants": ({variant.name: _variant(variant) for variant in flag.variants}, {}),
+            "targeting": ([_target(target) for target in flag.targeting], []),
+        }
+    )
+
+
+def _variant(variant: Variant) -> Any:
+    if not variant.value:
+        return variant.weight
+    return {"weight": variant.weight, "value": json.loads(variant.value)}
+
+
+def _target(target: Target) -> dict[str, Any]:
+    return {"name": target.name} | _given({"when": (target.when, "")}) | {"serve": target.serve}
+
+
+def _instant(at_s: int) -> str | None:
+    return (_EPOCH + timedelta(seconds=at_s)).isoformat() if at_s else None
 
 
 def _stage(stage: ApprovalStage) -> dict[str, Any]:

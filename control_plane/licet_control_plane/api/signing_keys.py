@@ -1,0 +1,127 @@
+"""``/v1/signing-keys``: a new key, signing with it, and retiring the old one, while everything goes on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict
+
+from licet.wire.signing import SigningKey, key_id_of
+from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.problems import Problem
+from licet_control_plane.api.times import format_us
+from licet_control_plane.control_plane import ControlPlane
+from licet_control_plane.core.fleet import State
+from licet_control_plane.store import signing_keys
+from licet_control_plane.store.signing_keys import NEXT, PREVIOUS, KeyStateRefused, StoredKey
+
+router = APIRouter(prefix="/signing-keys")
+
+NAMED_MAX: Final = 10
+"""Sidecars that a refusal names."""
+
+
+class Forced(BaseModel):
+    """``force``: also while live sidecars are in the way; they will refuse what is published."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    force: bool = False
+
+
+@router.get("")
+async def list_signing_keys(request: Request) -> dict[str, Any]:
+    """Every key there ever was, and ``trust``: the public keys that sidecars should have now."""
+    plane = plane_of(request)
+    await plane.key.refresh()
+    return {"items": [_described(plane, one) for one in plane.key.stored], "trust": plane.key.trusted}
+
+
+@router.post("", status_code=201)
+async def generate_signing_key(request: Request, caller: Annotated[Caller, Depends(authenticate)]) -> dict[str, Any]:
+    """Make the next key. Nothing is signed with it yet: sidecars are to be given its public half first."""
+    plane = plane_of(request)
+    try:
+        made = await plane.database.write(
+            signing_keys.add, SigningKey.generate(), plane.ledger_key, by=caller.name, now_us=_now_us(plane)
+        )
+    except KeyStateRefused as error:
+        raise Problem(409, str(error), error.fix) from error
+    await plane.key.refresh()
+    return _described(plane, made)
+
+
+@router.post("/rotate")
+async def rotate_signing_keys(
+    request: Request, body: Forced, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Sign with the next key from now on, and sign anew all that is published; ``resigned_at``: since when it is."""
+    plane = plane_of(request)
+    await plane.key.refresh()
+    following = next((one for one in plane.key.stored if one.state == NEXT), None)
+    if following is not None and not body.force and (late := _live(plane, following.id, trusting=False)):
+        raise Problem(
+            409,
+            f"{len(late)} live sidecars do not trust the next key {following.id}: {', '.join(late[:NAMED_MAX])}.",
+            "Give them both public keys (licet signing-key list --trust); they take them up in a second. Ask again.",
+        )
+    try:
+        active = await plane.database.write(signing_keys.activate, by=caller.name, now_us=_now_us(plane))
+    except KeyStateRefused as error:
+        raise Problem(409, str(error), error.fix) from error
+    await plane.key.refresh()
+    return _described(plane, active)
+
+
+@router.post("/{key}/retire")
+async def retire_signing_key(
+    request: Request, key: str, body: Forced, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Destroy the private half of the previous key, or of a next one that is not wanted."""
+    plane = plane_of(request)
+    await plane.key.refresh()
+    known = next((one for one in plane.key.stored if one.id == key), None)
+    if known is None:
+        raise Problem(404, f"There is no signing key {key!r}.", "GET /v1/signing-keys lists them.")
+    if known.state == PREVIOUS and not body.force and (late := _live(plane, key, trusting=True)):
+        raise Problem(
+            409,
+            f"{len(late)} live sidecars still trust {key}: {', '.join(late[:NAMED_MAX])}.",
+            "Take its public key away from them (licet signing-key list --trust shows what they need), and ask again.",
+        )
+    try:
+        retired = await plane.database.write(signing_keys.retire, key, by=caller.name, now_us=_now_us(plane))
+    except KeyStateRefused as error:
+        raise Problem(409, str(error), error.fix) from error
+    await plane.key.refresh()
+    return _described(plane, retired)
+
+
+def _live(plane: ControlPlane, key: str, *, trusting: bool) -> list[str]:
+    """Live sidecars that trust a key, or those that do not."""
+    now_s = plane.now_s()
+    return [
+        name
+        for name, one in sorted(plane.fleet.sidecars.items())
+        if one.state(now_s) is State.LIVE and (key in one.heartbeat.keys) == trusting
+    ]
+
+
+def _described(plane: ControlPlane, key: StoredKey) -> dict[str, Any]:
+    assert key.id == key_id_of(key.public_key)
+    return {
+        "id": key.id,
+        "public_key": key.public_key,
+        "state": key.state,
+        "created_at": format_us(key.created_at_us),
+        "activated_at": format_us(key.activated_at_us),
+        "resigned_at": format_us(key.resigned_at_us),
+        "retired_at": format_us(key.retired_at_us),
+        "trusted_by": len(_live(plane, key.id, trusting=True)),
+        "not_trusted_by": len(_live(plane, key.id, trusting=False)),
+    }
+
+
+def _now_us(plane: ControlPlane) -> int:
+    return int(plane.now_s() * 1_000_000)
