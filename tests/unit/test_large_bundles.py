@@ -119,6 +119,14 @@ def test_a_chunk_that_is_not_the_named_one_is_refused() -> None:
         Unpacking().catalog([digest_of(chunk)], {digest_of(chunk): other})
 
 
+async def test_a_chunk_that_was_altered_is_refused_also_when_the_right_one_was_seen() -> None:
+    (chunk,) = chunk_catalog(Catalog.of([Feature("f")]))
+    digest, unpacker = digest_of(chunk), Unpacking()
+    await unpacker.unpack([digest], {digest: chunk})
+    with pytest.raises(ValueError, match="not those that the manifest names"):
+        await unpacker.unpack([digest], {digest: chunk[:-1] + b"?"})
+
+
 async def test_others_have_their_turn_between_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("licet_sidecar.services.slices.SLICE_S", 0.0)
     turns: list[str] = []
