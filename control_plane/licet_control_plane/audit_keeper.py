@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import structlog
+from sqlalchemy import Connection
 
 from licet.wire.signing import VerificationError
 from licet_control_plane.redis_link import backoff_s
@@ -44,6 +45,7 @@ class AuditKeeper:
         self._deployment = deployment
         self._now_s = now_s
         self._is_behind = False
+        self._signing = asyncio.Lock()  # the task signs, and whoever asks for the head: one file, one at a time
         self.number = 0
 
     async def run(self) -> None:
@@ -74,27 +76,30 @@ class AuditKeeper:
             DatabaseUnavailable: the database failed.
             HeadUnreadable, OSError: the file cannot be read or written.
         """
-        document = await self._database.write(audit_trail.sign_head, self._key, now_us=int(self._now_s() * 1_000_000))
-        if document is None:
-            return None
-        made = Head.of(document, self._key.verifier())
-        kept = await asyncio.to_thread(self._kept)
-        if kept is not None and kept.number > made.number:
-            # The file is the proof that something is missing: it stays. ``verify`` says what.
-            if not self._is_behind:
-                self._is_behind = True
-                log.error(
-                    "the audit trail is shorter than this server knew it",
-                    entries=made.number,
-                    known=kept.number,
-                    fix="Run licet audit verify. If the database was restored from a backup, move the file"
-                    f" {self._file} elsewhere.",
-                )
-        else:
-            self._is_behind = False
-            await asyncio.to_thread(self._keep, document)
-        self.number = made.number
-        return made
+        async with self._signing:
+            document = await self._database.write(
+                audit_trail.sign_head, self._key, now_us=int(self._now_s() * 1_000_000)
+            )
+            if document is None:
+                return None
+            made = Head.of(document, self._key.verifier())
+            kept = await asyncio.to_thread(self._kept)
+            if kept is not None and kept.number > made.number:
+                # The file is the proof that something is missing: it stays. ``verify`` says what.
+                if not self._is_behind:
+                    self._is_behind = True
+                    log.error(
+                        "the audit trail is shorter than this server knew it",
+                        entries=made.number,
+                        known=kept.number,
+                        fix="Run licet audit verify. If the database was restored from a backup, move the file"
+                        f" {self._file} elsewhere.",
+                    )
+            else:
+                self._is_behind = False
+                await asyncio.to_thread(self._keep, document)
+            self.number = made.number
+            return made
 
     async def verify(self, given: Sequence[Head]) -> AsyncIterator[int | Recounted]:
         """Recount the trail, held to ``given``, to the newest signed head of the database and to the file's.
@@ -111,10 +116,10 @@ class AuditKeeper:
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[int | Recounted] = asyncio.Queue()
 
-        def recount(connection: object) -> None:
-            newest = audit_trail.newest_signed(connection)  # type: ignore[arg-type]
+        def recount(connection: Connection) -> None:
+            newest = audit_trail.newest_signed(connection)
             everything = held if newest is None else [*held, self._head(newest, "in the database")]
-            for step in audit_trail.verify(connection, everything, self._deployment):  # type: ignore[arg-type]
+            for step in audit_trail.verify(connection, everything, self._deployment):
                 loop.call_soon_threadsafe(steps.put_nowait, step)
 
         work = asyncio.ensure_future(self._database.read(recount))

@@ -138,6 +138,7 @@ def check(file: IO[bytes], verifier: Verifier) -> Checked:
     try:
         with zipfile.ZipFile(file) as archive:
             return _checked(archive, verifier)
+    # zipfile says NotImplementedError of a compression it lacks, and RuntimeError of a file that is encrypted.
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, EOFError) as error:
         raise EvidenceRefused(f"it is not a zip that can be read: {error}") from error
     except (KeyError, TypeError, ValueError) as error:

@@ -187,7 +187,10 @@ def keys_of(document: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     for one in listed:
         if not isinstance(one, dict) or one.get("use", "sig") != "sig" or not isinstance(one.get("kid"), str):
             continue
-        algorithm = _ALGORITHMS.get((one.get("kty"), "" if one.get("kty") == "RSA" else one.get("crv")))  # type: ignore[arg-type]
+        family, curve = one.get("kty"), "" if one.get("kty") == "RSA" else one.get("crv")
+        if not isinstance(family, str) or not isinstance(curve, str):
+            continue
+        algorithm = _ALGORITHMS.get((family, curve))
         if algorithm is None or one.get("alg", algorithm) != algorithm:
             continue
         try:

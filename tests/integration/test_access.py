@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -287,6 +288,12 @@ async def _recorded(site: Site, entries: int = 8) -> None:
 
 async def _signed(site: Site, entries: int) -> bool:
     return site.running.plane.audit.number == entries
+
+
+async def test_a_head_that_several_ask_for_at_once_is_signed_for_each(site: Site) -> None:
+    await site.ask("POST", "/v1/api-keys", name="k", role="auditor")
+    answers = await asyncio.gather(*(site.ask("GET", "/v1/audit/head") for _ in range(24)))
+    assert [answer.status_code for answer in answers] == [200] * 24
 
 
 async def test_each_altered_column_is_found(site: Site) -> None:

@@ -18,7 +18,7 @@ from licet.wire.signing import SigningKey, Verifier
 from licet_control_plane.evidence import CHANGES, HEADS, MANIFEST, SIGNATURE, Checked, EvidenceRefused, check
 from licet_control_plane.store import access
 from licet_control_plane.store.schema import audit
-from tests.support.control_plane import deployment, until
+from tests.support.control_plane import deployment
 from tests.support.site import BUNDLE, Site
 from tests.support.valkey import ValkeyProcess
 
@@ -35,13 +35,9 @@ async def site(tmp_path: Path, valkey_process: ValkeyProcess, database_url: str)
         await made.ask("POST", "/v1/bundles", documents=[{"path": "b.yaml", "content": BUNDLE.replace("100", "9")}])
         approved: dict[str, Any] = {"by": "ada", "action": "access_request.approve", "target": "r1"}
         await made.sql(partial(access.record, **approved, before=None, after={}, now_us=2_000_000_000_000_000))
-        await until(partial(_signed, made))
+        assert (await made.ask("GET", "/v1/audit/head")).status_code == 200
         await running.headed(3)  # published, and the same from here on
         yield made
-
-
-async def _signed(site: Site) -> bool:
-    return (await site.ask("GET", "/v1/audit/head")).status_code == 200
 
 
 async def archive(site: Site, **query: str) -> bytes:

@@ -164,6 +164,8 @@ def test_keys_that_are_weak_or_for_something_else_are_left_out() -> None:
         {**good, "kid": "enc", "use": "enc"},
         {**good, "kid": "other", "alg": "PS256"},
         {"kty": "oct", "kid": "secret", "k": "c2VjcmV0"},
+        {"kty": "EC", "crv": ["P-256"], "kid": "odd"},
+        {"kty": {"is": "EC"}, "crv": "P-256", "kid": "odd"},
         {**good, "kid": 7},
     ]
     assert list(keys_of({"keys": [*left_out, good]})) == ["rsa"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Row, select
 
 from licet.wire.signing import VerificationError, Verifier
 from licet_control_plane.core import chain
@@ -166,7 +167,7 @@ class Books:
             mine |= dict.fromkeys(came.missing(lost.first, lost.last), (lost.reason, at))
         return found
 
-    def _log_problem(self, row: object, met: Sequence[tuple[int, int, MetLog]]) -> str:
+    def _log_problem(self, row: Row[Any], met: Sequence[tuple[int, int, MetLog]]) -> str:
         """What is wrong with what a log's row says of the log, by the blocks that name it first."""
         said = MetLog(*(getattr(row, name) for name in MetLog._fields))
         said = said._replace(decision_prefix=bytes(said.decision_prefix))
@@ -175,12 +176,11 @@ class Books:
         for name in MetLog._fields:
             if any(getattr(said, name) != getattr(log, name) for _, _, log in met):
                 return f"its {name} is not what the block says that names it first"
-        log: int = row.log  # type: ignore[attr-defined]
-        if (row.shard, row.first_at) not in {(shard, at) for shard, at, _ in met}:  # type: ignore[attr-defined]
+        if (row.shard, row.first_at) not in {(shard, at) for shard, at, _ in met}:
             return "its shard, or when it was first heard of, is not that of the block that names it first"
         last_at = self._found.last_at.get(said.log_id, 0)
-        is_here = self._plan.counts.get(log, 0) and said.log_id not in self._plan.departures.going
-        if row.last_at < last_at or (is_here and row.last_at != last_at):  # type: ignore[attr-defined]
+        is_here = self._plan.counts.get(row.log, 0) and said.log_id not in self._plan.departures.going
+        if row.last_at < last_at or (is_here and row.last_at != last_at):
             return "the time of its latest event is not that of its events"
         return ""
 
