@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 from sqlalchemy import Connection
 
-from licet.wire.signing import VerificationError
+from licet.wire.signing import VerificationError, Verifier
 from licet_control_plane.redis_link import backoff_s
 from licet_control_plane.signing_keys import SigningKeys
 from licet_control_plane.store import audit_trail
@@ -118,7 +118,9 @@ class AuditKeeper:
 
         def recount(connection: Connection) -> None:
             newest = audit_trail.newest_signed(connection)
-            everything = held if newest is None else [*held, self._head(newest, "in the database")]
+            everything = (
+                held if newest is None else [*held, self._head(newest, "in the database", self._key.verifier())]
+            )
             for step in audit_trail.verify(connection, everything, self._deployment):
                 loop.call_soon_threadsafe(steps.put_nowait, step)
 
@@ -141,11 +143,12 @@ class AuditKeeper:
             data = self._file.read_bytes()
         except FileNotFoundError:
             return None
-        return self._head(data, f"in {self._file}")
+        return self._head(data, f"in {self._file}", self._key.verifier_of_own_files())
 
-    def _head(self, document: bytes, where: str) -> Head:
+    @staticmethod
+    def _head(document: bytes, where: str, verifier: Verifier) -> Head:
         try:
-            return Head.of(document, self._key.verifier())
+            return Head.of(document, verifier)
         except VerificationError as error:
             raise HeadUnreadable(f"the signed head {where}: {error}") from error
 

@@ -117,6 +117,10 @@ class SigningKeys:
         """Believes every key that is valid."""
         return Verifier(self.public_keys)
 
+    def verifier_of_own_files(self) -> Verifier:
+        """Believes every key there ever was: for what this server signed itself, and kept where only it can write."""
+        return Verifier([one.public_key for one in self.stored])
+
     async def refresh(self) -> None:
         """Know what the database says now.
 

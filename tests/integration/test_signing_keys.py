@@ -11,6 +11,7 @@ import pytest
 
 from licet.wire.documents import ACK, HEAD, HEAD_KEY
 from licet.wire.signing import SigningKey, Statement, Verifier, signed_with
+from licet_control_plane.audit_keeper import AUDIT_HEAD_FILE
 from licet_control_plane.signing_keys import SigningKeys
 from licet_control_plane.state_dir import StartError
 from licet_control_plane.store import revisions, signing_keys
@@ -129,6 +130,23 @@ async def test_a_control_plane_that_has_yet_to_follow_cannot_publish_with_the_ol
             revisions.append, kind="license", key="acme", payload={}, sign=late.sign, now_us=1, by="late"
         )
     assert await running.license("acme")
+
+
+async def test_a_head_that_was_kept_under_a_key_that_is_retired_by_now_is_still_held_to(
+    tmp_path: Path, site: Site
+) -> None:
+    file = tmp_path / "state" / AUDIT_HEAD_FILE
+    old = next(iter((await _keys(site)).values()))
+    await site.ask("POST", "/v1/api-keys", name="k", role="auditor")
+    assert (await site.ask("GET", "/v1/audit/head")).status_code == 200
+    kept = file.read_bytes()
+    await _rotated(site)
+    file.write_bytes(kept)  # as another control plane has it that did not sign since
+    assert (await site.ask("POST", f"{PATH}/{old['id']}/retire")).status_code == 200
+    assert (await site.verified())["ok"]
+    assert (await site.ask("GET", "/v1/audit/head")).status_code == 200
+    file.write_bytes(kept)
+    assert (await site.verified())["ok"]
 
 
 async def test_the_database_decides_at_a_start_and_another_deployments_key_does_not_start(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Request
@@ -11,9 +12,11 @@ from licet.wire.signing import SigningKey, key_id_of
 from licet_control_plane.api.auth import Caller, authenticate, plane_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
+from licet_control_plane.audit_keeper import HeadUnreadable
 from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.core.fleet import State
 from licet_control_plane.store import signing_keys
+from licet_control_plane.store.database import DatabaseUnavailable
 from licet_control_plane.store.signing_keys import NEXT, PREVIOUS, KeyStateRefused, StoredKey
 
 router = APIRouter(prefix="/signing-keys")
@@ -95,6 +98,10 @@ async def retire_signing_key(
     except KeyStateRefused as error:
         raise Problem(409, str(error), error.fix) from error
     await plane.key.refresh()
+    # The newest head of the audit trail may be the old key's, which nobody believes from here on. Where this fails, its
+    # keeper goes on trying, and says so.
+    with contextlib.suppress(HeadUnreadable, OSError, DatabaseUnavailable):
+        await plane.audit.sign()
     return _described(plane, retired)
 
 
