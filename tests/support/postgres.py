@@ -13,12 +13,13 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import psycopg
 import pytest
@@ -58,6 +59,21 @@ wait $server
 """
 
 
+_AS_USER: Final = """
+import os, sys
+os.setgroups([])
+os.setgid(int(sys.argv[2]))
+os.setuid(int(sys.argv[1]))
+try:
+    os.execv(sys.argv[3], sys.argv[3:])
+except PermissionError:
+    sys.exit(126)
+"""
+"""Becomes another user, then the program. Not ``Popen(user=…)``: for that Python forks instead of vforking, and the
+child of a process in which gRPC is at work may die of it."""
+_MAY_NOT_RUN: Final = 126
+
+
 class PostgresProcess:
     """One server with a directory of its own. It can be stopped, killed and started again, as an operator's can.
 
@@ -71,11 +87,11 @@ class PostgresProcess:
         self._durable = durable
         self._binaries = _BINARIES
         self._shell: subprocess.Popen[bytes] | None = None
-        self._user: dict[str, Any] = {}
+        self._prefix: list[str] = []
         if os.geteuid() == 0:
             nobody = pwd.getpwnam(_UNPRIVILEGED)
             os.chown(self.directory, nobody.pw_uid, nobody.pw_gid)
-            self._user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            self._prefix = [sys.executable, "-c", _AS_USER, str(nobody.pw_uid), str(nobody.pw_gid)]
         try:
             self._initialize()
         except BaseException:
@@ -106,10 +122,9 @@ class PostgresProcess:
         deadline = time.monotonic() + START_S_MAX
         while True:
             self._shell = subprocess.Popen(
-                ["/bin/sh", "-c", _SUPERVISED, "sh", str(self.directory), *command],
+                [*self._prefix, "/bin/sh", "-c", _SUPERVISED, "sh", str(self.directory), *command],
                 stdin=subprocess.PIPE,
                 cwd=self.directory,
-                **self._user,
             )
             try:
                 self._wait_until_it_answers(deadline)
@@ -155,14 +170,16 @@ class PostgresProcess:
             # The wheel lies where that user may not look.
             self._binaries = self.directory / "pginstall"
             shutil.copytree(_BINARIES, self._binaries)
-            os.chown(self._binaries, self._user["user"], self._user["group"])
+            shutil.chown(self._binaries, _UNPRIVILEGED)
             self._run(command)
 
     def _run(self, command: Sequence[str]) -> None:
         program = str(self._binaries / "bin" / command[0])
         done = subprocess.run(
-            [program, *command[1:]], capture_output=True, cwd=self.directory, check=False, **self._user
+            [*self._prefix, program, *command[1:]], capture_output=True, cwd=self.directory, check=False
         )
+        if done.returncode == _MAY_NOT_RUN:
+            raise PermissionError(program)
         if done.returncode:
             raise RuntimeError(f"{command[0]} failed: {done.stderr.decode(errors='replace').strip()}")
 
