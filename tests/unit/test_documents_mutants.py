@@ -87,7 +87,7 @@ def overflow(rng: random.Random, document: Written) -> str | None:
         (
             {"limits": [{"amount": rng.choice((2**53, 10**29, -1)), "per": "day"}]},
             {"limits": [{"spend": "9007199254741.00 USD", "per": "day"}]},
-            {"price": {"amount": "1." + "0" * 10, "currency": "USD"}},
+            {"price": {"amount": "1." + "0" * 9 + "1", "currency": "USD"}},
             {"seats": 1_000_001},
             {"seats": 1, "heartbeat": "9999999h"},
         )
@@ -123,7 +123,7 @@ def test_what_is_broken_was_sound_and_of_every_kind() -> None:
     assert {document["kind"] for document in DOCUMENTS} == set(SOURCE_OF_KIND)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 4))
 def test_every_broken_document_is_refused_at_its_place_all_at_once(seed: int, count: int) -> None:
     rng = random.Random(seed)
@@ -136,14 +136,12 @@ def test_every_broken_document_is_refused_at_its_place_all_at_once(seed: int, co
         broken[f"{place}.yaml"] = name
     result = validate([SourceFile(path, text) for path, text in texts.items()])
     assert result.catalog is None
-    # What stands between documents is looked at when every file could be read to its end.
-    between = {"unknown_name", "circle", "broken_condition"}
-    # An amount that only overflows in sum is found once the plans below it are whole.
-    expected = {
-        path
-        for path, name in broken.items()
-        if ("cut_off" not in broken.values() or name not in between) and (len(broken) == 1 or name != "overflow")
-    }
+    # What stands between documents is looked at when every file could be read to its end, and conditions over actions
+    # that could be read.
+    kinds = {DOCUMENTS[int(path.partition(".")[0])]["kind"] for path in broken}
+    hidden = {"unknown_name", "circle", "broken_condition"} if "cut_off" in broken.values() else set()
+    hidden |= {"broken_condition"} if "Action" in kinds else set()
+    expected = {path for path, name in broken.items() if name not in hidden}
     assert expected <= {error.file for error in result.errors}, (broken, [str(error) for error in result.errors])
     for error in result.errors:
         lines = texts[error.file].split("\n")
