@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -197,21 +198,34 @@ async def test_reclaims_what_a_dead_sidecar_holds_and_has_not_spent(running: Run
     assert (await running.reclaim()).json()["items"] == []
 
 
+SLOW_S_MAX = 20
+"""No test that is this slow is told apart from one that hangs."""
+
+
+def seconds_in(text: str, pattern: str) -> int:
+    """The seconds that a message names."""
+    found = re.search(pattern, text)
+    assert found, text
+    return int(found[1])
+
+
 async def test_a_sidecar_that_may_live_is_not_reclaimed(running: Running) -> None:
     await running.holds({LIVE: register(20, 8)})
     await running.heard(LIVE, ago_s=3.0)
-    problem = assert_problem(await running.reclaim(LIVE), 409, says="3 s ago")
-    assert "72 s" in problem["fix"]
+    problem = assert_problem(await running.reclaim(LIVE), 409, says=" s ago")
+    assert 3 <= seconds_in(problem["detail"], r"(\d+) s ago") < SLOW_S_MAX
+    assert 75 - SLOW_S_MAX < seconds_in(problem["fix"], r"in (\d+) s") <= 72
     running.plane.fleet._watched_since_s = time.time() - 10.0  # the server itself has only just started to listen
-    problem = assert_problem(await running.reclaim(DEAD), 409, says="nobody listened until 10 s ago")
-    assert "ask again in 6" in problem["fix"]
+    problem = assert_problem(await running.reclaim(DEAD), 409, says="nobody listened until 1")
+    assert 10 <= seconds_in(problem["detail"], r"until (\d+) s ago") < SLOW_S_MAX
+    assert 75 - SLOW_S_MAX < seconds_in(problem["fix"], r"in (\d+) s") < 70
     await running.heard(DEAD, ago_s=400.0)  # also when it is shown as dead
     running.plane.fleet._watched_since_s = time.time() - 10.0
-    assert_problem(await running.reclaim(DEAD), 409, says="nobody listened until 10 s ago")
+    assert_problem(await running.reclaim(DEAD), 409, says="nobody listened until 1")
     assert (await look(running.redis, "acme", running.quota))["sum"] == 20
     dry = (await running.reclaim(LIVE, dry_run=True)).json()
     assert dry["wait_s"] > 0
-    assert "3 s ago" in dry["why_not"]
+    assert 3 <= seconds_in(dry["why_not"], r"(\d+) s ago") < SLOW_S_MAX
 
 
 async def test_a_register_in_use_is_left_whatever_the_registry_says(running: Running) -> None:

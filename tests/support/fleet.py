@@ -20,7 +20,8 @@ from tests.support.valkey import ValkeyProcess, free_port
 
 LICET: Final = [sys.executable, "-m", "licet_control_plane.cli.entry"]
 SIDECAR: Final = [sys.executable, "-m", "licet_sidecar"]
-WAIT_S_MAX: Final = 45.0
+WAIT_S_MAX: Final = 90.0
+"""Only how long a failure takes: machines that are shared differ by a factor of three within the hour."""
 
 
 def wait_until(what: str, condition: Callable[[], object], *, within_s: float = WAIT_S_MAX) -> None:
