@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -13,6 +12,7 @@ from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOp
 from licet_control_plane.cli.context import server_target
 from licet_control_plane.cli.failure import EXIT_NO, EXIT_USAGE, CliError
 from licet_control_plane.cli.output import emit_json, note, say, table
+from licet_control_plane.cli.signed_file import document_in, write
 
 PAGE: Final = 500
 SHOWN: Final = 50
@@ -131,14 +131,7 @@ def head(
     with ControlPlane(server_target(server, api_key)) as control_plane:
         result = control_plane.get("/v1/audit/head")
     if output is not None:
-        try:
-            output.write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise CliError(
-                f"{output} cannot be written: {error.strerror}.",
-                fix="name another file with --output",
-                exit_code=EXIT_USAGE,
-            ) from error
+        write(output, result)
     if as_json:
         emit_json(result)
         return
@@ -240,12 +233,9 @@ def _check(path: Path, public_keys: list[str], as_json: bool) -> None:
 
 
 def _document(path: Path) -> str:
-    from licet_control_plane.store.audit_trail import document_of
+    from licet_control_plane.store.audit_trail import FILE_KIND
 
-    try:
-        return base64.b64encode(document_of(path.read_text())).decode()
-    except (OSError, ValueError) as error:
-        raise bad(f"--head {path}: {error}.", "give a file that licet audit head --output wrote") from error
+    return document_in(path, kind=FILE_KIND, option="--head", made_by="licet audit head")
 
 
 def _since(text: str | None) -> str | None:

@@ -12,10 +12,11 @@ import typer
 
 from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOption, bad
 from licet_control_plane.cli.context import server_target
-from licet_control_plane.cli.failure import EXIT_NO, EXIT_USAGE, CliError
+from licet_control_plane.cli.failure import EXIT_NO, CliError
 from licet_control_plane.cli.output import emit_json, note, say
 from licet_control_plane.cli.progress import bar as _bar
 from licet_control_plane.cli.progress import move as _move
+from licet_control_plane.cli.signed_file import document_in, write
 
 FINDINGS_SHOWN: Final = 20
 
@@ -96,14 +97,7 @@ def checkpoint(
     with ControlPlane(server_target(server, api_key)) as control_plane:
         result = control_plane.get("/v1/ledger/checkpoint")
     if out is not None:
-        try:
-            out.write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise CliError(
-                f"{out} cannot be written: {error.strerror}.",
-                fix="name another file with --output",
-                exit_code=EXIT_USAGE,
-            ) from error
+        write(out, result)
     if as_json:
         emit_json(result)
         return
@@ -269,15 +263,9 @@ def _show_reconciled(result: dict[str, Any]) -> None:
 
 
 def _document(path: Path) -> str:
-    """The signed document in a file, base64."""
-    from licet_control_plane.store.checkpoints import document_of
+    from licet_control_plane.store.checkpoints import FILE_KIND
 
-    try:
-        return base64.b64encode(document_of(path.read_text())).decode()
-    except OSError as error:
-        raise bad(f"--checkpoint {path} cannot be read: {error.strerror}.", "name the file of a checkpoint") from error
-    except ValueError as error:
-        raise bad(f"--checkpoint {path}: {error}.", "make one with: licet ledger checkpoint --output FILE") from error
+    return document_in(path, kind=FILE_KIND, option="--checkpoint", made_by="licet ledger checkpoint")
 
 
 def _by_server(

@@ -7,8 +7,6 @@ the database and in the state directory of each control plane; and on request, t
 from __future__ import annotations
 
 import base64
-import binascii
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,21 +63,6 @@ class Head:
             "public_key": public_key,
             "document": base64.b64encode(self.document).decode(),
         }
-
-
-def document_of(text: str) -> bytes:
-    """The signed document of a head's file.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        found = json.loads(text)
-        if found["kind"] != FILE_KIND:
-            raise ValueError(f"its kind is {found['kind']!r}, not {FILE_KIND!r}")
-        return base64.b64decode(found["document"], validate=True)
-    except (KeyError, TypeError, binascii.Error, json.JSONDecodeError) as error:
-        raise ValueError("it is not a head of an audit trail") from error
 
 
 @dataclass(frozen=True, slots=True)

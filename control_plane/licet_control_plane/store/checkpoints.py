@@ -7,8 +7,6 @@ up to it is fixed.
 from __future__ import annotations
 
 import base64
-import binascii
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -69,21 +67,6 @@ class Checkpoint:
             "public_key": public_key,
             "document": base64.b64encode(self.document).decode(),
         }
-
-
-def document_of(text: str) -> bytes:
-    """The signed document of a checkpoint's file.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        found = json.loads(text)
-        if found["kind"] != FILE_KIND:
-            raise ValueError(f"its kind is {found['kind']!r}, not {FILE_KIND!r}")
-        return base64.b64decode(found["document"], validate=True)
-    except (KeyError, TypeError, binascii.Error, json.JSONDecodeError) as error:
-        raise ValueError("it is not a checkpoint of a ledger") from error
 
 
 class Stored(NamedTuple):
