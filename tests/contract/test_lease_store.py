@@ -16,6 +16,7 @@ from licet.domain.windows import FOREVER_S
 from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Pair
 from licet_sidecar.core.leases import Ask, Granted, Kind, Lease, RateShare, SettleAnswer, SettleCall, Status, Terms
 from licet_sidecar.ports import CallRefused
+from tests.support.control_plane import WAIT_S_MAX
 from tests.support.lease_backends import TENANT, Backend, FakeBackend, RealBackend, real_backend
 from tests.support.valkey import ValkeyProcess
 
@@ -852,7 +853,7 @@ async def test_others_hear_a_recall_and_the_caller_does_not(backend: Backend) ->
             return recall
         raise AssertionError("the channel ended")
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S_MAX):
         listening = [asyncio.create_task(heard_by(two)), asyncio.create_task(heard_by(one))]
         while not listening[0].done():
             await one.recall(TENANT, ["calls:monthly:0", "seats:monthly:0"])

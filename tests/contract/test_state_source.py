@@ -15,6 +15,7 @@ from licet.wire.registers import RUN_SECTIONS, Pair, run_of
 from licet_sidecar.adapters.redis_link import connect
 from licet_sidecar.adapters.redis_state_source import CHANGES_PER_READ_MAX, KEYS_PER_READ_MAX, RedisStateSource
 from licet_sidecar.ports import Change, LinkDown, LinkRefused, StateSource
+from tests.support.control_plane import WAIT_S_MAX
 from tests.support.fake_state_source import FakeStateSource
 from tests.support.valkey import ValkeyProcess, free_port
 
@@ -160,7 +161,7 @@ async def test_a_reading_waits_for_the_first_change(shelf: Shelf) -> None:
     await asyncio.sleep(0.01)
     assert not reading.done()
     await shelf.announce(Change(1, "license", "acme"))
-    assert await asyncio.wait_for(reading, 5) == [Change(1, "license", "acme")]
+    assert await asyncio.wait_for(reading, WAIT_S_MAX) == [Change(1, "license", "acme")]
 
 
 async def test_a_reading_that_was_given_up_does_not_disturb_the_next(shelf: Shelf) -> None:
@@ -231,7 +232,7 @@ async def test_a_reading_ends_when_its_server_does(real: RedisShelf, valkey_proc
     await asyncio.sleep(0.02)
     valkey_process.kill()
     with pytest.raises(LinkDown):
-        await asyncio.wait_for(reading, 3)
+        await asyncio.wait_for(reading, WAIT_S_MAX)
 
 
 async def test_a_paused_server_is_given_up_within_the_timeout(valkey_process: ValkeyProcess) -> None:

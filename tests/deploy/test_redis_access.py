@@ -23,7 +23,7 @@ BASE: Final = TOP / "deploy/k8s/base"
 NAMES: Final = RedisNames()
 SIDECAR_PASSWORD: Final = "sidecar-password"
 SERVER_PASSWORD: Final = "server-password"
-START_S_MAX: Final = 10.0
+START_S_MAX: Final = 60.0
 SEAL_AND_SWEEP: Final = ("seal", "sweep_markers", "sweep_quota")
 
 

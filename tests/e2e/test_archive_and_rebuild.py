@@ -64,7 +64,6 @@ async def load(fleet: Fleet, record: Record) -> None:
     await asking
 
 
-@pytest.mark.timeout(240)
 def test_a_lost_ledger_is_rebuilt_event_by_event_after_kills_under_load(fleet: Fleet) -> None:
     record = Record()
     asyncio.run(load(fleet, record))

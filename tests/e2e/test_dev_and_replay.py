@@ -129,7 +129,6 @@ def workload(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.timeout(180)
 def test_push_is_live_everywhere_when_it_returns(stack: Stack) -> None:
     pushed = stack.push(limit=5_001)
     assert len(pushed["rollout"]["confirmed"]) == 3
@@ -138,7 +137,6 @@ def test_push_is_live_everywhere_when_it_returns(stack: Stack) -> None:
     assert stack.push(limit=5_001)["published"] is False
 
 
-@pytest.mark.timeout(180)
 def test_answers_carry_their_reason(stack: Stack) -> None:
     assert stack.licet("check", "free-rein", "report.view", "--subject", "ada")["reason"] == "OK"
     assert stack.licet("check", "on-a-budget", "report.view", code=1)["reason"] == "NOT_ENTITLED"
@@ -149,7 +147,6 @@ def test_answers_carry_their_reason(stack: Stack) -> None:
     )
 
 
-@pytest.mark.timeout(180)
 def test_malformed_checks_name_their_field(stack: Stack) -> None:
     with licet.Client(stack.ready["sidecars"][0]) as client:
         for field, arguments in {
@@ -162,7 +159,6 @@ def test_malformed_checks_name_their_field(stack: Stack) -> None:
             assert caught.value.field == field
 
 
-@pytest.mark.timeout(180)
 def test_changed_license_is_live_when_update_returns(stack: Stack) -> None:
     stack.licet("license", "create", "moody", "--plan", "unlimited", "--wait")
     for status, effect in (("suspended", "DENIED"), ("active", "APPROVED")):
@@ -172,7 +168,6 @@ def test_changed_license_is_live_when_update_returns(stack: Stack) -> None:
             assert stack.licet("check", "moody", "report.view", "--sidecar", sidecar, code=code)["effect"] == effect
 
 
-@pytest.mark.timeout(180)
 def test_replay_agrees_with_the_ledger(stack: Stack, workload: Path) -> None:
     report = stack.replay(workload, "free-rein", "context+generated", "at")
     units = sum(n % 50 + n % 7 for n in range(600))
@@ -182,7 +177,6 @@ def test_replay_agrees_with_the_ledger(stack: Stack, workload: Path) -> None:
     assert [one["requests"] for one in report["sidecars"]] == [200, 200, 200]
 
 
-@pytest.mark.timeout(180)
 def test_limit_is_never_overspent_and_never_stranded(stack: Stack, workload: Path) -> None:
     stack.licet("license", "create", "bounded", "--plan", "limited", "--override", "llm.tokens:monthly=5000", "--wait")
     report = stack.replay(workload, "bounded", "context+generated", "at")
@@ -192,7 +186,6 @@ def test_limit_is_never_overspent_and_never_stranded(stack: Stack, workload: Pat
     assert report["agrees"] is True
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.skipif(not TRACE.exists(), reason=f"{TRACE.name} is not part of the project and not beside it")
 def test_real_trace_is_held_to_the_unit(stack: Stack) -> None:
     report = stack.replay(TRACE, "free-rein", "ContextTokens+GeneratedTokens", "TIMESTAMP")
@@ -206,7 +199,6 @@ def test_real_trace_is_held_to_the_unit(stack: Stack) -> None:
     assert report["agrees"] is True
 
 
-@pytest.mark.timeout(180)
 def test_ledger_is_consistent_and_priced(stack: Stack, workload: Path) -> None:
     stack.replay(workload, "free-rein", "context+generated", "at")
     assert stack.licet("ledger", "verify")["ok"] is True
@@ -219,14 +211,12 @@ def test_ledger_is_consistent_and_priced(stack: Stack, workload: Path) -> None:
     assert item["cost"][0]["currency"] == "USD"
 
 
-@pytest.mark.timeout(180)
 def test_second_dev_says_that_one_is_running(stack: Stack) -> None:
     ended = subprocess.run([*LICET, "dev", "--temp"], env=stack.env, capture_output=True, text=True, timeout=30)
     assert ended.returncode == 2
     assert stack.ready["server"] in ended.stderr
 
 
-@pytest.mark.timeout(180)
 def test_state_survives_a_restart_of_everything(tmp_path: Path) -> None:
     first = Stack(tmp_path)
     first.push()
@@ -243,7 +233,6 @@ def test_state_survives_a_restart_of_everything(tmp_path: Path) -> None:
     second.wait_until_gone()
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child that its parent died")
 def test_kill_9_leaves_no_process_behind(tmp_path: Path) -> None:
     killed = Stack(tmp_path)
@@ -254,7 +243,6 @@ def test_kill_9_leaves_no_process_behind(tmp_path: Path) -> None:
     assert "licet dev" in ended.stderr
 
 
-@pytest.mark.timeout(180)
 def test_dev_starts_a_dead_sidecar_again_and_stops_when_another_process_dies(tmp_path: Path) -> None:
     broken = Stack(tmp_path)
     os.kill(broken.ready["pids"]["sidecar-1"], signal.SIGKILL)

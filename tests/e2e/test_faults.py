@@ -111,7 +111,6 @@ def pause_redis(fleet: Fleet, _: random.Random) -> None:
     fleet.valkey.resume()
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("faults", "count"),
     [
@@ -129,7 +128,6 @@ def test_answers_hold_under(fleet: Fleet, faults: list[Fault], count: int) -> No
     holds_under(fleet, faults, count)
 
 
-@pytest.mark.timeout(240)
 def test_answers_hold_under_a_killed_postgresql(tmp_path: Path, postgres_process: PostgresProcess) -> None:
     def kill_the_database(*_: object) -> None:
         postgres_process.kill()
@@ -178,7 +176,6 @@ def holds_under(fleet: Fleet, faults: list[Fault], count: int) -> None:
     wait_until("the ledger is consistent", lambda: fleet.licet("ledger", "verify")["ok"])
 
 
-@pytest.mark.timeout(120)
 def test_what_was_answered_as_shipped_outlives_the_pod_and_its_volume(fleet: Fleet) -> None:
     fleet.licet("license", "create", "globex", "--plan", "large", "--wait")
     record = Record()
@@ -207,7 +204,6 @@ def test_what_was_answered_as_shipped_outlives_the_pod_and_its_volume(fleet: Fle
     assert len(record.approved) > 600
 
 
-@pytest.mark.timeout(120)
 def test_a_ledger_restored_from_a_backup_of_mid_run_gets_again_what_it_lost(fleet: Fleet) -> None:
     fleet.licet("license", "create", "globex", "--plan", "large", "--wait")
     record = Record()
@@ -248,7 +244,6 @@ def test_a_ledger_restored_from_a_backup_of_mid_run_gets_again_what_it_lost(flee
     assert fleet.licet("ledger", "verify")["lost"] == []
 
 
-@pytest.mark.timeout(180)
 def test_no_answer_changes_while_redis_is_away_and_leases_last(fleet: Fleet) -> None:
     fleet.licet("license", "create", "globex", "--plan", "large", "--wait")
     record = Record()

@@ -20,8 +20,6 @@ from licet.wire.names import RedisNames
 from licet.wire.signing import SigningKey, Statement, read_own, signed_with
 from tests.support.fleet import Fleet, wait_until
 
-pytestmark = pytest.mark.timeout(240)
-
 CATALOG = """\
 kind: Feature
 name: reports

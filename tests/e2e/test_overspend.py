@@ -209,7 +209,6 @@ def three(tmp_path: Path) -> Iterator[Site]:
     yield from site(tmp_path, count=3, prelude=SHORT_HOLDS)
 
 
-@pytest.mark.timeout(240)
 def test_the_limit_and_no_unit_more_is_spent_when_redis_is_restarted(eight: Site) -> None:
     def restart_twice(race: Race) -> None:
         for spent in (LIMIT // 4, LIMIT // 2):
@@ -223,7 +222,6 @@ def test_the_limit_and_no_unit_more_is_spent_when_redis_is_restarted(eight: Site
     spend_and_compare(race, "restarted")
 
 
-@pytest.mark.timeout(240)
 def test_the_limit_and_no_unit_more_is_spent_when_redis_loses_its_last_writes(eight: Site) -> None:
     """Killed, it comes back as it was a while ago: what ``appendfsync everysec`` may mean when a machine crashes."""
 
@@ -246,7 +244,6 @@ def test_the_limit_and_no_unit_more_is_spent_when_redis_loses_its_last_writes(ei
     spend_and_compare(race, "robbed")
 
 
-@pytest.mark.timeout(240)
 def test_the_limit_and_no_unit_more_is_spent_when_redis_fails_over_and_back(eight: Site) -> None:
     def fail_over_and_back(race: Race) -> None:
         for spent in (LIMIT // 5, LIMIT // 2):
@@ -264,7 +261,6 @@ def test_the_limit_and_no_unit_more_is_spent_when_redis_fails_over_and_back(eigh
     spend_and_compare(race, DURABLE)
 
 
-@pytest.mark.timeout(240)
 def test_what_is_lost_of_a_lost_sidecar_is_the_only_excess_and_there_is_none_of_a_durable_limit(three: Site) -> None:
     servers, last = three.servers, three.fleet.count - 1
     name = re.search(r'"sidecar": "(\w+)"', three.fleet.sidecars[last].log())

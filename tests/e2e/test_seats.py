@@ -14,8 +14,6 @@ from licet.wire.names import RedisNames
 from tests.support.fleet import Fleet, wait_until
 from tests.support.ledger import recorded_decisions
 
-pytestmark = pytest.mark.timeout(180)
-
 CATALOG = """\
 kind: Feature
 name: editor

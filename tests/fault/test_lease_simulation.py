@@ -20,9 +20,6 @@ from tests.fault.lease_simulation import LIMITS, START_MS, TENANT, Faults, Viola
 from tests.support.fake_lease_store import FakeRegisters, Rule
 from tests.support.seeds import batches
 
-pytestmark = pytest.mark.timeout(300)
-"""Hundreds of histories a test; some rules are missed only in one of hundreds."""
-
 SEEDS_EACH: Final = 20
 ABLATION_SEEDS: Final = 300
 """As many as fit in a test's time."""

@@ -16,8 +16,6 @@ from tests.fault.seat_simulation import SeatSimulation, Violation
 from tests.support.fake_seat_store import SeatRule
 from tests.support.seeds import batches
 
-pytestmark = pytest.mark.timeout(300)
-
 SEEDS_EACH: Final = 50
 ABLATION_SEEDS: Final = 100
 

@@ -14,8 +14,6 @@ from licet_sidecar.core.delivery import Acknowledgement, Delivery
 from tests.fault.usage_simulation import Rule, UsageSimulation, Violation
 from tests.support.seeds import batches
 
-pytestmark = pytest.mark.timeout(300)
-
 SEEDS_EACH: Final = 50
 ABLATION_SEEDS: Final = 600
 

@@ -20,7 +20,7 @@ from licet_control_plane.drain.worker import GROUP, NotRecordable
 from licet_control_plane.store import dead_letters, ledger, usage_reports
 from licet_control_plane.store.schema import register_spend
 from licet_control_plane.store.verification import Verification
-from tests.support.control_plane import NAMES, Deployment, deployment, until
+from tests.support.control_plane import NAMES, WAIT_S_MAX, Deployment, deployment, until
 from tests.support.ledger import verification_of
 from tests.support.usage import batch
 from tests.support.valkey import ValkeyProcess
@@ -266,7 +266,7 @@ async def test_a_restart_of_the_control_plane_takes_up_what_it_had_read(running:
     consumer = running.plane.workers[0]._consumer
     await running.redis.xreadgroup(GROUP, consumer, {STREAM: ">"})
     await running.start()
-    await acked(running, 10, within_s=5)
+    await acked(running, 10, within_s=20)
 
 
 async def test_a_dead_workers_batches_are_taken_over(running: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,9 @@ async def send(running: Deployment, one: UsageBatch, *, stream: str = "") -> Non
     await running.redis.xadd(stream or NAMES.usage(usage_shard(one.sidecar)), {"b": one.pack()})
 
 
-async def acked(running: Deployment, watermark: int, *, incarnation: int = 1, within_s: float = 15) -> Statement:
+async def acked(
+    running: Deployment, watermark: int, *, incarnation: int = 1, within_s: float = WAIT_S_MAX
+) -> Statement:
     """The ack of the log once it is at ``watermark``."""
     log = log_id(SIDECAR, incarnation)
 

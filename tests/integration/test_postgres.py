@@ -22,7 +22,7 @@ from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.store.partitions import DEFAULT, Month
 from licet_control_plane.store.schema import events
 from licet_control_plane.store.subjects import SubjectKeys
-from tests.support.control_plane import NAMES, Deployment, deployment, until
+from tests.support.control_plane import NAMES, WAIT_S_MAX, Deployment, deployment, until
 from tests.support.ledger import verification_of
 from tests.support.postgres import PostgresProcess, PostgresServer
 from tests.support.usage import AT_US, batch
@@ -273,7 +273,7 @@ async def test_a_server_that_crashes_again_and_again_loses_and_doubles_nothing(
             await asyncio.to_thread(postgres_process.kill if share != 2 else postgres_process.stop)
             await until(lambda: is_in_trouble(running))
             await asyncio.to_thread(postgres_process.start)
-        await asyncio.wait_for(sending, 40)
+        await asyncio.wait_for(sending, WAIT_S_MAX)
         report = await asyncio.to_thread(verification_of, running.plane.database, running.ledger_key)
         assert (report.ok, report.events, report.conflicts) == (True, 4_000, 0)
         # And so does everything else.

@@ -135,7 +135,7 @@ def test_a_kill_between_reserving_and_committing_loses_nothing(
     sidecar: Sidecar, client: licet.Client, publisher: RedisPublisher
 ) -> None:
     told = client.reserve("acme", "report.export", quantity=40)
-    wait_until("Redis counts it", lambda: registered(publisher) == (0, 40), within_s=10)
+    wait_until("Redis counts it", lambda: registered(publisher) == (0, 40))
     untold = client.reserve("acme", "report.export", quantity=40)
     sidecar.program.kill()
     sidecar.start()
@@ -143,7 +143,7 @@ def test_a_kill_between_reserving_and_committing_loses_nothing(
     assert not client.check("acme", "report.export", quantity=1)
     assert told.commit(quantity=30).committed == {"reports": 30}
     assert untold.commit().committed == {"reports": 40}
-    wait_until("Redis counts it", lambda: registered(publisher) == (90, 0), within_s=10)
+    wait_until("Redis counts it", lambda: registered(publisher) == (90, 0))
     sidecar.program.kill()
     sidecar.start()
     assert told.commit(quantity=30).committed == {"reports": 30}
@@ -154,7 +154,7 @@ def test_a_kill_between_reserving_and_committing_loses_nothing(
 def test_it_expires_by_itself_also_to_a_commit(client: licet.Client, publisher: RedisPublisher) -> None:
     canceled = client.reserve("acme", "report.export", quantity=50, expires_after=1)
     paid = client.reserve("acme", "paid-late", quantity=30)
-    wait_until("both expired", lambda: registered(publisher) == (30, 0), within_s=10)
+    wait_until("both expired", lambda: registered(publisher) == (30, 0))
     assert canceled.commit().state is licet.ReservationState.EXPIRED
     assert paid.commit().committed == {"reports": 30}
 

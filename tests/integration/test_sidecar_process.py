@@ -61,10 +61,10 @@ class Sidecar:
     def start(self, *, ready: bool = True) -> Sidecar:
         self.program.start()
         if ready:
-            wait_until("ready", lambda: self.page("/readyz")[0] == 200 or not self.program.running, within_s=20)
+            wait_until("ready", lambda: self.page("/readyz")[0] == 200 or not self.program.running)
             assert self.program.running, self.program.log()
         else:
-            wait_until("serving", lambda: self.page("/healthz")[0] == 200 or not self.program.running, within_s=20)
+            wait_until("serving", lambda: self.page("/healthz")[0] == 200 or not self.program.running)
         return self
 
     def page(self, path: str) -> tuple[int, str]:
@@ -148,7 +148,7 @@ def test_serves_what_is_published(sidecar: Sidecar, publisher: RedisPublisher) -
     assert [(quota.window, quota.limit, quota.remaining) for quota in response.quotas] == [("month", AMOUNT, 97)]
     assert sidecar.check(ask("nobody")).reason == pb.REASON_NO_LICENSE
     revision = publisher.license("acme", "free")
-    wait_until("the change is live", lambda: sidecar.check().revision == revision, within_s=5)
+    wait_until("the change is live", lambda: sidecar.check().revision == revision)
     assert sidecar.check().reason == pb.REASON_NOT_ENTITLED
 
 
@@ -164,7 +164,7 @@ def test_many_cold_tenants_at_once_are_all_served(sidecar: Sidecar, publisher: R
     tenants = [f"t{number}" for number in range(60)]
     for tenant in tenants:
         publisher.license(tenant)
-    wait_until("synced", lambda: f"revision {publisher.revision}" in sidecar.page("/readyz")[1], within_s=5)
+    wait_until("synced", lambda: f"revision {publisher.revision}" in sidecar.page("/readyz")[1])
     with sidecar.stub() as stub:
         calls = [stub.Check.future(ask(tenant), timeout=5) for tenant in tenants]
         assert {pb.Reason.Name(call.result().reason) for call in calls} == {"REASON_OK"}
@@ -217,7 +217,7 @@ def test_a_unix_socket_is_served_beside_a_port(
 
 def test_usage_reaches_redis_and_is_acknowledged(sidecar: Sidecar, publisher: RedisPublisher) -> None:
     answers = [sidecar.check(quantity=n) for n in (1, 2, 3)]
-    wait_until("shipped", lambda: len(publisher.events()) == 3, within_s=10)
+    wait_until("shipped", lambda: len(publisher.events()) == 3)
     prefix = answers[0].decision_id[:16]
     assert [f"{prefix}{event.seq:016x}" for event in publisher.events()] == [one.decision_id for one in answers]
     (name,) = publisher.sidecars()
@@ -227,7 +227,7 @@ def test_usage_reaches_redis_and_is_acknowledged(sidecar: Sidecar, publisher: Re
         heartbeat = Heartbeat.unpack(publisher.redis.hget(publisher.names.sidecars(), name))
         return (heartbeat.log_last_seq, heartbeat.log_acked_seq) == (3, 3)
 
-    wait_until("acknowledged", acked, within_s=10)
+    wait_until("acknowledged", acked)
 
 
 # Bad input
@@ -330,7 +330,7 @@ def test_an_unreachable_redis_is_told_and_waited_for(tmp_path: Path, made: list[
     server = ValkeyProcess(tmp_path / "valkey")
     made.append(Sidecar(tmp_path, server.url))
     one = made[0].start(ready=False)
-    wait_until("said", lambda: "cannot be reached" in one.page("/readyz")[1], within_s=10)
+    wait_until("said", lambda: "cannot be reached" in one.page("/readyz")[1])
     status, text = one.page("/readyz")
     assert status == 503
     assert f"127.0.0.1:{server.port}" in text
@@ -346,7 +346,7 @@ def test_an_unreachable_redis_is_told_and_waited_for(tmp_path: Path, made: list[
     publisher = RedisPublisher(server.url)
     publisher.push(CATALOG)
     publisher.license("acme")
-    wait_until("ready", lambda: one.page("/readyz")[0] == 200, within_s=15)
+    wait_until("ready", lambda: one.page("/readyz")[0] == 200)
     assert one.check().effect == pb.EFFECT_APPROVED
     publisher.close()
     server.kill()
@@ -356,7 +356,7 @@ def test_a_wrong_password_is_told_with_what_to_do_and_without_the_password(tmp_p
     server = ValkeyProcess(tmp_path / "valkey", password="right").start()
     made.append(Sidecar(tmp_path, f"redis://:hunter2@127.0.0.1:{server.port}/0"))
     one = made[0].start(ready=False)
-    wait_until("said", lambda: "LICET_REDIS_URL" in one.page("/readyz")[1], within_s=10)
+    wait_until("said", lambda: "LICET_REDIS_URL" in one.page("/readyz")[1])
     assert one.page("/readyz")[0] == 503
     assert any("LICET_REDIS_URL" in line["error"] for line in one.log_lines("Redis does not answer"))
     assert "hunter2" not in one.program.log() + one.page("/readyz")[1]
@@ -368,7 +368,7 @@ def test_a_wrong_public_key_never_becomes_ready_and_says_why(
 ) -> None:
     made.append(Sidecar(tmp_path, valkey_process.url, key=OTHER_KEY.public_key))
     one = made[0].start(ready=False)
-    wait_until("said", lambda: KEY.key_id in one.page("/readyz")[1], within_s=10)
+    wait_until("said", lambda: KEY.key_id in one.page("/readyz")[1])
     assert "configure the control plane's public key" in one.page("/readyz")[1]
     with one.stub() as stub, pytest.raises(grpc.RpcError) as caught:
         stub.Check(ask(), timeout=5)
@@ -381,7 +381,7 @@ def test_while_redis_is_paused_leases_carry_on_and_answers_say_degraded(
     sidecar.check(ask("large"))
     valkey_process.pause()
     try:
-        wait_until("noticed", lambda: "degraded" in sidecar.page("/readyz")[1], within_s=10)
+        wait_until("noticed", lambda: "degraded" in sidecar.page("/readyz")[1])
         response = sidecar.check(ask("large", quantity=100))
         assert (response.effect, response.reason, response.degraded) == (pb.EFFECT_APPROVED, pb.REASON_OK, True)
         assert sidecar.page("/readyz")[0] == 200
@@ -389,7 +389,7 @@ def test_while_redis_is_paused_leases_carry_on_and_answers_say_degraded(
         assert (denied.reason, denied.degraded) == (pb.REASON_DEGRADED_DENY, True)
     finally:
         valkey_process.resume()
-    wait_until("recovered", lambda: sidecar.check(ask("large", quantity=900_000)).reason == pb.REASON_OK, within_s=15)
+    wait_until("recovered", lambda: sidecar.check(ask("large", quantity=900_000)).reason == pb.REASON_OK)
 
 
 # Ends
@@ -405,7 +405,7 @@ def test_a_killed_process_keeps_its_id_and_its_count(sidecar: Sidecar, publisher
     approved += sidecar.approved(200)
     assert approved == AMOUNT
     assert publisher.sidecars() == [before]
-    wait_until("all is shipped", lambda: len(publisher.events()) >= 270, within_s=10)
+    wait_until("all is shipped", lambda: len(publisher.events()) >= 270)
     units = sum(units for event in publisher.events() for _, units in event.spends)
     assert units == AMOUNT
     sidecar.stop()
@@ -456,7 +456,7 @@ def test_two_sidecars_share_a_limit_to_the_unit(
 
 def test_sigterm_returns_leases_deregisters_and_ends_well(sidecar: Sidecar, publisher: RedisPublisher) -> None:
     sidecar.check(ask("large", quantity=5))
-    wait_until("registered", lambda: publisher.sidecars(), within_s=5)
+    wait_until("registered", lambda: publisher.sidecars())
     ((granted, _, _),) = publisher.registers("large").values()
     assert granted > 5
     assert sidecar.stop() == 0
@@ -472,7 +472,7 @@ def test_sigterm_while_redis_is_away_ends_within_its_grace(
 ) -> None:
     sidecar.check(quantity=5)
     valkey_process.pause()
-    wait_until("noticed", lambda: "degraded" in sidecar.page("/readyz")[1], within_s=10)
+    wait_until("noticed", lambda: "degraded" in sidecar.page("/readyz")[1])
     assert sidecar.stop() == 0
     valkey_process.resume()
     assert len(list(sidecar.state_dir.glob("usage-*.log"))) == 1
@@ -482,7 +482,7 @@ def test_a_restart_without_redis_serves_from_disk(
     sidecar: Sidecar, publisher: RedisPublisher, valkey_process: ValkeyProcess
 ) -> None:
     sidecar.check(action="free")
-    wait_until("saved", lambda: (sidecar.state_dir / "snapshot").exists(), within_s=5)
+    wait_until("saved", lambda: (sidecar.state_dir / "snapshot").exists())
     assert sidecar.stop() == 0
     valkey_process.stop()
     sidecar.start()
@@ -500,7 +500,7 @@ def test_a_damaged_log_costs_the_id_and_no_event_that_can_be_read(sidecar: Sidec
     path.write_bytes(bytes(data))
     sidecar.start()
     assert sidecar.log_lines("the usage log is damaged")
-    wait_until("under a new id", lambda: set(publisher.sidecars()) - {before}, within_s=5)
+    wait_until("under a new id", lambda: set(publisher.sidecars()) - {before})
     granted_before = sum(granted for granted, _, _ in publisher.registers("acme").values())
     assert sidecar.approved(AMOUNT) <= AMOUNT - min(granted_before, AMOUNT)
 

@@ -30,7 +30,7 @@ from licet_control_plane.store.subjects import SubjectKeys
 
 NAMES: Final = RedisNames()
 MONTHLY: Final = LimitKey("reports:monthly")
-WAIT_S_MAX: Final = 30.0
+WAIT_S_MAX: Final = 90.0
 
 
 def catalog(amount: int = 100, *, per: Period = Period.MONTH, plans: tuple[str, ...] = ("pro",)) -> Catalog:

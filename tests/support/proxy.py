@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 CHUNK_BYTES: Final = 65_536
-START_S_MAX: Final = 10.0
+START_S_MAX: Final = 60.0
 
 
 class TcpProxy:

@@ -47,7 +47,7 @@ from tests.support.published import KEY
 
 SIDECAR: Final = "5" * 32
 EPOCH: Final = 1
-WAIT_S_MAX: Final = 20.0
+WAIT_S_MAX: Final = 90.0
 
 
 async def until(condition: Callable[[], object], *, within_s: float = WAIT_S_MAX) -> None:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from licet.domain.approvals import TEXT_CHARS_MAX, RequestState
 from licet_control_plane.access_desk import RequestUnknown, principal
 from licet_control_plane.api.amounts import Amount
-from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.core import access_requests as core
@@ -31,7 +31,7 @@ EXPIRES_AFTER_S_DEFAULT: Final = 3_600
 _ID: Final = re.compile(r"[0-9A-Za-z]{32}")
 _DIGITS: Final = re.compile(r"[0-9]{1,18}")
 
-router = APIRouter(prefix="/access-requests")
+router = v1_router("/access-requests")
 
 
 class Approval(BaseModel):

@@ -5,18 +5,18 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from licet.domain.ids import TENANT_PATTERN
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, storable
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, storable, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us, parse_us
 from licet_control_plane.core.access import KEY_ID_BYTES, SECRET_BYTES, Role, key_text
 from licet_control_plane.store import access
 from licet_control_plane.store.access import ApiKey, KeyNameTaken, KeyUnknown
 
-router = APIRouter(prefix="/api-keys")
+router = v1_router("/api-keys")
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
 """No colon: names of tokens' subjects have one, so that the two never meet in the audit trail."""

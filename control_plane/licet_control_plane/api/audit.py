@@ -9,12 +9,12 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from licet.wire.signing import VerificationError, Verifier
-from licet_control_plane.api.auth import TenantAsked, plane_of, storable
+from licet_control_plane.api.auth import TenantAsked, plane_of, storable, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.proof import JSON_LINES, PROGRESS_S
 from licet_control_plane.api.times import format_us, parse_us
@@ -24,7 +24,7 @@ from licet_control_plane.store import audit_trail
 from licet_control_plane.store.audit_trail import AuditFilter, Head, Recounted
 from licet_control_plane.store.database import DatabaseUnavailable
 
-router = APIRouter(prefix="/audit")
+router = v1_router("/audit")
 
 PAGE_MAX: Final = 1_000
 HEADS_MAX: Final = 100

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import structlog
-from fastapi import Depends, Request
+from fastapi import APIRouter, Depends, Request
 
-from licet_control_plane.api.access import OPEN, Reach, Rule, rule_of
+from licet_control_plane.api.access import Reach, Rule, rule_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.requests import request_id
 from licet_control_plane.control_plane import ControlPlane
@@ -126,6 +126,11 @@ async def authenticate(request: Request) -> Caller:
             await _denied(request, rule, origin, by=caller.name, tenant=tenant, problem=problem)
         raise problem
     return caller
+
+
+def v1_router(prefix: str = "") -> APIRouter:
+    """A router under ``/v1`` whose every route authenticates."""
+    return APIRouter(prefix=f"/v1{prefix}", dependencies=[Depends(authenticate)])
 
 
 async def tenant_asked(caller: Annotated[Caller, Depends(authenticate)], tenant: str = "") -> str:
@@ -268,4 +273,4 @@ def _address(request: Request) -> str:
 def _path_of(request: Request) -> str:
     """The route's path, as the table has it."""
     path: str = request.scope["route"].path
-    return path if path.startswith("/v1") or path in OPEN else f"/v1{path}"
+    return path

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
 from licet.domain.catalog import Catalog
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
 from licet_control_plane.api.bundles import DocumentFile, described, validated
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
@@ -22,7 +22,7 @@ from licet_control_plane.core.documents.writing import as_pairs, stamped, write_
 from licet_control_plane.store import bundles, licenses, meta
 from licet_control_plane.store.bundles import Bundle, Origin
 
-router = APIRouter()
+router = v1_router()
 
 PAGE_MAX: Final = 100
 """Bundles in one answer: each is compared with the one before it, by the digests of its documents."""

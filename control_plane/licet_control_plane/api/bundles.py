@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from licet.domain.catalog import Catalog
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.changes import Pushed
@@ -17,7 +17,7 @@ from licet_control_plane.core.documents import SourceFile, validate
 from licet_control_plane.core.fleet import Sidecar, rollout
 from licet_control_plane.store import bundles, revisions
 
-router = APIRouter()
+router = v1_router()
 
 
 class DocumentFile(BaseModel):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 
 from licet.wire.usage import FLAG_DEGRADED, FLAG_OBSERVED, FLAG_STALE
-from licet_control_plane.api.auth import TenantAsked, plane_of
+from licet_control_plane.api.auth import TenantAsked, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import parse_us
 from licet_control_plane.core.event_view import event_json
@@ -15,7 +15,7 @@ from licet_control_plane.store import decisions
 from licet_control_plane.store.decisions import Cursor
 from licet_control_plane.store.event_reports import Recorded
 
-router = APIRouter()
+router = v1_router()
 
 PAGE_MAX: Final = 5_000
 _LAST_US: Final = 253_402_300_799_000_000

@@ -8,12 +8,12 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from typing import IO, Annotated, Any, Final
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection
 
 from licet_control_plane import evidence
-from licet_control_plane.api.auth import plane_of
+from licet_control_plane.api.auth import plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.proof import verify_ledger
 from licet_control_plane.api.times import format_us, parse_us
@@ -24,7 +24,7 @@ from licet_control_plane.evidence import Interval
 from licet_control_plane.store import audit_trail, bundles, checkpoints
 from licet_control_plane.store.audit_trail import Recounted
 
-router = APIRouter(prefix="/audit")
+router = v1_router("/audit")
 
 MEMORY_BYTES_MAX: Final = 8 * 1024 * 1024
 """Of an archive that is being made; what is more is in a temporary file."""

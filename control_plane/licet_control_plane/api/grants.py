@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, StrictInt
 
 from licet.domain.catalog import Grant
 from licet_control_plane.api.amounts import Amount
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
 from licet_control_plane.api.times import format_s, parse_s
 from licet_control_plane.changes import LicenseUnknown
 from licet_control_plane.core.grants import PRIORITY_DEFAULT, GrantAsked, shown_amount, state_of
 from licet_control_plane.store import licenses
 
-router = APIRouter(prefix="/licenses/{tenant}/grants")
+router = v1_router("/licenses/{tenant}/grants")
 
 
 class NewGrant(BaseModel):

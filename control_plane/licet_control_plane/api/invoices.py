@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
 from licet.domain.money import divide_half_even, format_minor, format_nanos
 from licet.domain.windows import Period, Window, window_at
 from licet.wire.usage import log_id
-from licet_control_plane.api.auth import plane_of
+from licet_control_plane.api.auth import plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, parse_s
 from licet_control_plane.changes import LicenseUnknown
@@ -19,7 +19,7 @@ from licet_control_plane.core.billing import Line
 from licet_control_plane.core.fleet import LIVE_S_MAX, is_undrained
 from licet_control_plane.store import billing, reconciling
 
-router = APIRouter()
+router = v1_router()
 
 NAMED_MAX: Final = 100
 """Sidecars and gaps that an answer names; their number is said in full."""

@@ -7,20 +7,20 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Depends, Query, Request
 from sqlalchemy import Row
 
 from licet.domain.outcomes import Effect, Reason
 from licet.wire.envelope import EnvelopeError
 from licet.wire.usage import UsageBatch, UsageEvent, unpack_event
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.drain.worker import NotRecordable
 from licet_control_plane.store import conflicts, dead_letters
 from licet_control_plane.store.conflicts import Conflict, ConflictKey
 
-router = APIRouter()
+router = v1_router()
 
 EVENTS_SHOWN: Final = 20
 """Of a batch, to see what it is about; ``raw`` has all of it."""

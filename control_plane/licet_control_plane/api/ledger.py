@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 
-from licet_control_plane.api.auth import TenantAsked, plane_of
+from licet_control_plane.api.auth import TenantAsked, plane_of, v1_router
 from licet_control_plane.api.times import parse_us
 from licet_control_plane.store import ledger_reports
 
-router = APIRouter()
+router = v1_router()
 
 From = Annotated[str, Query(alias="from")]
 To = Annotated[str, Query()]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import Depends, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, StrictInt
 
 from licet.domain.catalog import License, LicenseStatus
 from licet_control_plane.api import grants
 from licet_control_plane.api.amounts import Amount
-from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, format_us, parse_s
 from licet_control_plane.changes import LicenseUnknown
@@ -18,7 +18,7 @@ from licet_control_plane.core.grants import shown_amount
 from licet_control_plane.store import licenses
 from licet_control_plane.store.licenses import StoredLicense
 
-router = APIRouter(prefix="/licenses")
+router = v1_router("/licenses")
 
 
 class LicenseChange(BaseModel):

@@ -12,13 +12,13 @@ import zlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import Depends, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection
 
 from licet.wire.signing import VerificationError, Verifier
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.control_plane import ControlPlane
@@ -28,7 +28,7 @@ from licet_control_plane.store.partitions import Month
 from licet_control_plane.store.retention import MonthRefused
 from licet_control_plane.store.schema import events
 
-router = APIRouter()
+router = v1_router()
 
 FORMAT: Final = "licet-ledger-month/1"
 PAGE_ROWS: Final = 5_000

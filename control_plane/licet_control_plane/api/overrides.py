@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.override_desk import OverrideAsked, OverrideUnknown
@@ -19,7 +19,7 @@ LIST_MAX: Final = 500
 
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 
-router = APIRouter(prefix="/overrides")
+router = v1_router("/overrides")
 
 
 class NewOverride(BaseModel):

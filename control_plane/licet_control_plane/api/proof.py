@@ -12,13 +12,13 @@ from dataclasses import asdict
 from typing import Annotated, Any, Final
 
 import structlog
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from licet.wire.signing import VerificationError, Verifier
-from licet_control_plane.api.auth import plane_of
+from licet_control_plane.api.auth import plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.archive.files import ArchiveUnavailable
 from licet_control_plane.control_plane import ControlPlane
@@ -29,7 +29,7 @@ from licet_control_plane.store.checkpoints import Checkpoint
 from licet_control_plane.store.database import DatabaseUnavailable
 from licet_control_plane.store.verification import Progress, Verification, verify
 
-router = APIRouter()
+router = v1_router()
 log: Final = structlog.get_logger(__name__)
 
 JSON_LINES: Final = "application/jsonl"

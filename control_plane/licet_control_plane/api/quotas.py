@@ -7,12 +7,12 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Depends, Query, Request
 from pydantic import BaseModel, ConfigDict
 
 from licet.domain.windows import FOREVER_S
 from licet.wire.registers import parts_of_marker
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s
 from licet_control_plane.changes import LicenseUnknown
@@ -27,7 +27,7 @@ from licet_control_plane.publisher.reclaim import Outcome, Reclaimed
 from licet_control_plane.publisher.registers import SealStatus
 from licet_control_plane.store import ledger, licenses
 
-router = APIRouter()
+router = v1_router()
 
 RECLAIM_S_MAX: Final = 5.0
 """For one request; the answer says where to go on."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Body, Depends, Request, Response
+from fastapi import Body, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from licet.wire.documents import Snapshot
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import USAGE_SHARDS, usage_shard
 from licet.wire.usage import UsageBatch, unpack_batches
-from licet_control_plane.api.auth import authenticate, plane_of
+from licet_control_plane.api.auth import plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.store import snapshots
 
@@ -22,7 +22,7 @@ TENANTS_MAX: Final = 10_000
 """Of one request: as many licenses as a sidecar keeps."""
 OCTETS: Final = "application/octet-stream"
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
+router = v1_router()
 
 
 class SnapshotRequest(BaseModel):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict
 
 from licet.wire.signing import SigningKey, key_id_of
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.audit_keeper import HeadUnreadable
@@ -19,7 +19,7 @@ from licet_control_plane.store import signing_keys
 from licet_control_plane.store.database import DatabaseUnavailable
 from licet_control_plane.store.signing_keys import NEXT, PREVIOUS, KeyStateRefused, StoredKey
 
-router = APIRouter(prefix="/signing-keys")
+router = v1_router("/signing-keys")
 
 NAMED_MAX: Final = 10
 """Sidecars that a refusal names."""

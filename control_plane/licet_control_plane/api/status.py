@@ -8,7 +8,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from licet_control_plane.api.auth import plane_of
+from licet_control_plane.api.auth import plane_of, v1_router
 from licet_control_plane.api.times import format_us
 from licet_control_plane.store import meta
 from licet_control_plane.store.database import DatabaseUnavailable
@@ -18,7 +18,7 @@ HEAD_AGE_S_MAX: Final = 10.0
 """Heads go out each second; ten missed, and sidecars will soon answer stale."""
 
 open_router = APIRouter()
-router = APIRouter()
+router = v1_router()
 
 
 @open_router.get("/healthz")

@@ -9,12 +9,12 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import Depends, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
-from licet_control_plane.api.auth import Caller, authenticate, plane_of
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
 from licet_control_plane.api.proof import JSON_LINES
 from licet_control_plane.archive.files import ArchiveDamaged, ArchiveUnavailable
 from licet_control_plane.archive.follower import Archive
@@ -23,7 +23,7 @@ from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.store import access, access_requests, ledger
 from licet_control_plane.store.database import DatabaseUnavailable
 
-router = APIRouter()
+router = v1_router()
 
 PAGE_EVENTS: Final = 1_000
 NAME_CHARS_MAX: Final = 4_096

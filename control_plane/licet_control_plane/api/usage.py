@@ -10,11 +10,11 @@ from enum import IntEnum
 from typing import Annotated, Any, Final, TypeVar
 
 import msgpack
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 
 from licet.domain.money import format_nanos
 from licet.domain.outcomes import Effect, Reason
-from licet_control_plane.api.auth import TenantAsked, plane_of
+from licet_control_plane.api.auth import TenantAsked, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, format_us, parse_us
 from licet_control_plane.core.event_view import event_json
@@ -23,7 +23,7 @@ from licet_control_plane.store import event_reports, usage_reports
 from licet_control_plane.store.event_reports import EventFilter, Place, Recorded
 from licet_control_plane.store.usage_reports import Interval, Order, Usage
 
-router = APIRouter(prefix="/usage")
+router = v1_router("/usage")
 
 E = TypeVar("E", bound=IntEnum)
 From = Annotated[str, Query(alias="from")]
