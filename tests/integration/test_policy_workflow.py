@@ -7,10 +7,10 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from licet import AsyncClient, Client, InvalidRequest, Reason, Subject
+from tests.support import plain_http
 from tests.support.command_line import CommandLine, Ended, licet_command
 from tests.support.fleet import Fleet, wait_until
 
@@ -284,7 +284,7 @@ async def test_the_asynchronous_client_explains_too(licet: Licet, catalog: Path,
 def recorded(fleet: Fleet, tenant: str) -> int:
     """How many decisions on a tenant the ledger has."""
     headers = {"Authorization": f"Bearer {(fleet.directory / 'server' / 'admin-key').read_text().strip()}"}
-    page = httpx.get(f"{fleet.server_url}/v1/decisions", params={"tenant": tenant}, headers=headers).json()
+    page = plain_http.get(f"{fleet.server_url}/v1/decisions", params={"tenant": tenant}, headers=headers).json()
     return int(page["total"])
 
 
@@ -368,7 +368,7 @@ def test_decisions_are_read_page_by_page(licet: Licet, catalog: Path, fleet: Fle
         found: list[dict[str, object]] = []
         after = ""
         while True:
-            page = httpx.get(
+            page = plain_http.get(
                 f"{fleet.server_url}/v1/decisions", params={"limit": limit, "after": after, **query}, headers=headers
             ).json()
             assert len(page["items"]) <= limit
@@ -394,5 +394,5 @@ def test_decisions_are_read_page_by_page(licet: Licet, catalog: Path, fleet: Fle
     assert [one["decision_id"] for one in later] == [one["decision_id"] for one in only[2:]]
     assert pages(3, to="2020-01-01T00:00:00Z") == []
     for after in ("x", "1:2", "1:x:a", "9" * 30 + ":" + "9" * 30 + ":a"):
-        refused = httpx.get(f"{fleet.server_url}/v1/decisions", params={"after": after}, headers=headers)
+        refused = plain_http.get(f"{fleet.server_url}/v1/decisions", params={"after": after}, headers=headers)
         assert refused.status_code == 422

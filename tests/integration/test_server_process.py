@@ -21,6 +21,7 @@ from licet_control_plane.state_dir import read_ledger_key
 from licet_control_plane.store import access, ledger, meta
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.subjects import SubjectKeys
+from tests.support import plain_http
 from tests.support.usage import batch
 from tests.support.valkey import ValkeyProcess, free_port
 
@@ -58,7 +59,7 @@ class Server:
 
     def answers(self, path: str) -> int:
         try:
-            return httpx.get(self.url + path).status_code
+            return plain_http.get(self.url + path).status_code
         except httpx.TransportError:
             return 0
 
@@ -94,7 +95,7 @@ def test_the_first_start_makes_keys_that_stay_and_sigterm_ends_it(
     assert (state / "licet.db").stat().st_mode & 0o077 == 0
     key = (state / "admin-key").read_text().strip()
     headers = {"Authorization": f"Bearer {key}"}
-    first = httpx.get(f"{server.url}/v1/status", headers=headers).json()
+    first = plain_http.get(f"{server.url}/v1/status", headers=headers).json()
     public = (state / "public-key.txt").read_text()
     assert public.startswith("ed25519:")
     assert key not in server.log.read_text()
@@ -102,7 +103,7 @@ def test_the_first_start_makes_keys_that_stay_and_sigterm_ends_it(
 
     again = start(valkey_process.url)
     again.wait(lambda: again.answers("/readyz") == 200)
-    second = httpx.get(f"{again.url}/v1/status", headers=headers).json()
+    second = plain_http.get(f"{again.url}/v1/status", headers=headers).json()
     assert second["deployment"] == first["deployment"]
     assert (state / "public-key.txt").read_text() == public
     assert again.end(signal.SIGINT) == 0
@@ -184,7 +185,7 @@ def test_of_two_servers_on_one_postgresql_the_second_takes_over_when_the_first_i
     start: Callable[..., Server], valkey_process: ValkeyProcess, postgres_url: str, tmp_path: Path
 ) -> None:
     def publisher(server: Server) -> str:
-        state: str = httpx.get(f"{server.url}/readyz").json()["checks"]["publisher"]["state"]
+        state: str = plain_http.get(f"{server.url}/readyz").json()["checks"]["publisher"]["state"]
         return state
 
     def end_lease() -> None:  # as fifteen seconds would

@@ -27,6 +27,7 @@ from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.store import access, meta
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.subjects import SubjectKeys
+from tests.support.sqlite import new_database
 
 NAMES: Final = RedisNames()
 MONTHLY: Final = LimitKey("reports:monthly")
@@ -112,6 +113,8 @@ class Deployment:
             new_generation=new_generation,
             **self.settings,
         )
+        if not self.database_url:
+            new_database(self.state_dir / "licet.db")
         database = Database(config.database)
         database.migrate()
         if database.write_now(meta.ensure, deployment="d" * 32, now_us=1):

@@ -26,6 +26,7 @@ import pytest
 from sqlalchemy import make_url
 
 from licet_control_plane.store.database import Database
+from tests.support.sqlite import new_database
 from tests.support.valkey import free_port
 
 URL_VARIABLE: Final = "LICET_TEST_POSTGRES_URL"
@@ -248,7 +249,7 @@ class PostgresServer:
     def database(self) -> Iterator[str]:
         """A migrated, empty database's URL; the database is gone afterwards."""
         name = f"licet_{secrets.token_hex(8)}"
-        self._create(name, f" TEMPLATE {self._template}")
+        self._create(name, f" TEMPLATE {self._template} STRATEGY FILE_COPY")
         try:
             yield self.url(name)
         finally:
@@ -306,19 +307,19 @@ _BOTH: Final = ["sqlite", "postgresql"]
 
 @pytest.fixture(params=_BOTH)
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database: every test that asks runs over both kinds."""
+    """A migrated, empty database: every test that asks runs over both kinds."""
     return _new_database(request, tmp_path)
 
 
 @pytest.fixture(params=_BOTH if os.environ.get(DATABASES_VARIABLE) == "all" else _BOTH[:1])
 def long_suite_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty SQLite database; over both kinds only when all is wanted."""
+    """A migrated, empty SQLite database; over both kinds only when all is wanted."""
     return _new_database(request, tmp_path)
 
 
 def _new_database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'licet.db'}"
+        return new_database(tmp_path / "licet.db")
     url: str = request.getfixturevalue("postgres_url")
     return url
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pytest
-import typer
 import yaml
 
 from licet.domain.outcomes import Reason
-from licet_control_plane.cli.app import app
+from licet_control_plane.cli.app import command as licet
 from licet_control_plane.core.documents import SourceFile, validate
 from licet_control_plane.core.documents.suites import read_suites
 from licet_sidecar import config
@@ -170,7 +169,7 @@ def _commands() -> Iterator[Command]:
         variables = frozenset(str(one.envvar) for one in options if one.envvar)
         yield Command(name, longs, variables)
 
-    yield from walk(typer.main.get_command(app), "licet")
+    yield from walk(licet, "licet")
 
 
 COMMANDS: Final = list(_commands())
@@ -223,7 +222,7 @@ def test_defaults_of_settings_are_those_the_programs_have() -> None:
 
 
 def _server_options() -> list[Any]:
-    commands: Any = typer.main.get_command(app)
+    commands: Any = licet
     return [one for one in commands.commands["server"].params if one.opts[0] != "--help"]
 
 

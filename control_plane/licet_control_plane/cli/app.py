@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
+import typer.main
 
 from licet_control_plane.cli import (
     api_keys,
@@ -181,3 +182,6 @@ _signing_key.command("generate", epilog=EXIT_CODES_HELP)(signing_keys.generate)
 _signing_key.command("rotate", epilog=EXIT_CODES_HELP)(signing_keys.rotate)
 _signing_key.command("retire", epilog=EXIT_CODES_HELP)(signing_keys.retire)
 _signing_key.command("list", epilog=EXIT_CODES_HELP)(signing_keys.list_)
+
+command: Final = typer.main.get_command(app)
+"""The finished tree. Calling ``app`` would build it anew each time."""

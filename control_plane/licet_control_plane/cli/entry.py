@@ -14,7 +14,7 @@ def main() -> int:
     # gRPC reports on standard error what its caller learns from the status anyway. It reads this when it is loaded.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
-        from licet_control_plane.cli.app import app
+        from licet_control_plane.cli.app import command
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("licet", "licet_control_plane"):
             raise  # a defect of ours, not a missing library
@@ -23,7 +23,7 @@ def main() -> int:
     from licet_control_plane.cli.failure import EXIT_NO, CliError
 
     try:
-        app(prog_name="licet")
+        command(prog_name="licet")
     except CliError as error:
         print(f"licet: {error}", file=sys.stderr)
         if error.fix:
