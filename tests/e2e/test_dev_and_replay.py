@@ -19,7 +19,7 @@ import licet
 from licet_control_plane.cli.context import process_started
 
 LICET = [sys.executable, "-m", "licet_control_plane.cli.entry"]
-START_S_MAX = 60.0
+START_S_MAX = 120.0
 TRACE = Path(__file__).parents[3] / "shared" / "data" / "azure_llm_2023_code.csv"
 
 CATALOG = """\
@@ -96,13 +96,13 @@ class Stack:
     def end(self, how: signal.Signals) -> int:
         if self.process.poll() is None:
             self.process.send_signal(how)
-        code = self.process.wait(40)
+        code = self.process.wait(90)
         assert self.process.stdout is not None
         self.process.stdout.close()
         return code
 
     def wait_until_gone(self) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while alive := [name for name, pid in self.ready["pids"].items() if process_started(pid)]:
             assert time.monotonic() < deadline, f"left behind: {alive}"
             time.sleep(0.05)

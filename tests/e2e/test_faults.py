@@ -7,6 +7,7 @@ spent can still be spent (P2), and the ledger holds every answered decision exac
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import shutil
 import sqlite3
@@ -57,13 +58,15 @@ features:
 """
 ACTIONS = ["report.export", "report.synced", "report.shipped"]
 APPROVED = 1
+_NUMBERS = itertools.count()
 AWAY_S = 10
 """How long Redis answers nothing. A lease can be spent for 60 seconds after its last renewal."""
 
 
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with started(Fleet(tmp_path)) as fleet:
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """One for several tests, each with a tenant of its own."""
+    with started(Fleet(tmp_path_factory.mktemp("fleet"))) as fleet:
         yield fleet
 
 
@@ -72,10 +75,16 @@ def started(fleet: Fleet) -> Iterator[Fleet]:
     try:
         fleet.start()
         fleet.push(CATALOG)
-        fleet.licet("license", "create", "acme", "--plan", "pro", "--wait")
         yield fleet
     finally:
         fleet.stop()
+
+
+def licensed(fleet: Fleet, plan: str) -> str:
+    """A new tenant."""
+    tenant = f"tenant-{next(_NUMBERS)}"
+    fleet.licet("license", "create", tenant, "--plan", plan, "--wait")
+    return tenant
 
 
 Fault = Callable[[Fleet, random.Random], None]
@@ -139,20 +148,21 @@ def test_answers_hold_under_a_killed_postgresql(tmp_path: Path, postgres_process
 
 def holds_under(fleet: Fleet, faults: list[Fault], count: int) -> None:
     """``count`` faults hit a fleet at work, in turn; then everything that clients were told holds."""
+    tenant = licensed(fleet, "pro")
     record = Record()
     chance = random.Random(count)
 
     async def load() -> None:
         until = asyncio.Event()
         clients = asyncio.create_task(
-            drive(fleet.addresses, record, tenant="acme", action=ACTIONS, until=until, clients=12, pause_s=0.02)
+            drive(fleet.addresses, record, tenant=tenant, action=ACTIONS, until=until, clients=12, pause_s=0.04)
         )
         for number in range(count):
             before = len(record.approved) + len(record.refused)
             await asyncio.to_thread(faults[number % len(faults)], fleet, chance)
             # Some answers in between, whatever they are: every fault hits a system at work.
             await asyncio.to_thread(
-                wait_until, "answers go on", lambda then=before: len(record.approved) + len(record.refused) > then + 200
+                wait_until, "answers go on", lambda then=before: len(record.approved) + len(record.refused) > then + 150
             )
         until.set()
         await clients
@@ -162,8 +172,8 @@ def holds_under(fleet: Fleet, faults: list[Fault], count: int) -> None:
         fleet.wait_ready(number)
 
     answered = record.approved.keys() | record.refused.keys()
-    wait_until("the ledger has every answer", lambda: answered <= recorded_decisions(fleet).keys())
-    ledger = recorded_decisions(fleet)
+    wait_until("the ledger has every answer", lambda: answered <= recorded_decisions(fleet, tenant).keys())
+    ledger = recorded_decisions(fleet, tenant)
     assert {name: ledger[name] for name in record.approved} == {
         name: (APPROVED, units) for name, units in record.approved.items()
     }
@@ -171,19 +181,24 @@ def holds_under(fleet: Fleet, faults: list[Fault], count: int) -> None:
     spent = sum(units for effect, units in ledger.values() if effect == APPROVED)
     assert record.units <= spent <= LIMIT
 
-    rest = asyncio.run(spend_the_rest(fleet.addresses[0], tenant="acme", action="report.export"))
+    rest = asyncio.run(spend_the_rest(fleet.addresses[0], tenant=tenant, action="report.export"))
     assert spent + rest == LIMIT
     wait_until("the ledger is consistent", lambda: fleet.licet("ledger", "verify")["ok"])
 
 
-def test_what_was_answered_as_shipped_outlives_the_pod_and_its_volume(fleet: Fleet) -> None:
-    fleet.licet("license", "create", "globex", "--plan", "large", "--wait")
+def test_what_was_answered_as_shipped_outlives_the_pod_and_its_volume(tmp_path: Path) -> None:
+    with started(Fleet(tmp_path)) as fleet:  # of its own: what the lost ones held is waited for
+        outlives_the_pod_and_its_volume(fleet)
+
+
+def outlives_the_pod_and_its_volume(fleet: Fleet) -> None:
+    tenant = licensed(fleet, "large")
     record = Record()
 
     async def load() -> None:
         until = asyncio.Event()
         clients = asyncio.create_task(
-            drive(fleet.addresses, record, tenant="globex", action="report.shipped", until=until, clients=12)
+            drive(fleet.addresses, record, tenant=tenant, action="report.shipped", until=until, clients=12)
         )
         for number, sidecar in enumerate(fleet.sidecars[:2]):
             before = len(record.approved)
@@ -195,8 +210,10 @@ def test_what_was_answered_as_shipped_outlives_the_pod_and_its_volume(fleet: Fle
         await clients
 
     asyncio.run(load())
-    wait_until("the ledger has every answer", lambda: record.approved.keys() <= recorded_decisions(fleet).keys())
-    ledger = recorded_decisions(fleet)
+    wait_until(
+        "the ledger has every answer", lambda: record.approved.keys() <= recorded_decisions(fleet, tenant).keys()
+    )
+    ledger = recorded_decisions(fleet, tenant)
     assert {name: ledger[name] for name in record.approved} == {
         name: (APPROVED, units) for name, units in record.approved.items()
     }
@@ -204,15 +221,20 @@ def test_what_was_answered_as_shipped_outlives_the_pod_and_its_volume(fleet: Fle
     assert len(record.approved) > 600
 
 
-def test_a_ledger_restored_from_a_backup_of_mid_run_gets_again_what_it_lost(fleet: Fleet) -> None:
-    fleet.licet("license", "create", "globex", "--plan", "large", "--wait")
+def test_a_ledger_restored_from_a_backup_of_mid_run_gets_again_what_it_lost(tmp_path: Path) -> None:
+    with started(Fleet(tmp_path)) as fleet:
+        gets_again_what_it_lost(fleet)
+
+
+def gets_again_what_it_lost(fleet: Fleet) -> None:
+    tenant = licensed(fleet, "large")
     record = Record()
     live, backup = fleet.directory / "server" / "licet.db", fleet.directory / "backup.db"
 
     async def load(answers: int) -> None:
         until = asyncio.Event()
         clients = asyncio.create_task(
-            drive(fleet.addresses, record, tenant="globex", action=ACTIONS, until=until, clients=12)
+            drive(fleet.addresses, record, tenant=tenant, action=ACTIONS, until=until, clients=12)
         )
         wanted = len(record.approved) + answers
         await asyncio.to_thread(wait_until, "answers go on", lambda: len(record.approved) >= wanted)
@@ -223,7 +245,9 @@ def test_a_ledger_restored_from_a_backup_of_mid_run_gets_again_what_it_lost(flee
     with closing(sqlite3.connect(live, timeout=30)) as database, closing(sqlite3.connect(backup)) as copied:
         database.backup(copied)
     asyncio.run(load(500))
-    wait_until("the ledger has every answer", lambda: record.approved.keys() <= recorded_decisions(fleet).keys())
+    wait_until(
+        "the ledger has every answer", lambda: record.approved.keys() <= recorded_decisions(fleet, tenant).keys()
+    )
     waits = "licet_log_events_unacknowledged"
     wait_until("all is acknowledged", lambda: not any(fleet.metric(one, waits) for one in range(fleet.count)))
 
@@ -231,12 +255,14 @@ def test_a_ledger_restored_from_a_backup_of_mid_run_gets_again_what_it_lost(flee
     for suffix in ("-wal", "-shm"):
         live.with_name(live.name + suffix).unlink(missing_ok=True)
     shutil.copy(backup, live)
-    assert not record.approved.keys() <= recorded_decisions(fleet).keys()
+    assert not record.approved.keys() <= recorded_decisions(fleet, tenant).keys()
     fleet.server.command = [*fleet.server.command, "--new-generation"]
     fleet.server.start()
     # Nobody asks anything: what was acknowledged before comes again by itself.
-    wait_until("the ledger has every answer again", lambda: record.approved.keys() <= recorded_decisions(fleet).keys())
-    ledger = recorded_decisions(fleet)
+    wait_until(
+        "the ledger has every answer again", lambda: record.approved.keys() <= recorded_decisions(fleet, tenant).keys()
+    )
+    ledger = recorded_decisions(fleet, tenant)
     assert {name: ledger[name] for name in record.approved} == {
         name: (APPROVED, units) for name, units in record.approved.items()
     }
@@ -245,15 +271,13 @@ def test_a_ledger_restored_from_a_backup_of_mid_run_gets_again_what_it_lost(flee
 
 
 def test_no_answer_changes_while_redis_is_away_and_leases_last(fleet: Fleet) -> None:
-    fleet.licet("license", "create", "globex", "--plan", "large", "--wait")
+    tenant = licensed(fleet, "large")
     record = Record()
 
     async def load() -> None:
         until = asyncio.Event()
         clients = asyncio.create_task(
-            drive(
-                fleet.addresses, record, tenant="globex", action="report.export", until=until, clients=12, pause_s=0.02
-            )
+            drive(fleet.addresses, record, tenant=tenant, action="report.export", until=until, clients=12, pause_s=0.02)
         )
         await asyncio.to_thread(wait_until, "leases are held", lambda: len(record.approved) > 300)
         fleet.valkey.pause()
@@ -269,8 +293,10 @@ def test_no_answer_changes_while_redis_is_away_and_leases_last(fleet: Fleet) -> 
     assert not record.lost
     assert not record.unlogged
     assert record.degraded > 0
-    wait_until("the ledger has every answer", lambda: record.approved.keys() <= recorded_decisions(fleet).keys())
-    ledger = recorded_decisions(fleet)
+    wait_until(
+        "the ledger has every answer", lambda: record.approved.keys() <= recorded_decisions(fleet, tenant).keys()
+    )
+    ledger = recorded_decisions(fleet, tenant)
     assert {name: ledger[name] for name in record.approved} == {
         name: (APPROVED, units) for name, units in record.approved.items()
     }

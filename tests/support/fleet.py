@@ -27,9 +27,13 @@ WAIT_S_MAX: Final = 90.0
 def wait_until(what: str, condition: Callable[[], object], *, within_s: float = WAIT_S_MAX) -> None:
     """Polls until ``condition`` holds; fails with ``what`` when it does not in time."""
     deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not in {within_s:.0f} s: {what}"
-        time.sleep(0.02)
+    while True:
+        asked = time.monotonic()
+        if condition():
+            return
+        now = time.monotonic()
+        assert now < deadline, f"not in {within_s:.0f} s: {what}"
+        time.sleep(max(0.02, 3 * (now - asked)))  # a question that costs much is asked seldom
 
 
 class Program:

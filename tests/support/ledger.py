@@ -21,9 +21,10 @@ _QUERY = """
 """
 
 
-def recorded_decisions(fleet: Fleet) -> dict[str, tuple[int, int]]:
-    """(effect, units) of every recorded decision, by its id."""
-    return {name: (effect, units) for name, effect, units in _recorded(fleet, _QUERY)}
+def recorded_decisions(fleet: Fleet, tenant: str = "") -> dict[str, tuple[int, int]]:
+    """(effect, units) of every recorded decision, of one tenant or of all, by its id."""
+    found = _recorded(fleet, f"{_QUERY} WHERE :tenant IN ('', events.tenant)", tenant=tenant)
+    return {name: (effect, units) for name, effect, units in found}
 
 
 def approved_units(fleet: Fleet, tenant: str) -> dict[str, int]:
