@@ -22,12 +22,13 @@ VALIDATE_S_MAX = 10.0
 TAKE_S_MAX = 2.0
 BLOCKED_MS_MAX = 5.0
 MOVED_KB_MAX = 64.0
+ROLLOUT_MS_MAX = 500.0
 
 
 def main() -> None:
     """Measures, prints, and says which of the promised numbers were held; the exit status is always 0."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parts = ["service", "waits", "processes", "proof", "ledger", "drain", "scale"]
+    parts = ["service", "waits", "processes", "proof", "ledger", "drain", "scale", "rollout"]
     parser.add_argument("part", nargs="?", choices=parts, help="only this part")
     parser.add_argument("--events", type=int, help="size of the ledger; 100,000 unless told otherwise")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -106,6 +107,22 @@ def main() -> None:
         sizes = scale.run()
         _print_scale(sizes, out)
         found["scale"] = dataclasses.asdict(sizes)
+    if arguments.part in (None, "rollout"):
+        from bench import rollout
+
+        print("\nFrom a push to the answers of fifty sidecars, on this machine all of them (takes a minute)", file=out)
+        rolled = rollout.run()
+        print(
+            f"  live at each     median {rolled.each_p50_ms:5.0f} ms, p99 {rolled.each_p99_ms:5.0f}\n"
+            f"  live everywhere  median {rolled.all_p50_ms:5.0f} ms, p99 {rolled.all_p99_ms:5.0f}"
+            f"   ({rolled.pushes} pushes, {rolled.sidecars} sidecars; a push is answered after"
+            f" {rolled.accepted_p50_ms:.0f} ms)\n"
+            f"  promised: p99 {ROLLOUT_MS_MAX:.0f} ms\n"
+            f"  of {rolled.answers:,} answers {rolled.mixed} mixed revisions and {rolled.reverted} went back;"
+            " promised: none",
+            file=out,
+        )
+        found["rollout"] = dataclasses.asdict(rolled)
     if arguments.json:
         print(json.dumps(found))
 
