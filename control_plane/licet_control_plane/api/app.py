@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from importlib.metadata import version
+
 from fastapi import APIRouter, Depends, FastAPI
 
 from licet_control_plane.api import (
@@ -15,8 +18,11 @@ from licet_control_plane.api import (
     invoices,
     kept_aside,
     ledger,
+    license_moves,
     licenses,
     months,
+    openapi,
+    plans,
     problems,
     proof,
     quotas,
@@ -26,19 +32,36 @@ from licet_control_plane.api import (
     status,
     subjects,
     usage,
+    webhooks,
 )
 from licet_control_plane.api.auth import Gate, authenticate
+from licet_control_plane.api.conditional import ConditionalGet
+from licet_control_plane.api.idempotency import Idempotency
 from licet_control_plane.api.limits import BodyLimit
+from licet_control_plane.api.rate import RateLimit
 from licet_control_plane.api.requests import RequestIds
 from licet_control_plane.control_plane import ControlPlane
 
 
 def make_app(plane: ControlPlane) -> FastAPI:
     """The API over a control plane. Starts and ends nothing."""
-    app = FastAPI(title="Licet control plane", openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Licet control plane",
+        version=version("licet"),
+        openapi_url="/v1/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=openapi.operation_id,
+    )
     app.state.plane = plane
     app.state.gate = Gate()
+    # The last one that is added is the first that a request meets.
+    app.add_middleware(ConditionalGet)
+    app.add_middleware(Idempotency, plane=plane)
     app.add_middleware(BodyLimit)
+    if plane.config.api_rate:
+        app.add_middleware(RateLimit, per_s=plane.config.api_rate, now_s=time.monotonic)
     app.add_middleware(RequestIds)
     problems.install(app)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authenticate)])
@@ -46,6 +69,8 @@ def make_app(plane: ControlPlane) -> FastAPI:
         bundles,
         bundle_history,
         licenses,
+        license_moves,
+        plans,
         grants,
         ledger,
         decisions,
@@ -55,6 +80,7 @@ def make_app(plane: ControlPlane) -> FastAPI:
         subjects,
         usage,
         invoices,
+        webhooks,
         quotas,
         status,
         api_keys,
@@ -62,9 +88,10 @@ def make_app(plane: ControlPlane) -> FastAPI:
         evidence,
         signing_keys,
     ):
-        v1.include_router(part.router)
+        v1.include_router(part.router, tags=[part.__name__.rpartition(".")[2].replace("_", "-")])
     app.include_router(v1)
-    app.include_router(second_route.router)
-    app.include_router(status.open_router)
-    app.include_router(schemas.open_router)
+    app.include_router(second_route.router, tags=["second-route"])
+    app.include_router(status.open_router, tags=["probes"])
+    app.include_router(schemas.open_router, tags=["schemas"])
+    openapi.describe(app)
     return app

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from licet_control_plane.api.auth import plane_of
 from licet_control_plane.api.times import format_us
@@ -62,7 +62,7 @@ async def readyz(request: Request) -> JSONResponse:
     return JSONResponse({"ready": ready, "checks": checks}, 200 if ready else 503)
 
 
-@open_router.get("/metrics")
+@open_router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     return Response(await asyncio.to_thread(plane_of(request).metrics.render), media_type=CONTENT_TYPE)
