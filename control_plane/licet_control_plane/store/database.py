@@ -129,7 +129,7 @@ class Database:
         # With the caller's context: it says who acts, for the audit trail.
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(
-            self._writer, lambda: context.run(self._transact, True, all_of_it)
+            self._writer, lambda: context.run(self.write_now, all_of_it)
         )
 
     async def read(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
