@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest, chunk_ca
 from licet.wire.signing import Signer, Statement
 from licet_control_plane.core.bundle_changes import document_changes
 from licet_control_plane.core.grants import GrantAsked, amount_of, grant_of, is_same, kept
-from licet_control_plane.core.lifecycle import NO_NOTICES, Move, check_move, next_due, with_fields
+from licet_control_plane.core.lifecycle import NO_NOTICES, Move, MoveRefused, check_move, next_due, with_fields
 from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.core.suggestion import did_you_mean
 from licet_control_plane.core.webhook_events import change_type, license_data
@@ -39,6 +39,13 @@ OVERRIDES_MAX: Final = 1_000
 
 Step = Callable[[License, float], License]
 """What a license becomes, from what it is and the instant in seconds."""
+
+
+CREATED: Final = "created"
+CHANGED: Final = "changed"
+UNCHANGED: Final = "unchanged"
+OUTCOMES: Final = (CREATED, CHANGED, UNCHANGED)
+"""What becomes of a license of an import."""
 
 
 class LicenseExists(Exception):
@@ -76,6 +83,41 @@ class Pushed:
     modified: list[str]
     removed: list[str]
     unchanged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What became of one license of an import."""
+
+    tenant: str
+    outcome: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why one license of an import cannot be: ``place`` counts from 0, ``message`` is a clause."""
+
+    place: int
+    field: str
+    message: str
+    fix: str
+
+
+class ImportRefused(Exception):
+    """Some licenses of an import cannot be, so none was changed."""
+
+    def __init__(self, refusals: Sequence[Refusal]) -> None:
+        super().__init__(f"{len(refusals)} licenses cannot be")
+        self.refusals = tuple(refusals)
+
+
+class _DryRun(Exception):
+    """Takes back all that was written, and says what it was."""
+
+    def __init__(self, imported: list[Imported]) -> None:
+        super().__init__()
+        self.imported = imported
 
 
 class Changes:
@@ -182,6 +224,21 @@ class Changes:
         self._wake.set()
         return put
 
+    async def import_licenses(
+        self, rows: Sequence[tuple[str, Mapping[str, Any]]], *, dry_run: bool, by: str
+    ) -> list[Imported]:
+        """``put_license`` of each tenant with its fields, all or none. ``dry_run``: only see what would become of them.
+
+        Raises:
+            ImportRefused: some cannot be; nothing was changed.
+        """
+        try:
+            imported = await self._database.write(self._import, rows, dry_run, by)
+        except _DryRun as done:
+            return done.imported
+        self._wake.set()
+        return imported
+
     async def alter_license(
         self, tenant: str, step: Step, *, action: str, if_revision: int | None = None, by: str
     ) -> StoredLicense:
@@ -243,6 +300,34 @@ class Changes:
         if only_new:
             raise RevisionMoved(old.revision)
         return self._update_license(connection, tenant, fields, if_revision, by), False
+
+    def _import(
+        self, connection: Connection, rows: Sequence[tuple[str, Mapping[str, Any]]], dry_run: bool, by: str
+    ) -> list[Imported]:
+        meta.lock(connection)
+        imported: list[Imported] = []
+        refusals: list[Refusal] = []
+        seen: set[str] = set()
+        for place, (tenant, fields) in enumerate(rows):
+            try:
+                if tenant in seen:
+                    raise ChangeInvalid("tenant", f"{tenant!r} is there twice", "Send each tenant once.")
+                seen.add(tenant)
+                old = licenses.get(connection, tenant)
+                stored, _ = self.put(connection, tenant, fields, by=by)
+            except ChangeInvalid as invalid:
+                refusals.append(Refusal(place, invalid.field, str(invalid), invalid.fix))
+            except MoveRefused as refused:
+                message = f"the license is {refused.stage.value}, and cannot {refused.move.value}: {refused}"
+                refusals.append(Refusal(place, "tenant", message, refused.fix))
+            else:
+                outcome = CREATED if old is None else UNCHANGED if stored.revision == old.revision else CHANGED
+                imported.append(Imported(tenant, outcome, stored.revision))
+        if refusals:
+            raise ImportRefused(refusals)
+        if dry_run:
+            raise _DryRun(imported)
+        return imported
 
     def publish(
         self,

@@ -96,7 +96,11 @@ async def test_a_key_of_one_tenant_reaches_nothing_of_another_nor_what_they_shar
         if rule.need not in MAY[Role(role)]:
             continue
         params = {"tenant": "globex"} if rule.reach is Reach.FILTER else None
-        bodies: dict[Route, dict[str, Any]] = {("POST", "/v1/licenses"): {"tenant": "globex", "plan": "pro"}}
+        other = {"tenant": "globex", "plan": "pro"}
+        bodies: dict[Route, dict[str, Any]] = {
+            ("POST", "/v1/licenses"): other,
+            ("POST", "/v1/licenses/import"): {"licenses": [{"tenant": "acme", "plan": "pro"}, other]},
+        }
         for tenant in ("globex", "nobody") if rule.reach is Reach.TENANT else ("globex",):
             response = await site.ask(
                 method, _filled(path, tenant), key=key, params=params, **bodies.get((method, path), {})
@@ -199,6 +203,9 @@ async def test_every_route_that_changes_something_leaves_an_entry_with_who_and_f
         ("POST", "/v1/licenses"): {"tenant": "acme", "plan": "pro"},
         ("PATCH", "/v1/licenses/{tenant}"): {"ends_at": "2099-01-01T00:00:00Z"},
         ("PUT", "/v1/licenses/{tenant}"): {"plan": "pro", "renewal_period": "month"},
+        ("POST", "/v1/licenses/import"): {
+            "licenses": [{"tenant": "acme", "plan": "pro", "renewal_period": "month", "grace_s": 60}]
+        },
         ("POST", "/v1/licenses/{tenant}/suspend"): {},
         ("POST", "/v1/licenses/{tenant}/resume"): {},
         ("POST", "/v1/licenses/{tenant}/renew"): {},

@@ -165,3 +165,41 @@ async def test_a_license_that_is_canceled_at_its_end_is_canceled_then(licensing:
         pass
     assert (await licensing.get())["stage"] == "canceled"
     assert await database.read(licenses.due, now_s=now_s + 400 * DAY_S, limit=10) == []
+
+
+async def test_many_are_put_at_once_and_all_or_none(licensing: Licensing) -> None:
+    async def send(*rows: dict[str, Any], **fields: Any) -> httpx.Response:
+        return await licensing.client.post("/v1/licenses/import", json={"licenses": rows, **fields})
+
+    async def tenants() -> list[str]:
+        return [item["tenant"] for item in (await licensing.client.get("/v1/licenses")).json()["items"]]
+
+    await licensing.put()
+    rows = [{"tenant": "acme", "plan": "pro"}, {"tenant": "b", "plan": "big"}, {"tenant": "c", "plan": "pro"}]
+    dry = (await send(*rows, dry_run=True)).json()
+    assert (dry["created"], dry["changed"], dry["unchanged"], await tenants()) == (2, 0, 1, ["acme"])
+    done = (await send(*rows)).json()
+    assert [item["outcome"] for item in done["items"]] == ["unchanged", "created", "created"]
+    assert done["revision"] == done["items"][2]["revision"]
+    assert (await send(*rows)).json()["unchanged"] == 3
+    before = await licensing.audited("license.update")
+
+    refused = await send(
+        {"tenant": "acme", "plan": "big"},
+        {"tenant": "b", "plan": "bug"},
+        {"tenant": "d", "plan": "pro", "addons": {"big": 0}},
+        {"tenant": "a b", "plan": "pro"},
+        {"tenant": "acme", "plan": "pro"},
+    )
+    assert refused.status_code == 422
+    assert [(error["path"], error["tenant"]) for error in refused.json()["errors"]] == [
+        ("licenses.1.plan", "b"),
+        ("licenses.2.addons.big", "d"),
+        ("licenses.3.tenant", "a b"),
+        ("licenses.4.tenant", "acme"),
+    ]
+    assert (await licensing.get())["plan"] == "pro"
+    assert await tenants() == ["acme", "b", "c"]
+    assert await licensing.audited("license.update") == before
+    assert (await send()).status_code == 422
+    assert (await send(*({"tenant": f"t{n}", "plan": "pro"} for n in range(501)))).status_code == 422

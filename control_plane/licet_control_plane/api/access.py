@@ -62,6 +62,7 @@ RULES: Final[dict[Route, Rule]] = {
     ("GET", "/v1/revisions/{revision}/rollout"): _READ,
     ("POST", "/v1/licenses"): Rule(Need.CHANGE, Reach.BODY, "license.create"),
     ("GET", "/v1/licenses"): Rule(Need.READ, Reach.FILTER),
+    ("POST", "/v1/licenses/import"): Rule(Need.CHANGE, Reach.BODY, "license.update"),
     ("GET", "/v1/licenses/{tenant}"): Rule(Need.READ, Reach.TENANT),
     ("PATCH", "/v1/licenses/{tenant}"): Rule(Need.CHANGE, Reach.TENANT, "license.update"),
     ("PUT", "/v1/licenses/{tenant}"): Rule(Need.CHANGE, Reach.TENANT, "license.update"),

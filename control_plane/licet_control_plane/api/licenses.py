@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Literal
+from collections import Counter
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import Depends, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
@@ -15,11 +16,14 @@ from licet_control_plane.api.amounts import Amount
 from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, format_us, parse_s
-from licet_control_plane.changes import LicenseUnknown
+from licet_control_plane.changes import OUTCOMES, ImportRefused, LicenseUnknown
 from licet_control_plane.core.grants import shown_amount, state_of
 from licet_control_plane.core.lifecycle import GRACE_S_MAX, Stage, stage_of, with_fields
 from licet_control_plane.store import licenses
 from licet_control_plane.store.licenses import StoredLicense
+
+IMPORTED_MAX: Final = 500
+"""Licenses of one import: they are written in one transaction, in which nobody else writes."""
 
 router = v1_router("/licenses", tag="licenses")
 
@@ -85,6 +89,40 @@ class WholeLicense(LicenseChange):
         return {**new, **super().fields()}
 
 
+class LicenseToImport(WholeLicense):
+    """A tenant and its license."""
+
+    tenant: str
+
+
+class LicensesToImport(BaseModel):
+    """Each tenant once. ``dry_run``: everything is checked, and nothing changed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    licenses: list[LicenseToImport] = Field(min_length=1, max_length=IMPORTED_MAX)
+    dry_run: StrictBool = False
+
+
+class LicenseImported(BaseModel):
+    """What became of one. With ``dry_run`` ``revision`` is one that it does not get."""
+
+    tenant: str
+    outcome: Literal["created", "changed", "unchanged"]
+    revision: int
+
+
+class LicensesImported(BaseModel):
+    """All of them, how many were what, and the newest revision."""
+
+    items: list[LicenseImported]
+    created: int
+    changed: int
+    unchanged: int
+    revision: int
+    dry_run: bool
+
+
 class LicenseView(BaseModel):
     """A license. ``stage`` follows from its status, its term and the clock; ``revision`` published it."""
 
@@ -143,6 +181,38 @@ async def list_licenses(
     )
     following = page[limit - 1].license.tenant if len(page) > limit else None
     return {"items": [described(stored, plane.now_s()) for stored in page[:limit]], "next": following}
+
+
+@router.post("/import", response_model=LicensesImported)
+async def import_licenses(
+    request: Request, body: LicensesToImport, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Make many licenses what the body says, all or none: each as ``PUT /v1/licenses/{tenant}`` would."""
+    plane = plane_of(request)
+    rows = [(caller.confine(row.tenant), row.fields()) for row in body.licenses]
+    try:
+        imported = await plane.changes.import_licenses(rows, dry_run=body.dry_run, by=caller.name)
+    except ImportRefused as refused:
+        errors = [
+            {"file": "", "line": 0, "column": 0, "path": f"licenses.{one.place}.{one.field}"}
+            | {"message": one.message, "fix": one.fix, "tenant": rows[one.place][0]}
+            for one in refused.refusals
+        ]
+        first = refused.refusals[0]
+        raise Problem(
+            422,
+            f"{len(errors)} of {len(rows)} licenses cannot be, so nothing was changed. The first: "
+            f"{rows[first.place][0]}: {first.message}.",
+            first.fix,
+            errors=errors,
+        ) from refused
+    counts = Counter(one.outcome for one in imported)
+    return {
+        "items": [{"tenant": one.tenant, "outcome": one.outcome, "revision": one.revision} for one in imported],
+        **{outcome: counts[outcome] for outcome in OUTCOMES},
+        "revision": max(one.revision for one in imported),
+        "dry_run": body.dry_run,
+    }
 
 
 @router.get("/{tenant}", response_model=LicenseView)

@@ -17,6 +17,7 @@ from licet_control_plane.cli import (
     grants,
     kept_aside,
     ledger,
+    license_import,
     license_moves,
     licenses,
     months,
@@ -111,6 +112,7 @@ _license.command("get", epilog=EXIT_CODES_HELP)(licenses.get)
 _license.command("list", epilog=EXIT_CODES_HELP)(licenses.list_)
 _license.command("put", epilog=EXIT_CODES_HELP)(licenses.put)
 _license.command("update", epilog=EXIT_CODES_HELP)(licenses.update)
+_license.command("import", epilog=EXIT_CODES_HELP)(license_import.import_)
 _license.command("suspend", epilog=EXIT_CODES_HELP)(license_moves.suspend)
 _license.command("resume", epilog=EXIT_CODES_HELP)(license_moves.resume)
 _license.command("cancel", epilog=EXIT_CODES_HELP)(license_moves.cancel)
