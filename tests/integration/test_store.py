@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -70,24 +71,24 @@ def test_licenses_of_an_older_version_are_kept_and_looked_after_from_then_on(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upgrade = command.upgrade
-    database = Database(database_url)
-    database.write_now(emptied)
-    with monkeypatch.context() as patched:
-        patched.setattr(command, "upgrade", lambda config, _head: upgrade(config, "0004"))
+    with closing(Database(database_url)) as database:
+        database.write_now(emptied)
+        with monkeypatch.context() as patched:
+            patched.setattr(command, "upgrade", lambda config, _head: upgrade(config, "0004"))
+            database.migrate()
+        old = (
+            "INSERT INTO licenses"
+            " (tenant, plan, status, starts_s, ends_s, addons, overrides, grants, revision, updated_at)"
+            " VALUES (:tenant, 'pro', 'active', 0, :ends_s, '{}', '{}', '[]', 1, 1)"
+        )
+        rows = [{"tenant": "ends", "ends_s": 1_000}, {"tenant": "open", "ends_s": 0}]
+        database.write_now(lambda connection: connection.execute(text(old), rows))
         database.migrate()
-    old = (
-        "INSERT INTO licenses (tenant, plan, status, starts_s, ends_s, addons, overrides, grants, revision, updated_at)"
-        " VALUES (:tenant, 'pro', 'active', 0, :ends_s, '{}', '{}', '[]', 1, 1)"
-    )
-    rows = [{"tenant": "ends", "ends_s": 1_000}, {"tenant": "open", "ends_s": 0}]
-    database.write_now(lambda connection: connection.execute(text(old), rows))
-    database.migrate()
-    for tenant, ends_s in (("ends", 1_000), ("open", 0)):
-        stored = database.read_now(licenses.get, tenant)
-        assert stored is not None
-        assert stored.license == License(tenant, "pro", ends_s=ends_s)
-    assert database.read_now(licenses.due, now_s=1, limit=10) == ["ends"]
-    database.close()
+        for tenant, ends_s in (("ends", 1_000), ("open", 0)):
+            stored = database.read_now(licenses.get, tenant)
+            assert stored is not None
+            assert stored.license == License(tenant, "pro", ends_s=ends_s)
+        assert database.read_now(licenses.due, now_s=1, limit=10) == ["ends"]
 
 
 def test_migrating_again_changes_nothing(database: Database) -> None:
