@@ -780,7 +780,7 @@ class SyncSimulation:
             if known is None or known.heartbeat.incarnation != sidecar.incarnation:
                 continue  # it was not heard of since it was started
             if sidecar.pulsed >= self.looked or sidecar.engine.as_of_us / 1e6 > sidecar.pulsed:
-                continue  # it came back a moment ago, and was not heard of since
+                continue  # it came back a moment ago, and was not heard of since: see docs/guarantees.md, P4
             if not sidecar.serves or sidecar.following.state.version >= row.version:
                 continue
             if self.now - sidecar.engine.as_of_us / 1e6 <= STALENESS_S - 2:
@@ -931,7 +931,17 @@ class SyncSimulation:
         if self.replica is not None:
             self.old, self.server, self.replica = self.server, self.replica, None
             self.server.run = self._new_run()
+            for sidecar in self.sidecars:
+                if sidecar.name in self.old.heartbeats and not self._keeps_heartbeat(sidecar):
+                    sidecar.pulsed = math.inf  # nobody hears of it before its next heartbeat
             self.note(f"fails over to {self.server.run} at {self.server.end}")
+
+    def _keeps_heartbeat(self, sidecar: SimulatedSidecar) -> bool:
+        """Whether the newest one is in Redis, or was taken into the registry."""
+        sent = self.old.heartbeats[sidecar.name].at_us if self.old is not None else 0
+        known = self.registry.get(sidecar.name)
+        kept = self.server.heartbeats.get(sidecar.name)
+        return max(known.heartbeat.at_us if known else -1, kept.at_us if kept else -1) >= sent
 
     def end_old(self) -> None:
         """The server that was replaced ends."""
