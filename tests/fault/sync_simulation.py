@@ -655,6 +655,7 @@ class SyncSimulation:
         self.registry: dict[str, fleet.Sidecar] = {}
         self.looked = -math.inf
         self.complete_since = -math.inf
+        self.refused: set[str] = set()
         self.trace: list[str] = []
         self.tenants_max = self.chance.choice((2, 4))
         self.lost_share = self.chance.choice((0.0, 0.05, 0.2))
@@ -991,12 +992,21 @@ class SyncSimulation:
             publisher.start()
 
     def operate(self) -> None:
-        """An operator looks after what stopped."""
+        """An operator looks after what stopped, as the publisher says: restarts what a change was refused to, and orders
+        a new generation when it is refused again.
+
+        It is refused again where a publisher that was paused in a batch wrote the rest of it after Redis was wiped, or
+        an entry was lost before it was noted that it is there: the stream has gone past a change that it does not hold.
+        Stopping is what the protocol says of that, so starting it again and again would never end.
+        """
         stopped = [one for one in self.publishers if one.stopped]
         if not stopped or any(one.new_generation for one in self.publishers):
             return
-        if any(one.stopped == "newer" for one in stopped):
+        refused = {one.stopped for one in stopped}
+        if "newer" in refused or refused & self.refused:
             self._begin_generation()
+            refused = set()
+        self.refused |= refused
         for one in stopped:
             one.start()
 

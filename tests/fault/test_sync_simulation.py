@@ -6,6 +6,7 @@ its trace.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Final
 
 import pytest
@@ -53,6 +54,14 @@ class BelievesAbsences(Following):
     def _tenant_changed(self, tenant: str) -> None:
         if tenant in self.loading:
             self._dirty.add(tenant)
+
+
+class KeepsAbsencesOverResyncs(Following):
+    """What a load did not find on the server before, while everything was read again, is still believed."""
+
+    def _forget_all_but(self, licenses: Collection[str]) -> None:
+        for name in self.engine.tenants.keys() - set(licenses):
+            self.engine.forget_license(name)
 
 
 class LoadsFromAnyServer(Following):
@@ -108,6 +117,7 @@ def test_each_rule_of_the_publisher_and_of_the_disk_is_needed(rule: Rule, first_
     [
         (ForgetsLoads, 10),
         (BelievesAbsences, 0),
+        (KeepsAbsencesOverResyncs, 739),
         (LoadsFromAnyServer, 9),
         (ReadsFromAnyServer, 3),
         (DoesNotWait, 0),

@@ -242,6 +242,29 @@ async def test_a_resync_believes_no_absence(sidecar: FakeSidecar, world: World) 
     assert await reason(sidecar, "globex") == "OK"
 
 
+async def test_what_the_server_before_did_not_have_is_not_believed_once_another_is_followed(
+    sidecar: FakeSidecar, world: World
+) -> None:
+    """While everything is read from the server that took over, a load is answered by the one before."""
+    source = world.source
+    before = source.head, dict(source.licenses), source.run_id
+
+    async def meanwhile() -> None:
+        del source.between["read_manifest"]
+        after = source.head, source.licenses, source.run_id
+        source.head, source.licenses, source.run_id = before
+        assert await reason(sidecar, "globex") == "NO_LICENSE"
+        source.head, source.licenses, source.run_id = after
+
+    source.between["read_manifest"] = meanwhile
+    source.run_id, source.changes = "run2", []
+    revision = world.publisher.license(License("globex", "pro"), announce=False)
+    world.publisher.beat(world.clock.us)
+    source.announce(Change(revision, "resync", ""))  # names no tenant
+    await until(lambda: sidecar.engine.revision == revision)
+    assert await reason(sidecar, "globex") == "OK"
+
+
 async def test_many_checks_of_a_cold_tenant_load_it_once(sidecar: FakeSidecar) -> None:
     assert set(await asyncio.gather(*(reason(sidecar) for _ in range(20)))) == {"OK"}
     assert sidecar.tally.license_loads == 1

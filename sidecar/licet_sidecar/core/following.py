@@ -12,7 +12,8 @@ Rules, beside those of ``core.sync``:
    says.
 3. A load is registered before it reads. A change that names the tenant meanwhile marks it dirty, and it is read again.
 4. A load counts only on the server that the state in force was read from, and waits until its revision is in force.
-5. Absence is believed only where no limits of the tenant are.
+5. Absence is believed only where no limits of the tenant are, and no longer than the server it was read from: what a
+   load found, or did not find, while everything was read again is forgotten when that is put in force.
 6. What is put in force is noted durably before.
 
 Concurrency: one event loop. What is put in force changes in one step, between two reads.
@@ -390,10 +391,16 @@ class Following:
         else:
             raise Inconsistent("changes come faster than they can be read")
         if whole:
-            # Also those that were loaded meanwhile, from the server before.
-            for name in self.engine.tenants.keys() - licenses.keys():
-                self.engine.forget_license(name)
+            self._forget_all_but(licenses)
         self._install(bundle, licenses.values(), (generation, touched.cursor), run=run, empty=empty)
+
+    def _forget_all_but(self, licenses: Collection[str]) -> None:
+        """Forgets what was not read again: also what was loaded meanwhile, from the server before. What that one did not
+        have may be there now, and no change will name it: absences are forgotten here too, not only when reading began.
+        """
+        for name in self.engine.tenants.keys() - set(licenses):
+            self.engine.forget_license(name)
+        self.engine.forget_absences()
 
     def _must_be_from(self, found: str, run: str) -> None:
         """What belongs together is read from one server: the one that was checked, or the state in force is from."""
