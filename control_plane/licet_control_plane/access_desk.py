@@ -16,15 +16,14 @@ import structlog
 from sqlalchemy import Connection
 
 from licet.domain.approvals import LIVE_MAX, OPEN_MAX, RequestState, kept_entries
-from licet.domain.catalog import ApprovalStage, Catalog, License, license_to_wire
+from licet.domain.catalog import ApprovalStage, Catalog, License
 from licet.domain.entitlements import entitlements_of
-from licet.wire.documents import LICENSE
 from licet_control_plane.changes import Changes, LicenseUnknown
 from licet_control_plane.core import access_requests as core
 from licet_control_plane.core.access_requests import AccessRequest, Principal, Terms
 from licet_control_plane.core.grants import GrantAsked, grant_of
 from licet_control_plane.core.refusal import ChangeInvalid
-from licet_control_plane.store import access, licenses, meta, revisions
+from licet_control_plane.store import access, licenses, meta
 from licet_control_plane.store import access_requests as store
 from licet_control_plane.store.access_requests import StoredRequest
 from licet_control_plane.store.database import Database, DatabaseUnavailable
@@ -239,18 +238,11 @@ class AccessDesk:
             entries.append(one.entry())
             license_ = self._with_grant(connection, license_, one)
         license_ = replace(license_, requests=kept_entries(entries, now_us))
-        revision = revisions.append(
-            connection,
-            kind=LICENSE,
-            key=license_.tenant,
-            payload=license_to_wire(license_),
-            sign=self._changes.sign,
-            now_us=now_us,
-            by=by,
-            message="access request",
-        )
-        licenses.save(connection, license_, revision=revision, now_us=now_us, new=False)
-        return revision
+        published = self._changes.publish(connection, stored, license_, by=by, now_us=now_us, message="access request")
+        if license_.grants != stored.license.grants:
+            # A top-up like any other. Requests themselves are nothing that events say of a license.
+            self._changes.announce(connection, stored, published, action="grant.add")
+        return published.revision
 
     def _with_grant(self, connection: Connection, license_: License, request: AccessRequest) -> License:
         """An approved request that a limit wanted is a top-up of that limit; one that was revoked is none."""

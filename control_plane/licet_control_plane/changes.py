@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -23,15 +23,29 @@ from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest, chunk_ca
 from licet.wire.signing import Signer, Statement
 from licet_control_plane.core.bundle_changes import document_changes
 from licet_control_plane.core.grants import GrantAsked, amount_of, grant_of, is_same, kept
+from licet_control_plane.core.lifecycle import NO_NOTICES, Move, MoveRefused, check_move, next_due, with_fields
 from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.core.suggestion import did_you_mean
-from licet_control_plane.store import access, bundles, licenses, meta, overrides, revisions
+from licet_control_plane.core.webhook_events import change_type, license_data
+from licet_control_plane.store import access, bundles, licenses, meta, overrides, revisions, webhooks
 from licet_control_plane.store.bundles import Bundle
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.licenses import StoredLicense
 
+EXPIRING_NOTICE_S: Final = 14 * 86_400
+"""Two weeks: long enough to renew a contract."""
 ADDONS_MAX: Final = 100
 OVERRIDES_MAX: Final = 1_000
+
+Step = Callable[[License, float], License]
+"""What a license becomes, from what it is and the instant in seconds."""
+
+
+CREATED: Final = "created"
+CHANGED: Final = "changed"
+UNCHANGED: Final = "unchanged"
+OUTCOMES: Final = (CREATED, CHANGED, UNCHANGED)
+"""What becomes of a license of an import."""
 
 
 class LicenseExists(Exception):
@@ -71,10 +85,55 @@ class Pushed:
     unchanged: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What became of one license of an import."""
+
+    tenant: str
+    outcome: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why one license of an import cannot be: ``place`` counts from 0, ``message`` is a clause."""
+
+    place: int
+    field: str
+    message: str
+    fix: str
+
+
+class ImportRefused(Exception):
+    """Some licenses of an import cannot be, so none was changed."""
+
+    def __init__(self, refusals: Sequence[Refusal]) -> None:
+        super().__init__(f"{len(refusals)} licenses cannot be")
+        self.refusals = tuple(refusals)
+
+
+class _DryRun(Exception):
+    """Takes back all that was written, and says what it was."""
+
+    def __init__(self, imported: list[Imported]) -> None:
+        super().__init__()
+        self.imported = imported
+
+
 class Changes:
     """Makes changes; ``wake`` is set after each, so that the publisher looks at once."""
 
-    def __init__(self, database: Database, key: Signer, *, wake: asyncio.Event, now_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        key: Signer,
+        *,
+        wake: asyncio.Event,
+        now_s: Callable[[], float],
+        notice_s: int = EXPIRING_NOTICE_S,
+    ) -> None:
+        """``notice_s``: how long before its end the end of a term is announced."""
+        self.notice_s = notice_s
         self._database = database
         self._key = key
         self._wake = wake
@@ -148,6 +207,164 @@ class Changes:
         stored = await self._database.write(self._update_license, tenant, fields, if_revision, by)
         self._wake.set()
         return stored
+
+    async def put_license(
+        self, tenant: str, fields: Mapping[str, Any], *, if_revision: int | None, only_new: bool, by: str
+    ) -> tuple[StoredLicense, bool]:
+        """Make a tenant's license what ``fields`` say, whether it has one or not. Repeated it changes nothing.
+
+        Returns the license, and whether it is new. ``only_new``: not when there is one.
+
+        Raises:
+            RevisionMoved: it is not at ``if_revision``, or is there although it should not be.
+            LicenseUnknown: ``if_revision`` was given, and there is none.
+            MoveRefused, ChangeInvalid: as for ``update_license``.
+        """
+        put = await self._database.write(self.put, tenant, fields, if_revision=if_revision, only_new=only_new, by=by)
+        self._wake.set()
+        return put
+
+    async def import_licenses(
+        self, rows: Sequence[tuple[str, Mapping[str, Any]]], *, dry_run: bool, by: str
+    ) -> list[Imported]:
+        """``put_license`` of each tenant with its fields, all or none. ``dry_run``: only see what would become of them.
+
+        Raises:
+            ImportRefused: some cannot be; nothing was changed.
+        """
+        try:
+            imported = await self._database.write(self._import, rows, dry_run, by)
+        except _DryRun as done:
+            return done.imported
+        self._wake.set()
+        return imported
+
+    async def alter_license(
+        self, tenant: str, step: Step, *, action: str, if_revision: int | None = None, by: str
+    ) -> StoredLicense:
+        """Take a license one ``step`` on: a function from the license and the instant to the license. One that changes
+        nothing publishes nothing.
+
+        Raises:
+            LicenseUnknown: there is none.
+            RevisionMoved: it is not at ``if_revision``.
+            ChangeInvalid: what comes of it cannot be. And whatever ``step`` raises.
+        """
+        stored = await self._database.write(self.alter, tenant, step, action=action, if_revision=if_revision, by=by)
+        self._wake.set()
+        return stored
+
+    def wake(self) -> None:
+        """Let the publisher look at once: work of a transaction of its own was committed."""
+        self._wake.set()
+
+    def alter(
+        self,
+        connection: Connection,
+        tenant: str,
+        step: Step,
+        *,
+        action: str,
+        if_revision: int | None = None,
+        by: str,
+    ) -> StoredLicense:
+        """``alter_license`` within a transaction; ``wake`` comes after its commit."""
+        old = self._locked(connection, tenant)
+        if if_revision is not None and if_revision != old.revision:
+            raise RevisionMoved(old.revision)
+        license_ = step(old.license, self._now_s())
+        if license_ == old.license:
+            return old
+        if license_.plan != old.license.plan or license_.planned not in (None, old.license.planned):
+            license_ = self._checked(connection, license_, None)
+        return self._save(connection, old, license_, by=by, action=action)
+
+    def put(
+        self,
+        connection: Connection,
+        tenant: str,
+        fields: Mapping[str, Any],
+        *,
+        if_revision: int | None = None,
+        only_new: bool = False,
+        by: str,
+    ) -> tuple[StoredLicense, bool]:
+        """``put_license`` within a transaction; ``wake`` comes after its commit."""
+        meta.lock(connection)
+        old = licenses.get(connection, tenant)
+        if old is None:
+            if if_revision is not None:
+                raise LicenseUnknown(tenant)
+            license_ = with_fields(License(tenant, fields.get("plan", "")), fields, self._now_s())
+            return self._create_license(connection, license_, fields.get("overrides"), by), True
+        if only_new:
+            raise RevisionMoved(old.revision)
+        return self._update_license(connection, tenant, fields, if_revision, by), False
+
+    def _import(
+        self, connection: Connection, rows: Sequence[tuple[str, Mapping[str, Any]]], dry_run: bool, by: str
+    ) -> list[Imported]:
+        meta.lock(connection)
+        imported: list[Imported] = []
+        refusals: list[Refusal] = []
+        seen: set[str] = set()
+        for place, (tenant, fields) in enumerate(rows):
+            try:
+                if tenant in seen:
+                    raise ChangeInvalid("tenant", f"{tenant!r} is there twice", "Send each tenant once.")
+                seen.add(tenant)
+                old = licenses.get(connection, tenant)
+                stored, _ = self.put(connection, tenant, fields, by=by)
+            except ChangeInvalid as invalid:
+                refusals.append(Refusal(place, invalid.field, str(invalid), invalid.fix))
+            except MoveRefused as refused:
+                message = f"the license is {refused.stage.value}, and cannot {refused.move.value}: {refused}"
+                refusals.append(Refusal(place, "tenant", message, refused.fix))
+            else:
+                outcome = CREATED if old is None else UNCHANGED if stored.revision == old.revision else CHANGED
+                imported.append(Imported(tenant, outcome, stored.revision))
+        if refusals:
+            raise ImportRefused(refusals)
+        if dry_run:
+            raise _DryRun(imported)
+        return imported
+
+    def publish(
+        self,
+        connection: Connection,
+        old: StoredLicense | None,
+        license_: License,
+        *,
+        by: str,
+        now_us: int,
+        message: str = "",
+    ) -> StoredLicense:
+        """Write a license that may be, and have it published: every change of a license comes here, within the
+        transaction of who makes it, which also says in the audit trail what it was. ``wake`` comes after its commit.
+        """
+        revision = revisions.append(
+            connection,
+            kind=LICENSE,
+            key=license_.tenant,
+            payload=license_to_wire(license_),
+            sign=self._key.sign,
+            now_us=now_us,
+            by=by,
+            message=message,
+        )
+        notices = old.notices if old else NO_NOTICES
+        due = next_due(license_, notices, notice_s=self.notice_s)
+        licenses.save(
+            connection, license_, revision=revision, now_us=now_us, new=old is None, due_s=due[0] if due else None
+        )
+        return StoredLicense(license_, revision, now_us, notices)
+
+    def announce(self, connection: Connection, old: StoredLicense | None, new: StoredLicense, *, action: str) -> None:
+        """Tell webhooks of a change. ``action``: as the audit trail has it."""
+        license_ = new.license
+        type_ = change_type(old.license if old else None, license_, action)
+        data = license_data(license_, revision=new.revision)
+        webhooks.announce(connection, type_, license_.tenant, data, now_us=new.updated_at_us)
 
     async def add_grant(self, tenant: str, asked: GrantAsked, *, by: str) -> tuple[StoredLicense, Grant, bool]:
         """Top up a limit of a license. Repeated with the same id it changes nothing.
@@ -274,12 +491,14 @@ class Changes:
         old = self._locked(connection, tenant)
         if if_revision is not None and if_revision != old.revision:
             raise RevisionMoved(old.revision)
-        license_ = replace(old.license, **{name: value for name, value in fields.items() if name != "overrides"})
+        license_ = with_fields(old.license, fields, self._now_s())
         if license_ == old.license and "overrides" not in fields:
             return old
         license_ = self._checked(connection, license_, fields.get("overrides"))
         if license_ == old.license:
             return old
+        if fields.get("overrides") is not None:
+            check_move(license_, Move.CHANGE, self._now_s())
         return self._save(connection, old, license_, by=by, action="license.update")
 
     def _add_grant(
@@ -317,11 +536,8 @@ class Changes:
     ) -> StoredLicense:
         now_us = self._now_us()
         license_ = replace(license_, grants=kept(license_.grants, now_us // 1_000_000))
-        wire = license_to_wire(license_)
-        revision = revisions.append(
-            connection, kind=LICENSE, key=license_.tenant, payload=wire, sign=self._key.sign, now_us=now_us, by=by
-        )
-        licenses.save(connection, license_, revision=revision, now_us=now_us, new=old is None)
+        stored = self.publish(connection, old, license_, by=by, now_us=now_us)
+        self.announce(connection, old, stored, action=action)
         access.record(
             connection,
             by=by,
@@ -332,7 +548,7 @@ class Changes:
             now_us=now_us,
             tenant=license_.tenant,
         )
-        return StoredLicense(license_, revision, now_us)
+        return stored
 
     def _checked(self, connection: Connection, license_: License, overrides: Mapping[str, int | str] | None) -> License:
         """The license, with ``overrides`` if there are new ones.
@@ -363,6 +579,9 @@ class Changes:
                     f"plan {license_.plan!r} and its add-ons have no limit {key!r}",
                     did_you_mean(key, limits),
                 )
+        if license_.planned:
+            # Now, so that it does not fail when it is due.
+            self._checked(connection, replace(license_, plan=license_.planned.plan, planned=None), overrides)
         if overrides is None:
             return license_
         amounts = {key: amount_of(amount, limits[key], f"overrides.{key}") for key, amount in overrides.items()}

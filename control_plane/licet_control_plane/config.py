@@ -32,6 +32,9 @@ class ServerConfig:
 
     ``checkpoint_every_s``: how often the heads of the ledger's chains are signed, if anything was recorded since.
     ``reclaim_after_s``: the units of a sidecar silent for so long are reclaimed; 0 for never.
+    ``api_rate``: requests a second that the REST API takes from one key; 0 for any number.
+    ``expiring_notice_s``: how long before the end of a license's term it is announced.
+    ``webhooks_private``: webhooks may be within this network, which whoever may make one can then probe.
     ``events_url``: where usage events are posted to, signed with ``events_secret``; empty for nowhere.
     ``events_personal``: with what is personal in them.
     ``archive_dir``: where usage is archived before it is acknowledged; ``None`` for nowhere.
@@ -50,6 +53,9 @@ class ServerConfig:
     staleness_max_s: float = 300.0
     reclaim_after_s: float = 0.0
     checkpoint_every_s: float = 60.0
+    api_rate: float = 200.0
+    expiring_notice_s: int = 14 * 86_400
+    webhooks_private: bool = False
     log_level: str = "info"
     new_generation: bool = False
     archive_dir: Path | None = None
@@ -94,6 +100,10 @@ class ServerConfig:
             staleness_max_s=parse_seconds(str(value("staleness_max", "LICET_STALENESS_MAX", "300s"))),
             reclaim_after_s=parse_reclaim_after(str(value("reclaim_after", "LICET_RECLAIM_AFTER", OFF))),
             checkpoint_every_s=parse_seconds(str(value("checkpoint_every", "LICET_CHECKPOINT_EVERY", "60s"))),
+            api_rate=parse_rate(str(value("api_rate", "LICET_API_RATE", "200"))),
+            expiring_notice_s=int(parse_seconds(str(value("expiring_notice", "LICET_EXPIRING_NOTICE", "336h")))),
+            webhooks_private=str(value("webhooks_private", "LICET_WEBHOOKS_PRIVATE", "")).lower()
+            in ("1", "true", "yes"),
             log_level=log_level,
             new_generation=bool(flags.get("new_generation")),
             events_url=events_url,
@@ -210,6 +220,23 @@ def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
             raise ConfigError(f"approver groups {part!r}: give group=name,name and ';' between groups")
         groups[group.strip()] = names
     return groups
+
+
+def parse_rate(text: str) -> float:
+    """Requests a second; 0 for ``off``.
+
+    Raises:
+        ConfigError: neither ``off`` nor a number of 1 or more.
+    """
+    if text.strip().lower() == OFF:
+        return 0.0
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 1 <= rate < float("inf"):
+        raise ConfigError(f"API rate {text!r}: give 'off', or requests a second, 1 or more")
+    return rate
 
 
 def parse_reclaim_after(text: str) -> float:

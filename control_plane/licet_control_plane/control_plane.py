@@ -18,12 +18,14 @@ from licet.wire.signing import SigningKey
 from licet_control_plane.access_desk import AccessDesk
 from licet_control_plane.archive.follower import Archive
 from licet_control_plane.audit_keeper import AUDIT_HEAD_FILE, AuditKeeper
+from licet_control_plane.catalogs import Catalogs
 from licet_control_plane.changes import Changes
 from licet_control_plane.checkpointer import Checkpointer
 from licet_control_plane.config import ServerConfig
 from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.drain.months import MonthKeeper
 from licet_control_plane.drain.worker import DrainCounts, ShardWorker
+from licet_control_plane.license_keeper import LicenseKeeper
 from licet_control_plane.oidc import Issuer
 from licet_control_plane.override_desk import OverrideDesk
 from licet_control_plane.publisher.asks import AsksReader
@@ -35,9 +37,11 @@ from licet_control_plane.publisher.quotas import Quotas
 from licet_control_plane.publisher.reclaim import Reclaimer
 from licet_control_plane.publisher.registers import RedisRegisters
 from licet_control_plane.publisher.sweep import Sweeper
+from licet_control_plane.quota_watcher import QuotaWatcher
 from licet_control_plane.redis_link import Redis, connect, location
 from licet_control_plane.signing_keys import Keep, Resigner, SigningKeys
 from licet_control_plane.sink.sender import EventSender
+from licet_control_plane.sink.webhook_sender import WebhookSender
 from licet_control_plane.store.database import Database
 from licet_control_plane.store.subjects import SubjectKeys
 from licet_control_plane.telemetry import Metrics
@@ -60,6 +64,11 @@ class ControlPlane:
     redis: Redis
     resigner: Resigner
     changes: Changes
+    license_keeper: LicenseKeeper
+    catalogs: Catalogs
+    webhook_sender: WebhookSender
+    webhook_wake: asyncio.Event
+    quota_watcher: QuotaWatcher
     publisher: Publisher
     quotas: Quotas
     fleet: Fleet
@@ -132,7 +141,7 @@ class ControlPlane:
             wake=wake,
             now_s=now_s,
         )
-        changes = Changes(database, keys, wake=wake, now_s=now_s)
+        changes = Changes(database, keys, wake=wake, now_s=now_s, notice_s=config.expiring_notice_s)
         access_desk = AccessDesk(database, changes, wake=wake, now_s=now_s)
         counts = DrainCounts()
         # Shared: all of them write in the database's one writing thread.
@@ -153,6 +162,8 @@ class ControlPlane:
             )
             for shard in range(USAGE_SHARDS)
         ]
+        webhook_wake = asyncio.Event()
+        catalogs = Catalogs(database)
         plane = cls(
             config=config,
             deployment=deployment,
@@ -162,6 +173,18 @@ class ControlPlane:
             resigner=Resigner(database, keys, redis, names, wake=wake, now_s=now_s),
             redis=redis,
             changes=changes,
+            license_keeper=LicenseKeeper(database, changes, now_s=now_s),
+            catalogs=catalogs,
+            webhook_sender=WebhookSender(
+                database,
+                deployment=deployment,
+                ledger_key=ledger_key,
+                private=config.webhooks_private,
+                now_s=now_s,
+                wake=webhook_wake,
+            ),
+            webhook_wake=webhook_wake,
+            quota_watcher=QuotaWatcher(database, catalogs, now_s=now_s),
             publisher=publisher,
             quotas=quotas,
             fleet=fleet,
@@ -209,6 +232,9 @@ class ControlPlane:
             asyncio.create_task(_supervised("asks", self.asks.run)),
             asyncio.create_task(_supervised("access requests", self.access_desk.run)),
             asyncio.create_task(_supervised("months", self.months.run)),
+            asyncio.create_task(_supervised("licenses", self.license_keeper.run)),
+            asyncio.create_task(_supervised("webhooks", self.webhook_sender.run)),
+            asyncio.create_task(_supervised("quota thresholds", self.quota_watcher.run)),
             *(asyncio.create_task(_supervised("drain", worker.run)) for worker in self.workers),
             asyncio.create_task(_supervised("checkpoints", self.checkpointer.run)),
             asyncio.create_task(_supervised("audit", self.audit.run)),
@@ -287,6 +313,11 @@ class ControlPlane:
         metrics.gauge("licet_dead_letters", "Batches set aside and not settled.", lambda: drain.dead_letters.letters)
         metrics.gauge("licet_dead_letters_held", "Batches that found no room.", lambda: sum(drain.held.values()))
         metrics.gauge("licet_ledger_conflicts_kept", "Conflicts in the ledger.", lambda: drain.conflicts_kept)
+        metrics.counter("licet_license_renewals", "Terms renewed by themselves.", lambda: self.license_keeper.renewals)
+        hooks = self.webhook_sender.counts
+        metrics.counter("licet_webhook_deliveries", "Messages that webhooks took.", lambda: hooks.delivered)
+        metrics.counter("licet_webhook_failures", "Times they did not.", lambda: hooks.failures)
+        metrics.counter("licet_webhooks_disabled", "Webhooks given up.", lambda: hooks.disabled)
         if self.sender is not None:
             sent = self.sender.counts
             metrics.counter("licet_events_sent", "Usage events that the receiver took.", lambda: sent.events)

@@ -303,6 +303,25 @@ class Catalog:
 
 
 @dataclass(frozen=True, slots=True)
+class Renewal:
+    """By what a license is renewed: one ``period``, counted from ``anchor_s`` (seconds since the Unix epoch), so that
+    what ended on a 31st ends on the last day of each shorter month and on the 31st again. ``auto``: by itself.
+    """
+
+    period: Period
+    anchor_s: int = 0
+    auto: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPlan:
+    """A change of plan that is due at ``at_s``, seconds since the Unix epoch."""
+
+    plan: str
+    at_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class License:
     """A tenant's hold on a plan.
 
@@ -310,6 +329,8 @@ class License:
     ``addons`` maps plan names to counts, whose limit amounts are added that many times.
     ``overrides`` maps limit keys to amounts that replace the plan's. ``grants`` are top-ups. ``requests`` are the
     access requests of the tenant's subjects, the latest change last.
+    ``grace_s``: for how long after its term it still answers. ``cancels``: it was canceled at the end of its term, so
+    it is not renewed and has no grace. ``planned``: the plan it changes to later.
     """
 
     tenant: str
@@ -321,6 +342,15 @@ class License:
     overrides: Mapping[str, int] = field(default_factory=dict)
     grants: tuple[Grant, ...] = ()
     requests: tuple[RequestEntry, ...] = ()
+    grace_s: int = 0
+    cancels: bool = False
+    renewal: Renewal | None = None
+    planned: PlannedPlan | None = None
+
+    @property
+    def stops_s(self) -> int:
+        """When it stops answering: the end of its grace, exclusive; 0 for never."""
+        return self.ends_s and self.ends_s + (0 if self.cancels else self.grace_s)
 
 
 _FIELD_OF_KIND: dict[type[Document], str] = {
@@ -500,6 +530,15 @@ def license_to_wire(license_: License) -> Wire:
     }
     if license_.requests:
         wire["requests"] = [entry.to_wire() for entry in license_.requests]
+    # Keys of their own, only where they say something: a sidecar that does not know them ignores them.
+    if license_.grace_s:
+        wire["grace_s"] = license_.grace_s
+    if license_.cancels:
+        wire["cancels"] = True
+    if license_.renewal:
+        wire["renewal"] = renewal_to_wire(license_.renewal)
+    if license_.planned:
+        wire["planned"] = [license_.planned.plan, license_.planned.at_s]
     return wire
 
 
@@ -510,6 +549,7 @@ def license_from_wire(wire: Wire) -> License:
         ValueError: an unknown status.
         KeyError: a field is missing.
     """
+    renewal, planned = wire.get("renewal"), wire.get("planned")
     return License(
         tenant=wire["tenant"],
         plan=wire["plan"],
@@ -520,7 +560,22 @@ def license_from_wire(wire: Wire) -> License:
         overrides=wire["overrides"],
         grants=grants_from_wire(wire.get("grants", ())),
         requests=tuple(RequestEntry.from_wire(entry) for entry in wire.get("requests", ())),
+        grace_s=wire.get("grace_s", 0),
+        cancels=wire.get("cancels", False),
+        renewal=renewal_from_wire(renewal) if renewal else None,
+        planned=PlannedPlan(*planned[:2]) if planned else None,
     )
+
+
+def renewal_to_wire(renewal: Renewal) -> list[Any]:
+    """A renewal as it is stored and travels."""
+    return [renewal.period.value, renewal.anchor_s, renewal.auto]
+
+
+def renewal_from_wire(wire: list[Any]) -> Renewal:
+    """The inverse of ``renewal_to_wire``; what a newer writer appends is ignored."""
+    period, anchor_s, auto, *_ = wire
+    return Renewal(Period(period), anchor_s, auto)
 
 
 def grants_to_wire(grants: Iterable[Grant]) -> list[list[Any]]:

@@ -31,12 +31,12 @@ FILLED = {
     "number": "1",
     "sidecar": "0" * 32,
 }
-FILLED |= {"log_id": "x", "seq": "1", "key": "nobody"}
+FILLED |= {"log_id": "x", "seq": "1", "key": "nobody", "webhook": "wh_0", "plan": "pro"}
 
 
 @pytest.fixture
 async def site(tmp_path: Path, valkey_process: ValkeyProcess) -> AsyncIterator[Site]:
-    async with deployment(tmp_path / "state", valkey_process.url) as running:
+    async with deployment(tmp_path / "state", valkey_process.url, api_rate=0.0, webhooks_private=True) as running:
         yield Site(running)
 
 
@@ -96,7 +96,11 @@ async def test_a_key_of_one_tenant_reaches_nothing_of_another_nor_what_they_shar
         if rule.need not in MAY[Role(role)]:
             continue
         params = {"tenant": "globex"} if rule.reach is Reach.FILTER else None
-        bodies: dict[Route, dict[str, Any]] = {("POST", "/v1/licenses"): {"tenant": "globex", "plan": "pro"}}
+        other = {"tenant": "globex", "plan": "pro"}
+        bodies: dict[Route, dict[str, Any]] = {
+            ("POST", "/v1/licenses"): other,
+            ("POST", "/v1/licenses/import"): {"licenses": [{"tenant": "acme", "plan": "pro"}, other]},
+        }
         for tenant in ("globex", "nobody") if rule.reach is Reach.TENANT else ("globex",):
             response = await site.ask(
                 method, _filled(path, tenant), key=key, params=params, **bodies.get((method, path), {})
@@ -174,6 +178,8 @@ async def test_refused_changes_are_in_the_trail_and_cannot_fill_it(site: Site) -
     assert entries[0]["by"] == "unknown"
 
 
+TWO_PLANS = f"{BUNDLE}---\nkind: Plan\nname: max\nfeatures: {{reports: {{limits: [{{amount: 900, per: month}}]}}}}\n"
+
 LETTER_AND_LEDGER: dict[Route, str] = {
     ("POST", "/v1/usage/dead-letters/{number}/retry"): "test_cli_kept_aside.py",
     ("DELETE", "/v1/usage/dead-letters/{number}"): "test_cli_kept_aside.py",
@@ -193,11 +199,25 @@ async def test_every_route_that_changes_something_leaves_an_entry_with_who_and_f
     await site.ask("POST", "/v1/api-keys", name="short", role="auditor")
     grant = {"limit": "reports:month", "amount": 5, "id": "g", "expires_after_s": 60}
     done: dict[Route, dict[str, Any]] = {
-        ("POST", "/v1/bundles"): {"documents": [{"path": "a.yaml", "content": BUNDLE}]},
+        ("POST", "/v1/bundles"): {"documents": [{"path": "a.yaml", "content": TWO_PLANS}]},
         ("POST", "/v1/licenses"): {"tenant": "acme", "plan": "pro"},
         ("PATCH", "/v1/licenses/{tenant}"): {"ends_at": "2099-01-01T00:00:00Z"},
+        ("PUT", "/v1/licenses/{tenant}"): {"plan": "pro", "renewal_period": "month"},
+        ("POST", "/v1/licenses/import"): {
+            "licenses": [{"tenant": "acme", "plan": "pro", "renewal_period": "month", "grace_s": 60}]
+        },
+        ("POST", "/v1/licenses/{tenant}/suspend"): {},
+        ("POST", "/v1/licenses/{tenant}/resume"): {},
+        ("POST", "/v1/licenses/{tenant}/renew"): {},
         ("POST", "/v1/licenses/{tenant}/grants"): grant,
         ("DELETE", "/v1/licenses/{tenant}/grants/{grant_id}"): {},
+        ("POST", "/v1/licenses/{tenant}/change-plan"): {"plan": "max"},
+        ("POST", "/v1/licenses/{tenant}/cancel"): {},
+        ("POST", "/v1/webhooks"): {"url": "http://127.0.0.1:9/"},
+        ("POST", "/v1/webhooks/{webhook}/test"): {},
+        ("POST", "/v1/webhooks/{webhook}/redeliver"): {},
+        ("POST", "/v1/webhooks/{webhook}/enable"): {},
+        ("DELETE", "/v1/webhooks/{webhook}"): {},
         ("POST", "/v1/tenants/{tenant}/subjects/erase"): {"type": "user", "id": "ada"},
         ("POST", "/v1/ledger/restored"): {},
         ("POST", "/v1/api-keys"): {"name": "made", "role": "auditor"},
@@ -214,6 +234,7 @@ async def test_every_route_that_changes_something_leaves_an_entry_with_who_and_f
     done[("POST", "/v1/bundles/{revision}/rollback")] = {}
     done[("POST", "/v1/signing-keys")] = done[("POST", "/v1/signing-keys/rotate")] = {}
     done[("POST", "/v1/signing-keys/{key}/retire")] = {}
+    webhook = "wh_0"
     first_key = (await site.ask("GET", "/v1/signing-keys")).json()["items"][0]["id"]
     for route, one in RULES.items():
         if not one.records:
@@ -222,16 +243,22 @@ async def test_every_route_that_changes_something_leaves_an_entry_with_who_and_f
     for route, body in done.items():
         rule: Rule = RULES[route]
         if route[1].endswith("/rollback"):
-            other = BUNDLE.replace("100", "200")
+            other = TWO_PLANS.replace("100", "200")
             await site.ask("POST", "/v1/bundles", documents=[{"path": "a.yaml", "content": other}])
         if route[1].endswith("/retire"):
             await until(partial(_resigned, site))
         before = await site.actions()
-        path = _filled(route[1], "acme").replace("nobody", first_key if "signing" in route[1] else "short")
+        path = (
+            _filled(route[1], "acme")
+            .replace("nobody", first_key if "signing" in route[1] else "short")
+            .replace("wh_0", webhook)
+        )
         async with site.as_(operator, "192.0.2.7") as client:
             response = await client.request(route[0], path, json=body, headers={"X-Request-Id": "order-17"})
         assert response.is_success, (route, response.text)
         assert response.headers["X-Request-Id"] == "order-17"
+        if route == ("POST", "/v1/webhooks"):
+            webhook = response.json()["id"]
         assert (await site.actions())[len(before) :] == [rule.records]
         newest = (await site.ask("GET", "/v1/audit", params={"limit": 1})).json()["items"][0]
         assert (newest["by"], newest["via"], newest["address"], newest["request"]) == (

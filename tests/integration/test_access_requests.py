@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ async def any_desk(tmp_path: Path, valkey_process: ValkeyProcess, database_url: 
 async def started(tmp_path: Path, valkey: ValkeyProcess, database_url: str = "") -> AsyncIterator[Desk]:
     async with deployment(tmp_path / "state", valkey.url, start=False, database_url=database_url) as running:
         running.settings["approver_groups"] = {"finance": ("ben", "cora")}
+        running.settings["webhooks_private"] = True
         plane = await running.start()
         keys = {"admin": running.admin_key}
         for name, role in (("ben", "approver"), ("cora", "approver"), ("dan", "approver"), ("eve", "operator")):
@@ -313,6 +315,51 @@ async def test_a_change_of_the_license_keeps_its_requests(desk: Desk) -> None:
         lambda connection: connection.execute(select(audit.c.after).where(audit.c.action == "license.update")).one()
     )
     assert "requests" not in json.loads(line.after)
+    put = await desk("PUT", "/licenses/acme", json={"plan": "pro", "renewal_period": "month", "grace_s": 60})
+    assert put.status_code == 200, put.text
+    for move in ("suspend", "resume", "renew", "cancel"):
+        moved = await desk("POST", f"/licenses/acme/{move}", json={})
+        assert moved.status_code == 200, moved.text
+        assert [one.id for one in await desk.entries()] == [ID], move
+
+
+async def test_a_request_leaves_what_a_license_is_and_when_it_renews_itself_as_they_were(desk: Desk) -> None:
+    now_s = int(time.time())
+    terms = {"plan": "pro", "ends_at": str(now_s + 86_400), "renewal_period": "month", "auto_renew": True}
+    assert (await desk("PUT", "/licenses/acme", json={**terms, "grace_s": 60})).status_code == 200
+    database = desk.running.plane.database
+    before = await database.read(licenses.get, "acme")
+    await desk.asks()
+    await desk.opened()
+    assert (await desk.decide("approve", expires_after_s=60)).status_code == 200
+    after = await database.read(licenses.get, "acme")
+    assert before is not None
+    assert after is not None
+    assert replace(after.license, requests=()) == before.license
+    assert await database.read(licenses.due, now_s=now_s, limit=10) == []
+    assert await database.read(licenses.due, now_s=now_s + 86_400, limit=10) == ["acme"]
+
+
+async def test_webhooks_hear_of_an_approval_that_tops_up_a_limit_and_of_no_other(desk: Desk) -> None:
+    hook = {"url": "http://127.0.0.1:9/", "events": ["license.changed"]}
+    made = (await desk("POST", "/webhooks", json=hook)).json()
+
+    async def told() -> int:
+        return len((await desk("GET", f"/webhooks/{made['id']}/deliveries")).json()["items"])
+
+    await desk.asks()
+    await desk.opened()
+    assert (await desk.decide("approve", expires_after_s=60)).status_code == 200
+    assert await told() == 0
+    limit = catalog(100).plans["pro"].features["reports"].limits[0]
+    other = "b2" * 16
+    await desk.asks(rule=limit.key, access_request_id=other)
+    await desk.opened(other)
+    assert await told() == 0
+    assert (await desk.decide("approve", other, expires_after_s=60, units=25)).status_code == 200
+    assert await told() == 1
+    await desk.decide("revoke", other, reason="oops")
+    assert await told() == 2
 
 
 async def test_a_request_survives_a_control_plane_that_is_stopped_before_it_is_decided(desk: Desk) -> None:

@@ -18,7 +18,8 @@ __all__ = ["licet_command"]
 
 LICENSE = {
     "tenant": "acme", "plan": "pro", "status": "active", "starts_at": None, "ends_at": None,
-    "addons": {}, "overrides": {}, "revision": 7, "updated_at": "2027-01-01T00:00:00Z",
+    "addons": {}, "overrides": {}, "revision": 7, "updated_at": "2027-01-01T00:00:00Z", "stage": "active",
+    "grace_ends_at": None, "renewal_period": None, "auto_renew": False, "cancels": False, "planned": None,
 }  # fmt: skip
 PUSHED = {
     "revision": 7, "generation": 1, "digest": "d", "unchanged": False, "warnings": [],

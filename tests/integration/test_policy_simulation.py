@@ -45,7 +45,8 @@ def server(monkeypatch: pytest.MonkeyPatch, licet_command: CommandLine) -> Itera
     for tenant in TENANTS:
         stub.answers[f"GET /v1/licenses/{tenant}"] = {
             "tenant": tenant, "plan": "pro", "status": "active", "starts_at": None, "ends_at": None, "addons": {},
-            "overrides": {}, "grants": [], "revision": 1, "updated_at": "2026-01-01T00:00:00Z",
+            "overrides": {}, "grants": [], "grace_s": 0, "cancels": False, "revision": 1,
+            "updated_at": "2026-01-01T00:00:00Z",
         }  # fmt: skip
     yield stub
     stub.stop()

@@ -396,3 +396,27 @@ def test_decisions_are_read_page_by_page(licet: Licet, catalog: Path, fleet: Fle
     for after in ("x", "1:2", "1:x:a", "9" * 30 + ":" + "9" * 30 + ":a"):
         refused = plain_http.get(f"{fleet.server_url}/v1/decisions", params={"after": after}, headers=headers)
         assert refused.status_code == 422
+
+
+def test_a_table_of_more_licenses_than_one_request_takes_is_imported_all_or_none(
+    licet: Licet, catalog: Path, fleet: Fleet, tmp_path: Path
+) -> None:
+    pushed(licet, catalog, "--wait")
+    table = tmp_path / "customers.csv"
+    lines = ["tenant,plan", *(f"many-{number:03},pro" for number in range(600))]
+    table.write_text("\n".join([*lines, "many-600,prp"]))
+    refused = licet("license", "import", table)
+    assert refused.code == 1
+    assert f"{table}:602:1: there is no plan 'prp'" in refused.err
+    assert licet("license", "get", "many-000").code == 1  # the first 500 were only tried
+
+    table.write_text("\n".join(lines))
+    done = licet("license", "import", table, "--wait", "--json")
+    assert (done.code, done.json["created"], done.json["rollout"]["done"]) == (0, 600, True)
+    with Client(fleet.addresses[0]) as client:
+        assert client.check("many-599", "report.export", context={"region": "eu"}).approved
+    assert licet("license", "import", table, "--json").json["unchanged"] == 600
+    note = tmp_path / "note.yaml"
+    note.write_text("kind: License\ntenant: many-001\nplan: pro\nstatus: suspended\n")
+    assert "  ~ many-001\n1 changed" in licet("license", "import", note).out.replace("0 created, ", "")
+    assert licet("license", "get", "many-001", "--json").json["status"] == "suspended"

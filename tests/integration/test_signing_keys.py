@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from licet.wire.documents import ACK, HEAD, HEAD_KEY
+from licet.wire.documents import ACK, HEAD, HEAD_KEY, Manifest
 from licet.wire.signing import SigningKey, Statement, Verifier, signed_with
 from licet_control_plane.audit_keeper import AUDIT_HEAD_FILE
 from licet_control_plane.signing_keys import SigningKeys
@@ -75,6 +75,20 @@ async def test_everything_published_is_signed_anew_and_verifies_with_the_new_key
     assert (await site.verified())["ok"]
     checkpoint = await site.ask("GET", "/v1/audit/head")
     assert checkpoint.json()["public_key"] == active["public_key"]
+
+
+async def test_an_override_in_force_stays_so_under_the_new_key(site: Site) -> None:
+    await site.running.push()
+    body = {"action": "report.*", "effect": "deny", "expires_after_s": 3_600, "reason": "a leak", "id": "inc-1"}
+    assert (await site.ask("POST", "/v1/overrides", **body)).status_code == 201
+    active = await _rotated(site)
+
+    async def published() -> bytes | None:
+        document: bytes | None = await site.running.redis.get(NAMES.bundle())
+        return document if document and signed_with(document) == active["id"] else None
+
+    found = Verifier([active["public_key"]]).verify(await until(published), kind="bundle", key="bundle")
+    assert [one.id for one in Manifest.from_payload(found.payload).overrides] == ["inc-1"]
 
 
 async def test_a_live_sidecar_that_does_not_know_the_next_key_is_in_the_way(site: Site) -> None:

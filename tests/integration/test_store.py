@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, MetaData, insert, select, text, update
 
 from licet.domain.catalog import Grant, License
 from licet.domain.ids import LimitKey
@@ -52,6 +53,41 @@ def test_the_migrations_make_exactly_the_schema(database: Database) -> None:
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"include_object": is_ours})
         assert compare_metadata(context, metadata) == []
+
+
+def emptied(connection: Connection) -> None:
+    """Tests get databases that were migrated; this one is as it was before."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+        return
+    found = MetaData()
+    found.reflect(connection)
+    found.drop_all(connection)
+
+
+def test_licenses_of_an_older_version_are_kept_and_looked_after_from_then_on(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upgrade = command.upgrade
+    database = Database(database_url)
+    database.write_now(emptied)
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "upgrade", lambda config, _head: upgrade(config, "0004"))
+        database.migrate()
+    old = (
+        "INSERT INTO licenses (tenant, plan, status, starts_s, ends_s, addons, overrides, grants, revision, updated_at)"
+        " VALUES (:tenant, 'pro', 'active', 0, :ends_s, '{}', '{}', '[]', 1, 1)"
+    )
+    rows = [{"tenant": "ends", "ends_s": 1_000}, {"tenant": "open", "ends_s": 0}]
+    database.write_now(lambda connection: connection.execute(text(old), rows))
+    database.migrate()
+    for tenant, ends_s in (("ends", 1_000), ("open", 0)):
+        stored = database.read_now(licenses.get, tenant)
+        assert stored is not None
+        assert stored.license == License(tenant, "pro", ends_s=ends_s)
+    assert database.read_now(licenses.due, now_s=1, limit=10) == ["ends"]
+    database.close()
 
 
 def test_migrating_again_changes_nothing(database: Database) -> None:

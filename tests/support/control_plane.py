@@ -196,11 +196,13 @@ class Deployment:
 
 @asynccontextmanager
 async def deployment(
-    state_dir: Path, redis_url: str, *, start: bool = True, database_url: str = ""
+    state_dir: Path, redis_url: str, *, start: bool = True, database_url: str = "", **settings: Any
 ) -> AsyncIterator[Deployment]:
-    """A deployment, started unless told otherwise, and ended at the end; on SQLite unless told otherwise."""
+    """A deployment, started unless told otherwise, and ended at the end; on SQLite unless told otherwise. ``settings``:
+    more of the server's configuration."""
     state_dir.mkdir(exist_ok=True)
     made = Deployment(state_dir, redis_url, database_url)
+    made.settings |= settings
     try:
         if start:
             await made.start()

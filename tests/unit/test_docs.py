@@ -15,6 +15,7 @@ import yaml
 from licet.domain.outcomes import Reason
 from licet_control_plane.cli.app import command as licet
 from licet_control_plane.core.documents import SourceFile, validate
+from licet_control_plane.core.documents.licenses import read_licenses
 from licet_control_plane.core.documents.suites import read_suites
 from licet_sidecar import config
 
@@ -236,11 +237,18 @@ def test_examples_of_documents_are_valid_together() -> None:
     blocks = [body for language, body in _FENCED.findall((DOCS / "documents.md").read_text()) if language == "yaml"]
     files = [SourceFile(f"example-{number}.yaml", body) for number, body in enumerate(blocks, 1)]
     suites = [file for file in files if "kind: PolicyTest" in file.text]
-    found = validate([file for file in files if file not in suites])
+    licenses = [file for file in files if "kind: License\n" in file.text]
+    found = validate([file for file in files if file not in (*suites, *licenses)])
     assert [str(one) for one in (*found.errors, *found.warnings)] == []
     assert found.catalog is not None
     assert suites
     assert [str(one) for one in read_suites(suites, found.catalog)[1]] == []
+    written, faults = read_licenses(licenses)
+    assert faults == ()
+    for source in (one.source for one in written):
+        held = [found.catalog.plans[name] for name in (source.plan, *source.addons)]
+        limits = {limit.key for plan in held for one in plan.features.values() for limit in one.limits}
+        assert source.overrides.keys() <= limits
 
 
 def test_examples_in_python_compile() -> None:

@@ -92,6 +92,8 @@ def test_what_is_misspelled_missing_or_of_another_type_fails_wherever_it_is() ->
                 {name: value for name, value in document.items() if name != "kind"},
                 *({**document, name: {"of": ["another", "type"]}} for name in document),
             ):
+                if mutant == document:
+                    continue  # a license has no name
                 tried += 1
                 assert problems(mutant, document["kind"]), mutant
     assert tried > 200

@@ -655,3 +655,30 @@ def test_leases_that_were_forgotten_are_made_anew() -> None:
     assert waiting.needs[0][0] is not lease
     grant(waiting.needs[0][0], 5)
     assert decided(engine, inquiry()).reason is Reason.OK
+
+
+@pytest.mark.parametrize(
+    ("offset_us", "reason", "marked"),
+    [
+        (-1, Reason.OK, False),
+        (0, Reason.OK, True),
+        (60_000_000 - 1, Reason.OK, True),
+        (60_000_000, Reason.LICENSE_EXPIRED, False),
+    ],
+)
+def test_a_license_in_its_grace_answers_and_says_until_when(offset_us: int, reason: Reason, marked: bool) -> None:
+    engine = engine_with(catalog(), License("acme", "pro", ends_s=NOW_S, grace_s=60))
+    decision = decided(engine, inquiry(), now_us=NOW_S * 1_000_000 + offset_us)
+    assert (decision.reason, decision.grace_until_s) == (reason, NOW_S + 60 if marked else 0)
+    assert ("answers until" in decision.message) == marked
+
+
+def test_a_license_that_was_canceled_at_its_end_has_no_grace() -> None:
+    engine = engine_with(catalog(), License("acme", "pro", ends_s=NOW_S, grace_s=60, cancels=True))
+    assert decided(engine, inquiry()).reason is Reason.LICENSE_EXPIRED
+
+
+def test_a_suspended_license_is_not_marked_as_in_its_grace() -> None:
+    suspended = License("acme", "pro", status=LicenseStatus.SUSPENDED, ends_s=NOW_S, grace_s=60)
+    decision = decided(engine_with(catalog(), suspended), inquiry())
+    assert (decision.reason, decision.grace_until_s) == (Reason.TENANT_SUSPENDED, 0)

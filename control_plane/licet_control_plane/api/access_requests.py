@@ -31,7 +31,7 @@ EXPIRES_AFTER_S_DEFAULT: Final = 3_600
 _ID: Final = re.compile(r"[0-9A-Za-z]{32}")
 _DIGITS: Final = re.compile(r"[0-9]{1,18}")
 
-router = v1_router("/access-requests")
+router = v1_router("/access-requests", tag="access-requests")
 
 
 class Approval(BaseModel):

@@ -16,7 +16,7 @@ from licet_control_plane.core.access import KEY_ID_BYTES, SECRET_BYTES, Role, ke
 from licet_control_plane.store import access
 from licet_control_plane.store.access import ApiKey, KeyNameTaken, KeyUnknown
 
-router = v1_router("/api-keys")
+router = v1_router("/api-keys", tag="api-keys")
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
 """No colon: names of tokens' subjects have one, so that the two never meet in the audit trail."""

@@ -24,7 +24,7 @@ from licet_control_plane.store import audit_trail
 from licet_control_plane.store.audit_trail import AuditFilter, Head, Recounted
 from licet_control_plane.store.database import DatabaseUnavailable
 
-router = v1_router("/audit")
+router = v1_router("/audit", tag="audit")
 
 PAGE_MAX: Final = 1_000
 HEADS_MAX: Final = 100

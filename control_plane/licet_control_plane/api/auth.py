@@ -20,6 +20,7 @@ import structlog
 from fastapi import APIRouter, Depends, Request
 
 from licet_control_plane.api.access import Reach, Rule, rule_of
+from licet_control_plane.api.openapi import described_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.requests import request_id
 from licet_control_plane.control_plane import ControlPlane
@@ -29,7 +30,7 @@ from licet_control_plane.core.claims import ClaimsRefused
 from licet_control_plane.oidc import Issuer, IssuerUnavailable, TokenRefused
 from licet_control_plane.store import access
 from licet_control_plane.store.access import Origin
-from licet_control_plane.store.database import DatabaseUnavailable
+from licet_control_plane.store.database import DatabaseUnavailable, with_each_commit
 
 log: Final = structlog.get_logger(__name__)
 
@@ -60,6 +61,11 @@ class Caller:
     tenant: str = ""
     via: str = "api-key"
     credential: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Who it is, whatever credential they showed: a key's id, or an issuer's subject."""
+        return "\n".join((self.via, self.credential, self.name if self.via == "oidc" else ""))
 
     def confine(self, tenant: str) -> str:
         """The tenant that a request is about: the one it names, which must be the caller's if that has only one.
@@ -112,7 +118,7 @@ async def authenticate(request: Request) -> Caller:
     rule = rule_of(request.method, _path_of(request))
     tenant = request.path_params.get("tenant", "")
     try:
-        caller = await _caller(request)
+        caller = await identified(request)
     except Problem as unknown:
         if unknown.status in (401, 403) and rule.changes:
             nobody = Origin("", "", _address(request), request_id(request))
@@ -128,9 +134,27 @@ async def authenticate(request: Request) -> Caller:
     return caller
 
 
-def v1_router(prefix: str = "") -> APIRouter:
-    """A router under ``/v1`` whose every route authenticates."""
-    return APIRouter(prefix=f"/v1{prefix}", dependencies=[Depends(authenticate)])
+def v1_router(prefix: str = "", *, tag: str) -> APIRouter:
+    """A router under ``/v1`` whose every route authenticates. ``tag`` groups its routes in the description."""
+    return described_router(f"/v1{prefix}", tag=tag, dependencies=[Depends(authenticate)])
+
+
+async def identified(request: Request) -> Caller:
+    """The caller of a request, whatever they may do; looked up once for each request.
+
+    Raises:
+        Problem: as for ``authenticate``, but for what they may not.
+    """
+    known: Caller | Problem | None = getattr(request.state, "caller", None)
+    if known is None:
+        try:
+            known = await _caller(request)
+        except Problem as problem:
+            known = problem
+        request.state.caller = known
+    if isinstance(known, Problem):
+        raise known
+    return known
 
 
 async def tenant_asked(caller: Annotated[Caller, Depends(authenticate)], tenant: str = "") -> str:
@@ -215,7 +239,7 @@ async def _found(plane: ControlPlane, credential: str) -> Caller | None:
     if key is None:
         return None
     if key.last_used_at_us is None or now_us - key.last_used_at_us >= access.USED_EVERY_US:
-        with contextlib.suppress(DatabaseUnavailable):  # not worth refusing anybody
+        with contextlib.suppress(DatabaseUnavailable), with_each_commit(None):  # not worth refusing anybody
             await plane.database.write(access.note_use, key.id, now_us=now_us)
     return Caller(key.name, Role(key.role), key.tenant, "api-key", key.id)
 
@@ -251,16 +275,17 @@ async def _denied(request: Request, rule: Rule, origin: Origin, *, by: str, tena
     access.acting.set(origin)
     what: dict[str, Any] = {"status": problem.status, "why": problem.detail, "request": rule.records or "?"}
     try:
-        await plane.database.write(
-            access.record,
-            by=by or "unknown",
-            action="access.denied",
-            target=f"{request.method} {request.url.path}".replace("\0", "?")[:256],
-            before=None,
-            after=what,
-            now_us=int(now_s * 1_000_000),
-            tenant=tenant.replace("\0", "?")[:128],
-        )
+        with with_each_commit(None):
+            await plane.database.write(
+                access.record,
+                by=by or "unknown",
+                action="access.denied",
+                target=f"{request.method} {request.url.path}".replace("\0", "?")[:256],
+                before=None,
+                after=what,
+                now_us=int(now_s * 1_000_000),
+                tenant=tenant.replace("\0", "?")[:128],
+            )
     except DatabaseUnavailable as error:
         log.error("a refused attempt could not be recorded", reason=str(error))
 

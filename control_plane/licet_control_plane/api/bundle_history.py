@@ -22,7 +22,7 @@ from licet_control_plane.core.documents.writing import as_pairs, stamped, write_
 from licet_control_plane.store import bundles, licenses, meta
 from licet_control_plane.store.bundles import Bundle, Origin
 
-router = v1_router()
+router = v1_router(tag="bundle-history")
 
 PAGE_MAX: Final = 100
 """Bundles in one answer: each is compared with the one before it, by the digests of its documents."""

@@ -17,7 +17,7 @@ from licet_control_plane.core.documents import SourceFile, validate
 from licet_control_plane.core.fleet import Sidecar, rollout
 from licet_control_plane.store import bundles, revisions
 
-router = v1_router()
+router = v1_router(tag="bundles")
 
 
 class DocumentFile(BaseModel):

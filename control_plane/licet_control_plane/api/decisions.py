@@ -15,7 +15,7 @@ from licet_control_plane.store import decisions
 from licet_control_plane.store.decisions import Cursor
 from licet_control_plane.store.event_reports import Recorded
 
-router = v1_router()
+router = v1_router(tag="decisions")
 
 PAGE_MAX: Final = 5_000
 _LAST_US: Final = 253_402_300_799_000_000

@@ -24,7 +24,7 @@ from licet_control_plane.evidence import Interval
 from licet_control_plane.store import audit_trail, bundles, checkpoints
 from licet_control_plane.store.audit_trail import Recounted
 
-router = v1_router("/audit")
+router = v1_router("/audit", tag="evidence")
 
 MEMORY_BYTES_MAX: Final = 8 * 1024 * 1024
 """Of an archive that is being made; what is more is in a temporary file."""

@@ -15,7 +15,7 @@ from licet_control_plane.changes import LicenseUnknown
 from licet_control_plane.core.grants import PRIORITY_DEFAULT, GrantAsked, shown_amount, state_of
 from licet_control_plane.store import licenses
 
-router = v1_router("/licenses/{tenant}/grants")
+router = v1_router("/licenses/{tenant}/grants", tag="grants")
 
 
 class NewGrant(BaseModel):

@@ -19,7 +19,7 @@ from licet_control_plane.core.billing import Line
 from licet_control_plane.core.fleet import LIVE_S_MAX, is_undrained
 from licet_control_plane.store import billing, reconciling
 
-router = v1_router()
+router = v1_router(tag="invoices")
 
 NAMED_MAX: Final = 100
 """Sidecars and gaps that an answer names; their number is said in full."""

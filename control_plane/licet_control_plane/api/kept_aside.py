@@ -20,7 +20,7 @@ from licet_control_plane.drain.worker import NotRecordable
 from licet_control_plane.store import conflicts, dead_letters
 from licet_control_plane.store.conflicts import Conflict, ConflictKey
 
-router = v1_router()
+router = v1_router(tag="kept-aside")
 
 EVENTS_SHOWN: Final = 20
 """Of a batch, to see what it is about; ``raw`` has all of it."""

@@ -11,7 +11,7 @@ from licet_control_plane.api.auth import TenantAsked, plane_of, v1_router
 from licet_control_plane.api.times import parse_us
 from licet_control_plane.store import ledger_reports
 
-router = v1_router()
+router = v1_router(tag="ledger")
 
 From = Annotated[str, Query(alias="from")]
 To = Annotated[str, Query()]

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import hashlib
+from collections import Counter
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import Depends, Header, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from licet.domain.catalog import License, LicenseStatus
+from licet.domain.windows import Period
 from licet_control_plane.api import grants
 from licet_control_plane.api.amounts import Amount
 from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, format_us, parse_s
-from licet_control_plane.changes import LicenseUnknown
-from licet_control_plane.core.grants import shown_amount
+from licet_control_plane.changes import OUTCOMES, ImportRefused, LicenseUnknown
+from licet_control_plane.core.grants import shown_amount, state_of
+from licet_control_plane.core.lifecycle import GRACE_S_MAX, Stage, stage_of, with_fields
 from licet_control_plane.store import licenses
 from licet_control_plane.store.licenses import StoredLicense
 
-router = v1_router("/licenses")
+IMPORTED_MAX: Final = 500
+"""Licenses of one import: they are written in one transaction, in which nobody else writes."""
+
+router = v1_router("/licenses", tag="licenses")
 
 
 class LicenseChange(BaseModel):
@@ -32,6 +39,9 @@ class LicenseChange(BaseModel):
     ends_at: str | None = None
     addons: dict[str, StrictInt] | None = None
     overrides: dict[str, Amount] | None = None
+    grace_s: StrictInt | None = Field(None, ge=0, le=GRACE_S_MAX)
+    renewal_period: Literal["day", "week", "month", "year"] | None = None
+    auto_renew: StrictBool | None = None
 
     def fields(self) -> dict[str, Any]:
         """The fields that were sent, as a license has them. ``null`` for a time means none."""
@@ -45,6 +55,12 @@ class LicenseChange(BaseModel):
                     sent["ends_s"] = parse_s(value, name) if value else 0
                 case "addons" | "overrides":
                     sent[name] = value or {}
+                case "renewal_period":
+                    sent["period"] = None if value is None else Period(value)
+                case "auto_renew":
+                    sent["auto"] = bool(value)
+                case "grace_s":
+                    sent[name] = value or 0
                 case "plan" | "status" if value is not None:
                     sent[name] = value
         return sent
@@ -56,26 +72,100 @@ class NewLicense(LicenseChange):
     tenant: str
     plan: str
 
-    def license(self) -> License:
+    def license(self, now_s: float) -> License:
         """As the domain has it."""
-        terms = {name: value for name, value in self.fields().items() if name != "overrides"}
-        return License(**{"tenant": self.tenant, **terms})
+        return with_fields(License(self.tenant, self.plan), self.fields(), now_s)
 
 
-@router.post("", status_code=201)
+class WholeLicense(LicenseChange):
+    """All of a license. What is left out is as in a new one; but ``status`` and ``ends_at``, which move by themselves,
+    stay as they are. Grants stay."""
+
+    plan: str
+
+    def fields(self) -> dict[str, Any]:
+        """Every field that is replaced."""
+        new = {"starts_s": 0, "addons": {}, "overrides": {}, "grace_s": 0, "period": None, "auto": False}
+        return {**new, **super().fields()}
+
+
+class LicenseToImport(WholeLicense):
+    """A tenant and its license."""
+
+    tenant: str
+
+
+class LicensesToImport(BaseModel):
+    """Each tenant once. ``dry_run``: everything is checked, and nothing changed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    licenses: list[LicenseToImport] = Field(min_length=1, max_length=IMPORTED_MAX)
+    dry_run: StrictBool = False
+
+
+class LicenseImported(BaseModel):
+    """What became of one. With ``dry_run`` ``revision`` is one that it does not get."""
+
+    tenant: str
+    outcome: Literal["created", "changed", "unchanged"]
+    revision: int
+
+
+class LicensesImported(BaseModel):
+    """All of them, how many were what, and the newest revision."""
+
+    items: list[LicenseImported]
+    created: int
+    changed: int
+    unchanged: int
+    revision: int
+    dry_run: bool
+
+
+class LicenseView(BaseModel):
+    """A license. ``stage`` follows from its status, its term and the clock; ``revision`` published it."""
+
+    tenant: str
+    plan: str
+    status: LicenseStatus
+    stage: Stage
+    starts_at: str | None
+    ends_at: str | None
+    grace_s: int
+    grace_ends_at: str | None
+    renewal_period: str | None
+    auto_renew: bool
+    cancels: bool
+    planned: dict[str, Any] | None
+    addons: dict[str, int]
+    overrides: dict[str, Amount]
+    grants: list[dict[str, Any]]
+    revision: int
+    updated_at: str
+
+
+class LicensePage(BaseModel):
+    """Licenses by tenant. ``next`` is the ``after`` of the next page, ``null`` on the last."""
+
+    items: list[LicenseView]
+    next: str | None
+
+
+@router.post("", status_code=201, response_model=LicenseView)
 async def create_license(
     request: Request, response: Response, body: NewLicense, caller: Annotated[Caller, Depends(authenticate)]
 ) -> dict[str, Any]:
     """Give a tenant its license."""
     plane = plane_of(request)
     caller.confine(body.tenant)
-    stored = await plane.changes.create_license(body.license(), by=caller.name, overrides=body.overrides)
+    stored = await plane.changes.create_license(body.license(plane.now_s()), by=caller.name, overrides=body.overrides)
     response.headers["Location"] = f"/v1/licenses/{stored.license.tenant}"
-    response.headers["ETag"] = _etag(stored)
+    response.headers["ETag"] = etag_of(stored, plane.now_s())
     return described(stored, plane.now_s())
 
 
-@router.get("")
+@router.get("", response_model=LicensePage)
 async def list_licenses(
     request: Request,
     tenant: TenantAsked,
@@ -93,18 +183,76 @@ async def list_licenses(
     return {"items": [described(stored, plane.now_s()) for stored in page[:limit]], "next": following}
 
 
-@router.get("/{tenant}")
+@router.post("/import", response_model=LicensesImported)
+async def import_licenses(
+    request: Request, body: LicensesToImport, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Make many licenses what the body says, all or none: each as ``PUT /v1/licenses/{tenant}`` would."""
+    plane = plane_of(request)
+    rows = [(caller.confine(row.tenant), row.fields()) for row in body.licenses]
+    try:
+        imported = await plane.changes.import_licenses(rows, dry_run=body.dry_run, by=caller.name)
+    except ImportRefused as refused:
+        errors = [
+            {"file": "", "line": 0, "column": 0, "path": f"licenses.{one.place}.{one.field}"}
+            | {"message": one.message, "fix": one.fix, "tenant": rows[one.place][0]}
+            for one in refused.refusals
+        ]
+        first = refused.refusals[0]
+        raise Problem(
+            422,
+            f"{len(errors)} of {len(rows)} licenses cannot be, so nothing was changed. The first: "
+            f"{rows[first.place][0]}: {first.message}.",
+            first.fix,
+            errors=errors,
+        ) from refused
+    counts = Counter(one.outcome for one in imported)
+    return {
+        "items": [{"tenant": one.tenant, "outcome": one.outcome, "revision": one.revision} for one in imported],
+        **{outcome: counts[outcome] for outcome in OUTCOMES},
+        "revision": max(one.revision for one in imported),
+        "dry_run": body.dry_run,
+    }
+
+
+@router.get("/{tenant}", response_model=LicenseView)
 async def get_license(request: Request, response: Response, tenant: str) -> dict[str, Any]:
     """One tenant's license; its ETag goes into ``If-Match`` of a change."""
     plane = plane_of(request)
     stored = await plane.database.read(licenses.get, tenant)
     if stored is None:
         raise LicenseUnknown(tenant)
-    response.headers["ETag"] = _etag(stored)
+    response.headers["ETag"] = etag_of(stored, plane.now_s())
     return described(stored, plane.now_s())
 
 
-@router.patch("/{tenant}")
+@router.put("/{tenant}", response_model=LicenseView, responses={201: {"model": LicenseView}})
+async def put_license(
+    request: Request,
+    response: Response,
+    tenant: str,
+    body: WholeLicense,
+    caller: Annotated[Caller, Depends(authenticate)],
+    if_match: Annotated[str | None, Header()] = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> dict[str, Any]:
+    """Make a tenant's license what the body says: 201 when it is new. ``If-None-Match: *``: only then."""
+    plane = plane_of(request)
+    if if_match is not None and if_match.strip() == "*" and await plane.database.read(licenses.get, tenant) is None:
+        raise LicenseUnknown(tenant)
+    stored, new = await plane.changes.put_license(
+        tenant,
+        body.fields(),
+        if_revision=revision_of(if_match),
+        only_new=if_none_match is not None and if_none_match.strip() == "*",
+        by=caller.name,
+    )
+    response.status_code = 201 if new else 200
+    response.headers["ETag"] = etag_of(stored, plane.now_s())
+    return described(stored, plane.now_s())
+
+
+@router.patch("/{tenant}", response_model=LicenseView)
 async def update_license(
     request: Request,
     response: Response,
@@ -116,9 +264,9 @@ async def update_license(
     """Replace some fields."""
     plane = plane_of(request)
     stored = await plane.changes.update_license(
-        tenant, body.fields(), if_revision=_revision_of(if_match), by=caller.name
+        tenant, body.fields(), if_revision=revision_of(if_match), by=caller.name
     )
-    response.headers["ETag"] = _etag(stored)
+    response.headers["ETag"] = etag_of(stored, plane.now_s())
     return described(stored, plane.now_s())
 
 
@@ -129,8 +277,15 @@ def described(stored: StoredLicense, now_s: float) -> dict[str, Any]:
         "tenant": license_.tenant,
         "plan": license_.plan,
         "status": license_.status.value,
+        "stage": stage_of(license_, now_s).value,
         "starts_at": format_s(license_.starts_s or None),
         "ends_at": format_s(license_.ends_s or None),
+        "grace_s": license_.grace_s,
+        "grace_ends_at": format_s(license_.stops_s) if license_.stops_s > license_.ends_s else None,
+        "renewal_period": license_.renewal.period.value if license_.renewal else None,
+        "auto_renew": bool(license_.renewal and license_.renewal.auto),
+        "cancels": license_.cancels,
+        "planned": {"plan": license_.planned.plan, "at": format_s(license_.planned.at_s)} if license_.planned else None,
         "addons": dict(license_.addons),
         "overrides": {key: shown_amount(amount, key) for key, amount in license_.overrides.items()},
         "grants": [grants.described(grant, now_s) for grant in license_.grants],
@@ -139,14 +294,22 @@ def described(stored: StoredLicense, now_s: float) -> dict[str, Any]:
     }
 
 
-def _etag(stored: StoredLicense) -> str:
-    return f'"{stored.revision}"'
+def etag_of(stored: StoredLicense, now_s: float) -> str:
+    """The ETag of a license: its revision, and a digest of what in it follows from the clock."""
+    clocked = [stage_of(stored.license, now_s).value, *(state_of(grant, now_s) for grant in stored.license.grants)]
+    return f'"{stored.revision}-{hashlib.sha256(",".join(clocked).encode()).hexdigest()[:8]}"'
 
 
-def _revision_of(if_match: str | None) -> int | None:
+def revision_of(if_match: str | None) -> int | None:
+    """The revision that ``If-Match`` asks for; ``None`` for any.
+
+    Raises:
+        Problem: 412, it is not an ETag of a license.
+    """
     if if_match is None or if_match.strip() == "*":
         return None
-    tag = if_match.strip().removeprefix("W/").strip('"')
-    if not tag.isdigit():
+    # Whoever changes a license need not know that meanwhile, say, a grant ended: only the revision counts.
+    tag = if_match.strip().removeprefix("W/").strip('"').partition("-")[0]
+    if not (tag.isascii() and tag.isdigit() and len(tag) <= 18):
         raise Problem(412, f"If-Match {if_match!r} is not an ETag of a license.", "Send the ETag as it was given.")
     return int(tag)

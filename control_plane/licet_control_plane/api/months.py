@@ -28,7 +28,7 @@ from licet_control_plane.store.partitions import Month
 from licet_control_plane.store.retention import MonthRefused
 from licet_control_plane.store.schema import events
 
-router = v1_router()
+router = v1_router(tag="months")
 
 FORMAT: Final = "licet-ledger-month/1"
 PAGE_ROWS: Final = 5_000

@@ -19,7 +19,7 @@ LIST_MAX: Final = 500
 
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 
-router = v1_router("/overrides")
+router = v1_router("/overrides", tag="overrides")
 
 
 class NewOverride(BaseModel):

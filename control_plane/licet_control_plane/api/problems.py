@@ -10,9 +10,11 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
 from licet_control_plane.changes import GrantExists, GrantUnknown, LicenseExists, LicenseUnknown, RevisionMoved
+from licet_control_plane.core.lifecycle import MoveRefused
 from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.core.sealed_events import Damaged
 from licet_control_plane.redis_link import RedisRefused, RedisUnavailable
@@ -24,8 +26,27 @@ RETRY_AFTER_S: Final = "2"
 log = structlog.get_logger(__name__)
 
 
+TYPE_PREFIX: Final = "urn:licet:problem:"
+KINDS: Final = {
+    400: "request",
+    401: "key",
+    403: "role",
+    404: "not-found",
+    405: "method",
+    409: "conflict",
+    412: "changed",
+    413: "too-large",
+    415: "media-type",
+    422: "invalid",
+    429: "rate",
+    500: "internal",
+    503: "unavailable",
+}
+"""What a problem's ``type`` ends with, when nothing says it closer. Stable: programs go by it."""
+
+
 class Problem(Exception):
-    """A request that is not done. ``detail`` says what was wrong, ``fix`` what to do."""
+    """A request that is not done. ``detail`` says what was wrong, ``fix`` what to do; ``kind`` ends the ``type``."""
 
     def __init__(
         self,
@@ -35,12 +56,14 @@ class Problem(Exception):
         *,
         errors: list[dict[str, Any]] | None = None,
         retry_after_s: int | None = None,
+        kind: str = "",
     ) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
         self.fix = fix
         self.errors = errors
+        self.kind = kind
         self.retry_after_s = retry_after_s
 
 
@@ -51,9 +74,11 @@ def response(
     *,
     errors: list[dict[str, Any]] | None = None,
     headers: Mapping[str, str] | None = None,
+    kind: str = "",
 ) -> JSONResponse:
     """The problem as it goes out."""
-    body: dict[str, Any] = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
+    type_ = TYPE_PREFIX + (kind or KINDS.get(status, "request"))
+    body: dict[str, Any] = {"type": type_, "title": HTTPStatus(status).phrase, "status": status}
     body |= {"detail": detail, "fix": fix}
     if errors is not None:
         body["errors"] = errors
@@ -68,7 +93,7 @@ def install(app: FastAPI) -> None:
         headers = {"WWW-Authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else {}
         if error.retry_after_s is not None:
             headers["Retry-After"] = str(error.retry_after_s)
-        return response(error.status, error.detail, error.fix, errors=error.errors, headers=headers)
+        return response(error.status, error.detail, error.fix, errors=error.errors, headers=headers, kind=error.kind)
 
     @app.exception_handler(ChangeInvalid)
     async def _invalid(_request: Request, error: ChangeInvalid) -> JSONResponse:
@@ -77,21 +102,29 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(LicenseExists)
     async def _exists(_request: Request, error: LicenseExists) -> JSONResponse:
-        return response(409, f"{error} has a license already.", "Change it with PATCH /v1/licenses/{tenant}.")
+        return response(
+            409, f"{error} has a license already.", "Change it with PATCH /v1/licenses/{tenant}.", kind="license-exists"
+        )
 
     @app.exception_handler(LicenseUnknown)
     async def _unknown(_request: Request, error: LicenseUnknown) -> JSONResponse:
-        return response(404, f"{error} has no license.", "Create one with POST /v1/licenses, or look at the spelling.")
+        fix = "Create one with POST /v1/licenses, or look at the spelling."
+        return response(404, f"{error} has no license.", fix, kind="license-unknown")
 
     @app.exception_handler(GrantExists)
     async def _grant_exists(_request: Request, error: GrantExists) -> JSONResponse:
         detail = f"The license has another grant with the id {str(error)!r}."
-        return response(409, detail, "Give the new one another id, or revoke the old one first.")
+        return response(409, detail, "Give the new one another id, or revoke the old one first.", kind="grant-exists")
 
     @app.exception_handler(GrantUnknown)
     async def _grant_unknown(_request: Request, error: GrantUnknown) -> JSONResponse:
         detail = f"The license has no grant {str(error)!r}."
-        return response(404, detail, "GET /v1/licenses/{tenant}/grants lists those it has.")
+        return response(404, detail, "GET /v1/licenses/{tenant}/grants lists those it has.", kind="grant-unknown")
+
+    @app.exception_handler(MoveRefused)
+    async def _refused_move(_request: Request, error: MoveRefused) -> JSONResponse:
+        detail = f"The license is {error.stage.value}, and cannot {error.move.value}: {error}."
+        return response(409, detail, error.fix, kind="license-state")
 
     @app.exception_handler(RevisionMoved)
     async def _moved(_request: Request, error: RevisionMoved) -> JSONResponse:
@@ -137,4 +170,19 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         fix = "Look at the address and the method: /v1/openapi.json lists what there is."
-        return response(error.status_code, f"{request.method} {request.url.path}: {error.detail}.", fix)
+        detail = f"{request.method} {request.url.path}: {error.detail}."
+        return response(error.status_code, detail, fix, headers=error.headers)
+
+    @app.exception_handler(DataError)
+    @app.exception_handler(OverflowError)
+    async def _unstorable(_request: Request, error: Exception) -> JSONResponse:
+        # PostgreSQL takes no NUL in a text and no number beyond 64 bits, SQLite no such number: nobody has one.
+        log.info("a value fits no column", reason=type(error).__name__)
+        fix = "Send texts without NUL characters, and numbers below 2^63."
+        return response(422, "A value of the request is one that nothing can have.", fix)
+
+    @app.exception_handler(Exception)
+    async def _internal(_request: Request, error: Exception) -> JSONResponse:
+        # The server logs it with its trace.
+        fix = "Look at the server's log, and report it. Whether anything was changed, reading it again tells."
+        return response(500, f"The server failed: {type(error).__name__}.", fix)

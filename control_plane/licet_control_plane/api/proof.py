@@ -29,7 +29,7 @@ from licet_control_plane.store.checkpoints import Checkpoint
 from licet_control_plane.store.database import DatabaseUnavailable
 from licet_control_plane.store.verification import Progress, Verification, verify
 
-router = v1_router()
+router = v1_router(tag="proof")
 log: Final = structlog.get_logger(__name__)
 
 JSON_LINES: Final = "application/jsonl"

@@ -27,7 +27,7 @@ from licet_control_plane.publisher.reclaim import Outcome, Reclaimed
 from licet_control_plane.publisher.registers import SealStatus
 from licet_control_plane.store import ledger, licenses
 
-router = v1_router()
+router = v1_router(tag="quotas")
 
 RECLAIM_S_MAX: Final = 5.0
 """For one request; the answer says where to go on."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from licet_control_plane.api.openapi import described_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.core.documents.json_schema import KINDS, schema_of
 from licet_control_plane.core.suggestion import did_you_mean
 
-open_router = APIRouter(prefix="/v1/schemas")
+open_router = described_router("/v1/schemas", tag="schemas")
 
 
 @open_router.get("")

@@ -22,7 +22,7 @@ TENANTS_MAX: Final = 10_000
 """Of one request: as many licenses as a sidecar keeps."""
 OCTETS: Final = "application/octet-stream"
 
-router = v1_router()
+router = v1_router(tag="second-route")
 
 
 class SnapshotRequest(BaseModel):

@@ -19,7 +19,7 @@ from licet_control_plane.store import signing_keys
 from licet_control_plane.store.database import DatabaseUnavailable
 from licet_control_plane.store.signing_keys import NEXT, PREVIOUS, KeyStateRefused, StoredKey
 
-router = v1_router("/signing-keys")
+router = v1_router("/signing-keys", tag="signing-keys")
 
 NAMED_MAX: Final = 10
 """Sidecars that a refusal names."""

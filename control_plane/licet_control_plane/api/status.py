@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from licet_control_plane.api.auth import plane_of, v1_router
+from licet_control_plane.api.openapi import described_router
 from licet_control_plane.api.times import format_us
 from licet_control_plane.store import meta
 from licet_control_plane.store.database import DatabaseUnavailable
@@ -17,8 +18,8 @@ from licet_control_plane.telemetry import CONTENT_TYPE
 HEAD_AGE_S_MAX: Final = 10.0
 """Heads go out each second; ten missed, and sidecars will soon answer stale."""
 
-open_router = APIRouter()
-router = v1_router()
+open_router = described_router(tag="probes")
+router = v1_router(tag="status")
 
 
 @open_router.get("/healthz")
@@ -62,7 +63,7 @@ async def readyz(request: Request) -> JSONResponse:
     return JSONResponse({"ready": ready, "checks": checks}, 200 if ready else 503)
 
 
-@open_router.get("/metrics")
+@open_router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     return Response(await asyncio.to_thread(plane_of(request).metrics.render), media_type=CONTENT_TYPE)

@@ -23,7 +23,7 @@ from licet_control_plane.core.subject_keys import LedgerKey
 from licet_control_plane.store import access, access_requests, ledger
 from licet_control_plane.store.database import DatabaseUnavailable
 
-router = v1_router()
+router = v1_router(tag="subjects")
 
 PAGE_EVENTS: Final = 1_000
 NAME_CHARS_MAX: Final = 4_096

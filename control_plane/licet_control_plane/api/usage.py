@@ -23,7 +23,7 @@ from licet_control_plane.store import event_reports, usage_reports
 from licet_control_plane.store.event_reports import EventFilter, Place, Recorded
 from licet_control_plane.store.usage_reports import Interval, Order, Usage
 
-router = v1_router("/usage")
+router = v1_router("/usage", tag="usage")
 
 E = TypeVar("E", bound=IntEnum)
 From = Annotated[str, Query(alias="from")]

@@ -17,6 +17,8 @@ from licet_control_plane.cli import (
     grants,
     kept_aside,
     ledger,
+    license_import,
+    license_moves,
     licenses,
     months,
     overrides,
@@ -32,6 +34,7 @@ from licet_control_plane.cli import (
     simulate,
     subjects,
     usage,
+    webhooks,
 )
 from licet_control_plane.cli.dev import command as dev
 from licet_control_plane.cli.failure import EXIT_CODES_HELP
@@ -107,7 +110,24 @@ _license = _group("license", "What each tenant holds.")
 _license.command("create", epilog=EXIT_CODES_HELP)(licenses.create)
 _license.command("get", epilog=EXIT_CODES_HELP)(licenses.get)
 _license.command("list", epilog=EXIT_CODES_HELP)(licenses.list_)
+_license.command("put", epilog=EXIT_CODES_HELP)(licenses.put)
 _license.command("update", epilog=EXIT_CODES_HELP)(licenses.update)
+_license.command("import", epilog=EXIT_CODES_HELP)(license_import.import_)
+_license.command("suspend", epilog=EXIT_CODES_HELP)(license_moves.suspend)
+_license.command("resume", epilog=EXIT_CODES_HELP)(license_moves.resume)
+_license.command("cancel", epilog=EXIT_CODES_HELP)(license_moves.cancel)
+_license.command("renew", epilog=EXIT_CODES_HELP)(license_moves.renew)
+_license.command("change-plan", epilog=EXIT_CODES_HELP)(license_moves.change_plan)
+
+_webhook = _group("webhook", "Where events of licenses and quotas are sent.")
+_webhook.command("create", epilog=EXIT_CODES_HELP)(webhooks.create)
+_webhook.command("list", epilog=EXIT_CODES_HELP)(webhooks.list_)
+_webhook.command("show", epilog=EXIT_CODES_HELP)(webhooks.show)
+_webhook.command("delete", epilog=EXIT_CODES_HELP)(webhooks.delete)
+_webhook.command("enable", epilog=EXIT_CODES_HELP)(webhooks.enable)
+_webhook.command("test", epilog=EXIT_CODES_HELP)(webhooks.send_test)
+_webhook.command("deliveries", epilog=EXIT_CODES_HELP)(webhooks.deliveries)
+_webhook.command("redeliver", epilog=EXIT_CODES_HELP)(webhooks.redeliver)
 
 _grant = _group("grant", "Top-ups of one limit of a license, for a time.")
 _grant.command("add", epilog=EXIT_CODES_HELP)(grants.add)

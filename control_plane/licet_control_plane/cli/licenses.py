@@ -1,4 +1,4 @@
-"""``licet license create|get|list|update``."""
+"""``licet license create|put|get|list|update``."""
 
 from __future__ import annotations
 
@@ -34,9 +34,17 @@ OverrideOption = Annotated[
         "--override", help="Other amount for a limit, FEATURE:LIMIT=UNITS, or ='500.00 USD'; may be repeated."
     ),
 ]
+GraceOption = Annotated[str | None, typer.Option("--grace", help="For how long it answers after its term: 7d.")]
+PeriodOption = Annotated[
+    str | None, typer.Option("--period", help="What it is renewed by: day, week, month or year; 'none' for nothing.")
+]
+AutoRenewOption = Annotated[
+    bool | None, typer.Option("--auto-renew/--no-auto-renew", help="Renew it by itself, an hour before its term ends.")
+]
 StatusOption = Annotated[str | None, typer.Option("--status", help="active, suspended or canceled.")]
 
 _STATUSES = ("active", "suspended", "canceled")
+_PERIODS = ("day", "week", "month", "year")
 _PAGE = 500
 
 
@@ -47,6 +55,9 @@ def create(
     ends: EndsOption = None,
     addon: AddonOption = None,
     override: OverrideOption = None,
+    grace: GraceOption = None,
+    period: PeriodOption = None,
+    auto_renew: AutoRenewOption = None,
     wait: WaitOption = False,
     timeout: TimeoutOption = "60s",
     as_json: JsonOption = False,
@@ -59,8 +70,40 @@ def create(
     Example:
       licet license create acme --plan pro --ends 2028-01-01 --addon extra-tokens=2
     """
-    body = _terms(starts, ends, addon, override)
+    body = _terms(starts, ends, addon, override, grace, period, auto_renew)
     _change("POST", tenant, {"tenant": tenant, "plan": plan, **body}, wait, timeout, as_json, server, api_key)
+
+
+def put(
+    tenant: TenantArgument,
+    plan: Annotated[str, typer.Option("--plan", help="The plan it holds.")],
+    status: StatusOption = None,
+    starts: StartsOption = None,
+    ends: EndsOption = None,
+    addon: AddonOption = None,
+    override: OverrideOption = None,
+    grace: GraceOption = None,
+    period: PeriodOption = None,
+    auto_renew: AutoRenewOption = None,
+    wait: WaitOption = False,
+    timeout: TimeoutOption = "60s",
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Make a tenant's license exactly this, whether it has one or not; repeated it changes nothing.
+
+    What is not given is as in a new license. But --status and --ends stay as they are, because they move by themselves;
+    grants stay, too.
+
+    \b
+    Example:
+      licet license put acme --plan pro --starts 2027-01-31 --period month --auto-renew
+    """
+    body = {"plan": plan, **_terms(starts, ends, addon, override, grace, period, auto_renew)}
+    if status is not None:
+        body["status"] = _checked_status(status)
+    _change("PUT", tenant, body, wait, timeout, as_json, server, api_key)
 
 
 def update(
@@ -71,6 +114,9 @@ def update(
     ends: EndsOption = None,
     addon: AddonOption = None,
     override: OverrideOption = None,
+    grace: GraceOption = None,
+    period: PeriodOption = None,
+    auto_renew: AutoRenewOption = None,
     wait: WaitOption = False,
     timeout: TimeoutOption = "60s",
     as_json: JsonOption = False,
@@ -83,13 +129,13 @@ def update(
     Example:
       licet license update acme --status suspended --wait
     """
-    body = _terms(starts, ends, addon, override)
+    body = _terms(starts, ends, addon, override, grace, period, auto_renew)
     if plan is not None:
         body["plan"] = plan
     if status is not None:
         body["status"] = _checked_status(status)
     if not body:
-        raise bad("nothing to change.", "give at least one of --plan, --status, --starts, --ends, --addon, --override")
+        raise bad("nothing to change.", "give at least one of the options that change something")
     _change("PATCH", tenant, body, wait, timeout, as_json, server, api_key)
 
 
@@ -111,7 +157,7 @@ def get(
     if as_json:
         emit_json(license_)
     else:
-        _print_license(license_)
+        print_license(license_)
 
 
 def list_(
@@ -145,13 +191,21 @@ def list_(
     if as_json:
         emit_json({"items": items, "next": after})
         return
-    columns = ("tenant", "plan", "status", "starts_at", "ends_at", "addons", "overrides", "revision")
+    columns = ("tenant", "plan", "stage", "starts_at", "ends_at", "addons", "overrides", "revision")
     table(columns, ([item.get(column) for column in columns] for item in items), numeric=("revision",))
     if after:
         note(f"there are more than {limit}; raise --limit")
 
 
-def _terms(starts: str | None, ends: str | None, addon: list[str] | None, override: list[str] | None) -> dict[str, Any]:
+def _terms(
+    starts: str | None,
+    ends: str | None,
+    addon: list[str] | None,
+    override: list[str] | None,
+    grace: str | None,
+    period: str | None,
+    auto_renew: bool | None,
+) -> dict[str, Any]:
     body: dict[str, Any] = {}
     if starts is not None:
         body["starts_at"] = instant(starts, "--starts")
@@ -161,6 +215,14 @@ def _terms(starts: str | None, ends: str | None, addon: list[str] | None, overri
         body["addons"] = counts(addon, "--addon")
     if override:
         body["overrides"] = amounts(override, "--override")
+    if grace is not None:
+        body["grace_s"] = int(seconds(grace, "--grace"))
+    if period is not None:
+        if period not in (*_PERIODS, "none"):
+            raise bad(f"--period {period!r} is not a period.", f"use one of {', '.join(_PERIODS)}, or none")
+        body["renewal_period"] = None if period == "none" else period
+    if auto_renew is not None:
+        body["auto_renew"] = auto_renew
     return body
 
 
@@ -186,26 +248,37 @@ def _change(
 
     timeout_s = seconds(timeout, "--timeout")
     with ControlPlane(server_target(server, api_key)) as control_plane:
-        note(
-            f"{'creating' if method == 'POST' else 'updating'} the license of {tenant} on {control_plane.target.server}"
-        )
+        verb = {"POST": "creating", "PUT": "putting", "PATCH": "updating"}[method]
+        note(f"{verb} the license of {tenant} on {control_plane.target.server}")
         if method == "POST":
             license_ = control_plane.post("/v1/licenses", body)
         else:
-            license_ = control_plane.patch(f"/v1/licenses/{quote(tenant, safe='')}", body)
+            send = control_plane.put if method == "PUT" else control_plane.patch
+            license_ = send(f"/v1/licenses/{quote(tenant, safe='')}", body)
         rollout = control_plane.wait_for_rollout(license_["revision"], timeout_s=timeout_s) if wait else None
     if as_json:
         emit_json({**license_, "rollout": rollout} if wait else license_)
     else:
-        _print_license(license_)
+        print_license(license_)
     if rollout is not None:
         report_rollout(rollout, timeout_s=timeout_s, quiet=as_json)
 
 
-def _print_license(license_: dict[str, Any]) -> None:
+def print_license(license_: dict[str, Any]) -> None:
+    """A license, for people."""
     term = f"{license_.get('starts_at') or 'always'} to {license_.get('ends_at') or 'open end'}"
-    say(f"{license_['tenant']}  plan {license_['plan']}  {license_['status']}  revision {license_.get('revision')}")
+    say(f"{license_['tenant']}  plan {license_['plan']}  {license_['stage']}  revision {license_.get('revision')}")
     say(f"  term       {term}")
+    if license_["grace_ends_at"]:
+        say(f"  grace      until {license_['grace_ends_at']}")
+    if license_["renewal_period"]:
+        say(
+            f"  renewed    by a {license_['renewal_period']}, {'by itself' if license_['auto_renew'] else 'when asked'}"
+        )
+    if license_["cancels"]:
+        say("  canceled   at the end of its term")
+    if license_["planned"]:
+        say(f"  changes    to plan {license_['planned']['plan']} at {license_['planned']['at']}")
     for word in ("addons", "overrides"):
         if license_.get(word):
             say(f"  {word:<10} {', '.join(f'{name}={amount}' for name, amount in license_[word].items())}")

@@ -66,9 +66,9 @@ class ControlPlane:
         """
         return self._send("GET", path, params={name: value for name, value in query.items() if value is not None})
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """POST a JSON object. Raises as ``get``."""
-        return self._send("POST", path, json=body)
+    def post(self, path: str, body: Mapping[str, Any], *, once: str = "") -> Any:
+        """POST a JSON object. ``once``: a key under which it is done once, however often sent. Raises as ``get``."""
+        return self._send("POST", path, json=body, headers={"Idempotency-Key": once} if once else None)
 
     def post_lines(self, path: str, body: Mapping[str, Any]) -> Iterator[str]:
         """POST a JSON object; the lines of the answer as they come. Raises as ``get``."""
@@ -83,6 +83,10 @@ class ControlPlane:
     def patch(self, path: str, body: Mapping[str, Any]) -> Any:
         """PATCH with a JSON object. Raises as ``get``."""
         return self._send("PATCH", path, json=body)
+
+    def put(self, path: str, body: Mapping[str, Any]) -> Any:
+        """PUT a JSON object. Raises as ``get``."""
+        return self._send("PUT", path, json=body)
 
     def delete(self, path: str) -> Any:
         """DELETE. Raises as ``get``."""

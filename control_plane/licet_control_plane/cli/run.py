@@ -51,6 +51,17 @@ def server(
             "--checkpoint-every", help="How often the ledger's heads are signed, if they moved. [default: 60s]"
         ),
     ] = None,
+    api_rate: Annotated[
+        str | None,
+        typer.Option("--api-rate", help="Requests a second that one API key may make, or 'off'. [default: 200]"),
+    ] = None,
+    expiring_notice: Annotated[
+        str | None,
+        typer.Option("--expiring-notice", help="How long before its end a term is announced. [default: 336h]"),
+    ] = None,
+    webhooks_private: Annotated[
+        bool | None, typer.Option("--webhooks-private", help="Webhooks may be within this network.")
+    ] = None,
     archive_dir: Annotated[
         Path | None,
         typer.Option(
@@ -132,6 +143,9 @@ def server(
             staleness_max=staleness_max,
             reclaim_after=reclaim_after,
             checkpoint_every=checkpoint_every,
+            api_rate=api_rate,
+            expiring_notice=expiring_notice,
+            webhooks_private=webhooks_private,
             archive_dir=archive_dir,
             events_url=events_url,
             events_secret_file=events_secret_file,

@@ -240,6 +240,8 @@ def license_of(found: dict[str, Any]) -> License:
             )
             for grant in found["grants"]
         ),
+        grace_s=found["grace_s"],
+        cancels=found["cancels"],
     )
 
 

@@ -165,7 +165,8 @@ def _fees(month: Window, terms: Sequence[Terms]) -> Iterator[Line]:
         if license_ is None or license_.status is LicenseStatus.CANCELED:
             continue
         begin_us = max(begin_us, license_.starts_s * _US)
-        end_us = min(end_us, license_.ends_s * _US) if license_.ends_s else end_us
+        # Held through its grace, too: it answers, and a renewal within it leaves no gap.
+        end_us = min(end_us, license_.stops_s * _US) if license_.ends_s else end_us
         if begin_us >= end_us:
             continue
         addons = [(1, name, count) for name, count in sorted(license_.addons.items()) if count > 0]
@@ -371,7 +372,7 @@ def _limit_of_window(
             continue
         try:
             window = window_of(
-                limit.per, limit.anchor, spend.start, starts_s=one.license.starts_s, ends_s=one.license.ends_s
+                limit.per, limit.anchor, spend.start, starts_s=one.license.starts_s, ends_s=one.license.stops_s
             )
         except ValueError:
             continue

@@ -104,7 +104,7 @@ class Counting:
         limit = self.limit(key)
         if limit is None or self._topped_up(key) != key:
             return None
-        starts_s, ends_s = (self._license.starts_s, self._license.ends_s) if self._license else (0, 0)
+        starts_s, ends_s = (self._license.starts_s, self._license.stops_s) if self._license else (0, 0)
         if limit.per is Period.TERM and self._license is None:
             return None
         try:

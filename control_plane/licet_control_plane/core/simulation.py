@@ -206,7 +206,7 @@ def priors(license_: License, catalogs: Iterable[Catalog], since_s: int) -> tupl
         for feature, limit, granted in _limits(license_, catalog):
             if limit.per is Period.SECOND:
                 continue
-            window = window_of(limit.per, limit.anchor, since_s, starts_s=license_.starts_s, ends_s=license_.ends_s)
+            window = window_of(limit.per, limit.anchor, since_s, starts_s=license_.starts_s, ends_s=license_.stops_s)
             if window.start >= since_s:
                 continue
             if limit.scope:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -52,6 +54,21 @@ IDLE_IN_TRANSACTION_S_MAX: Final = 60
 MIGRATION_LOCK: Final = 0x6C69636574
 """Advisory lock ("licet") of the one control plane that migrates."""
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
+
+
+_ALSO: ContextVar[Callable[[Connection], None] | None] = ContextVar("also", default=None)
+
+
+@contextmanager
+def with_each_commit(also: Callable[[Connection], None] | None) -> Iterator[None]:
+    """Within it, each ``Database.write`` of this task does ``also`` in its own transaction, before its work: the last
+    lock of a transaction is the audit trail's. ``None``: what is written is no part of what the caller asked for.
+    """
+    token = _ALSO.set(also)
+    try:
+        yield
+    finally:
+        _ALSO.reset(token)
 
 
 class DatabaseUnavailable(Exception):
@@ -102,10 +119,17 @@ class Database:
             DatabaseUnavailable: the database failed; nothing was changed.
             SQLAlchemyError: the data does not fit the tables; trying again will not help. Nothing was changed.
         """
+        also = _ALSO.get()
+
+        def all_of_it(connection: Connection) -> T:
+            if also is not None:
+                also(connection)
+            return work(connection, *args, **kwargs)
+
         # With the caller's context: it says who acts, for the audit trail.
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(
-            self._writer, lambda: context.run(partial(self.write_now, work, *args, **kwargs))
+            self._writer, lambda: context.run(self.write_now, all_of_it)
         )
 
     async def read(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -18,6 +18,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
     text,
 )
 
@@ -139,6 +140,81 @@ licenses: Final = Table(
     Column("requests", Text, nullable=False, server_default="[]"),  # JSON, as on the wire
     Column("revision", BigInteger, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
+    Column("grace_s", BigInteger, nullable=False, server_default="0"),
+    Column("cancels", Boolean, nullable=False, server_default=false()),
+    Column("renewal", Text, nullable=False, server_default=""),  # JSON, as on the wire; empty for none
+    Column("planned_plan", String(128), nullable=False, server_default=""),
+    Column("planned_s", BigInteger, nullable=False, server_default="0"),
+    Column("expiring_for_s", BigInteger, nullable=False, server_default="0"),  # the end that was announced
+    Column("expired_for_s", BigInteger, nullable=False, server_default="0"),  # the end that was said to have passed
+    Column("due_s", BigInteger, index=True),  # when something is to be done with it by itself; null for nothing
+)
+
+idempotency_keys: Final = Table(
+    # Requests that were sent with an Idempotency-Key, and their answers: see ``store/idempotency.py``.
+    "idempotency_keys",
+    metadata,
+    Column("caller", String(64), primary_key=True),  # SHA-256 of the credential, hex
+    Column("key", String(255), primary_key=True),
+    Column("request", String(64), nullable=False),  # SHA-256 of method, address and body, hex
+    Column("at", BigInteger, nullable=False, index=True),
+    Column("committed", Boolean, nullable=False),  # its change is in the database
+    Column("status", Integer),  # null until it was answered
+    Column("headers", Text),  # JSON
+    Column("body", LargeBinary),
+)
+
+webhooks: Final = Table(
+    # Where events are sent. A secret is not stored: it follows from the ledger's key and ``id``.
+    "webhooks",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("url", Text, nullable=False),
+    Column("events", Text, nullable=False),  # JSON list of types
+    Column("thresholds", Text, nullable=False),  # JSON list of percentages
+    Column("tenant", String(128), nullable=False),  # empty for all
+    Column("created_at", BigInteger, nullable=False),
+    Column("created_by", String(128), nullable=False),
+    Column("disabled_at", BigInteger),
+    Column("disabled_why", Text, nullable=False),
+    Column("failing_since", BigInteger),  # since when nothing was taken
+    Column("busy_until", BigInteger, nullable=False),  # a control plane sends to it, or it is left in peace
+)
+
+webhook_messages: Final = Table(
+    # What happened, once for all webhooks: written in the transaction of the change.
+    "webhook_messages",
+    metadata,
+    Column("number", _AutoId, primary_key=True),
+    Column("id", String(32), nullable=False, unique=True),
+    Column("at", BigInteger, nullable=False, index=True),
+    Column("type", String(64), nullable=False),
+    Column("tenant", String(128), nullable=False),
+    Column("data", Text, nullable=False),  # JSON
+)
+
+webhook_deliveries: Final = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("webhook", String(32), primary_key=True),
+    Column("message", BigInteger, primary_key=True, autoincrement=False),  # its number
+    Column("next_at", BigInteger),  # null: delivered, or given up
+    Column("attempts", Integer, nullable=False),
+    Column("delivered_at", BigInteger),
+    Column("status", Integer),  # of the last answer
+    Column("error", Text, nullable=False),
+    Index(None, "webhook", "next_at"),
+    Index(None, "message"),
+)
+
+quota_notices: Final = Table(
+    # Which thresholds of which window were announced.
+    "quota_notices",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("quota", String(384), primary_key=True),
+    Column("percent", Integer, primary_key=True, autoincrement=False),
+    Column("ends_s", BigInteger, nullable=False, index=True),  # of the window
 )
 
 access_requests: Final = Table(

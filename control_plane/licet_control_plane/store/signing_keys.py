@@ -17,7 +17,7 @@ from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest
 from licet.wire.signing import SigningKey, signed_with
 from licet_control_plane.core.sealed_events import NONCE_BYTES
 from licet_control_plane.core.subject_keys import LedgerKey
-from licet_control_plane.store import access, bundles, licenses, meta, revisions
+from licet_control_plane.store import access, bundles, licenses, meta, overrides, revisions
 from licet_control_plane.store.schema import licenses as license_table
 from licet_control_plane.store.schema import signing_keys
 
@@ -166,7 +166,8 @@ def resign_bundle(connection: Connection, key: SigningKey, *, now_us: int) -> bo
     bundle = bundles.current(connection)
     if bundle is None or not newest or signed_with(newest[0].document) == key.key_id:
         return False
-    manifest = Manifest(bundle.chunks, bundle.observe, bundle.message, now_us, about.redaction_salt)
+    in_force = overrides.live(connection, now_us)
+    manifest = Manifest(bundle.chunks, bundle.observe, bundle.message, now_us, about.redaction_salt, in_force)
     revision = revisions.append(
         connection, kind=BUNDLE, key=BUNDLE_KEY, payload=manifest.to_payload(), sign=key.sign, now_us=now_us, by=BY
     )

@@ -86,6 +86,7 @@ class Decision:
         "effect",
         "exposures",
         "feature_costs",
+        "grace_until_s",
         "message",
         "observed",
         "overage",
@@ -136,6 +137,8 @@ class Decision:
         """The request that waits for people, that they denied, or whose approval allowed this."""
         self.overridden = False
         """Denied by an override, which also holds where everything else is only observed."""
+        self.grace_until_s = 0
+        """When the license, whose term has ended, stops answering; 0 in its term."""
         self.observed = False
         self.stale = False
         self.degraded = False
@@ -213,7 +216,7 @@ class BoundLimit:
         self._per = limit.per
         self._anchor = limit.anchor
         self._starts_s = license_.starts_s
-        self._ends_s = license_.ends_s
+        self._ends_s = license_.stops_s
         self._price = entitlement.price if limit.currency else None
         self._by = self._price.by.removeprefix("context.") if self._price else ""
         self.window = Window(0, 0)
@@ -303,6 +306,7 @@ class Tenant:
         "_until_us",
         "actions",
         "document",
+        "ends_us",
         "entitlements",
         "generation",
         "held",
@@ -325,10 +329,12 @@ class Tenant:
         self.requests = TenantRequests(license_.requests) if license_.requests else NO_REQUESTS
         self._counted: dict[str, BoundLimit] = {}
         self._from_us = license_.starts_s * 1_000_000 if license_.status is LicenseStatus.ACTIVE else _NEVER_US
-        self._until_us = license_.ends_s * 1_000_000 or _NEVER_US
+        self._until_us = license_.stops_s * 1_000_000 or _NEVER_US
+        self.ends_us = license_.ends_s * 1_000_000 or _NEVER_US
+        """From when on it only answers because it has grace."""
 
     def in_term(self, now_us: int) -> bool:
-        """Whether the license is active and its term covers the instant."""
+        """Whether the license is active, and its term or its grace covers the instant."""
         return self._from_us <= now_us < self._until_us
 
     def lifted(self, inquiry: Inquiry, rules: Sequence[str], now_us: int) -> tuple[str, list[tuple[str, RequestEntry]]]:
@@ -569,6 +575,8 @@ class Engine:
         decision.shadow = shadow
         if exposures:
             decision.exposures, decision.variants = exposures, variants
+        if tenant.ends_us <= now_us and tenant.in_term(now_us):
+            in_grace(decision, tenant.license)
         if plan.prices and decision.effect is _APPROVED:  # what was not allowed costs nothing
             decision.prices = plan.prices
             add_cost(decision)
@@ -1061,10 +1069,18 @@ def license_problem(license_: License, now_us: int) -> Decision | None:
         problem = Decision(Effect.DENIED, Reason.NO_LICENSE, f"The license of {license_.tenant} starts at {starts}.")
         problem.retry_after_s = license_.starts_s - now_s
         return problem
-    if license_.ends_s and now_s >= license_.ends_s:
+    if license_.ends_s and now_s >= license_.stops_s:
         ended = datetime.fromtimestamp(license_.ends_s, UTC).isoformat()
         return Decision(Effect.DENIED, Reason.LICENSE_EXPIRED, f"The license of {license_.tenant} ended at {ended}.")
     return None
+
+
+def in_grace(decision: Decision, license_: License) -> None:
+    """Marks what a license answers although its term has ended."""
+    decision.grace_until_s = license_.stops_s
+    if not decision.message:
+        ended, stops = (datetime.fromtimestamp(at, UTC).isoformat() for at in (license_.ends_s, license_.stops_s))
+        decision.message = f"The license of {license_.tenant} ended at {ended} and answers until {stops}."
 
 
 def _unknown_action(inquiry: Inquiry) -> Decision:

@@ -152,6 +152,8 @@ def _license(tenant: Tenant | None, inquiry: Inquiry, decision: Decision, now_us
     problem = None if tenant.in_term(now_us) else license_problem(license_, now_us)
     if problem is not None:
         found.append(problem.message)
+    elif tenant.ends_us <= now_us:
+        found.append(f"Its term has ended; in its grace it answers until {_instant(license_.stops_s)}.")
     return Step(StepName.LICENSE, problem is not None, found)
 
 

@@ -8,6 +8,7 @@ Source: https://protobuf.dev/programming-guides/encoding/#last-one-wins (fields 
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Final
 
 from licet.domain.entitlements import RATE_SCALE
@@ -73,6 +74,7 @@ class Answers:
             parts.append(self._cost(decision.cost_nanos, decision.currency))
         for flag, variant in decision.variants:
             parts.append(self._variant(flag, variant))
+        # Whatever is in grace has a message, too.
         if (
             decision.message
             or decision.rule
@@ -182,4 +184,7 @@ def _encode_explanation(decision: Decision) -> bytes:
         response.retry_after.nanos = round(1e3 * rest_s) * 1_000_000
     if decision.observed:
         response.metadata["observed_effect"] = decision.effect.name
+    if decision.grace_until_s:
+        ends = datetime.fromtimestamp(decision.grace_until_s, UTC)
+        response.metadata["license_grace_ends_at"] = ends.isoformat().replace("+00:00", "Z")
     return response.SerializeToString()

@@ -223,6 +223,7 @@ class Stack:
                 *(sys.executable, "-m", "licet_control_plane.cli.entry", "server"),
                 *("--listen", f"{HOST}:{self.ports.server}", "--state-dir", str(self.state_dir / "server")),
                 *("--redis-url", self.redis_url, "--log-level", self.log_level),
+                "--webhooks-private",  # to a receiver that is being written on this machine
             ],
         )
 

@@ -13,6 +13,8 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from licet_control_plane.core.documents.licenses import KIND as LICENSE
+from licet_control_plane.core.documents.licenses import LicenseSource
 from licet_control_plane.core.documents.schema import API_VERSION
 from licet_control_plane.core.documents.sources import SOURCE_OF_KIND
 from licet_control_plane.core.documents.suites import KIND as SUITE
@@ -24,7 +26,7 @@ ANY: Final = "Document"
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _GROUPED: Final = {"type": "string", "pattern": "^[0-9]+(_[0-9]+)+$"}
 _REF: Final = "#/$defs/"
-_MODELS: Final[dict[str, type[BaseModel]]] = {**SOURCE_OF_KIND, SUITE: SuiteSource}
+_MODELS: Final[dict[str, type[BaseModel]]] = {**SOURCE_OF_KIND, SUITE: SuiteSource, LICENSE: LicenseSource}
 
 KINDS: Final = (ANY, *_MODELS)
 

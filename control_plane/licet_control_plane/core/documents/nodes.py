@@ -90,8 +90,8 @@ class SourceDocument:
 
     @property
     def name(self) -> str:
-        """The document's name; empty when it has none."""
-        return self.root.at("name").text()
+        """The document's name, or whose license it is; empty when it has none."""
+        return self.root.at("name").text() or self.root.at("tenant").text()
 
     @property
     def label(self) -> str:

@@ -43,7 +43,7 @@ def check_schema(document: SourceDocument, findings: Findings) -> DocumentSource
             document,
             ("kind",),
             "licenses are not documents of a bundle",
-            "They are managed with 'licet license'; see 'licet license --help'.",
+            "Keep them in a directory of their own, and put them in force with 'licet license import'.",
         )
         return None
     model = SOURCE_OF_KIND.get(kind)

@@ -1,0 +1,292 @@
+"""``/v1/webhooks``: where events of licenses and quotas are sent."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict
+from typing import Annotated, Any, Final
+
+from fastapi import Depends, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from sqlalchemy import Connection
+
+from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.problems import Problem
+from licet_control_plane.api.times import format_us
+from licet_control_plane.control_plane import ControlPlane
+from licet_control_plane.core.refusal import ChangeInvalid
+from licet_control_plane.core.suggestion import did_you_mean
+from licet_control_plane.core.webhook_events import (
+    PERCENT_MAX,
+    TEST,
+    THRESHOLDS,
+    TYPES,
+    checked_url,
+    secret_of_webhook,
+    written_secret,
+)
+from licet_control_plane.store import access, webhooks
+from licet_control_plane.store.webhooks import WEBHOOKS_MAX, Delivery, Webhook
+
+router = v1_router("/webhooks", tag="webhooks")
+
+ALL: Final = "*"
+
+
+class NewWebhook(BaseModel):
+    """``events``: types, or ``*`` for all. ``thresholds``: percentages of a quota. ``tenant``: only of this one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: str
+    events: list[str] = Field([ALL], min_length=1, max_length=len(TYPES))
+    thresholds: list[Annotated[StrictInt, Field(ge=1, le=PERCENT_MAX)]] = Field(list(THRESHOLDS), max_length=10)
+    tenant: str = Field("", max_length=128)
+
+
+class WebhookView(BaseModel):
+    """A webhook. ``waiting``: messages that were not delivered yet; ``failing_since``: from when on none was taken."""
+
+    id: str
+    url: str
+    events: list[str]
+    thresholds: list[int]
+    tenant: str
+    created_at: str
+    created_by: str
+    disabled_at: str | None
+    disabled_why: str
+    failing_since: str | None
+    waiting: int
+
+
+class CreatedWebhook(WebhookView):
+    """With the ``secret`` that signs its requests, which is not shown again."""
+
+    secret: str
+
+
+class WebhookList(BaseModel):
+    """All webhooks: there are few."""
+
+    items: list[WebhookView]
+    next: None = None
+
+
+class DeliveryView(BaseModel):
+    """A message, and what became of it: ``delivered``, ``waiting`` or ``failed``."""
+
+    id: str
+    type: str
+    tenant: str
+    at: str
+    state: str
+    attempts: int
+    next_at: str | None
+    delivered_at: str | None
+    status: int | None
+    error: str
+
+
+class DeliveryPage(BaseModel):
+    """The newest first. ``next`` is the ``before`` of the next page, ``null`` on the last."""
+
+    items: list[DeliveryView]
+    next: str | None
+
+
+class Redelivery(BaseModel):
+    """``message``: the id of one; empty for all that failed for good."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    message: str = Field("", max_length=64)
+
+
+class Redelivered(BaseModel):
+    """How many messages are sent again."""
+
+    messages: int
+
+
+@router.post("", status_code=201, response_model=CreatedWebhook)
+async def create_webhook(
+    request: Request, response: Response, body: NewWebhook, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Send events to an address from now on. The answer has the secret, once."""
+    plane = plane_of(request)
+    url = checked_url(body.url, private=plane.config.webhooks_private)
+    events = TYPES if ALL in body.events else tuple(dict.fromkeys(body.events))
+    for event in events:
+        if event not in TYPES:
+            raise ChangeInvalid("events", f"there is no event {event!r}", did_you_mean(event, TYPES))
+    now_us = int(plane.now_s() * 1_000_000)
+    thresholds = tuple(sorted(set(body.thresholds)))
+    made = Webhook(f"wh_{secrets.token_hex(8)}", url, events, thresholds, body.tenant, now_us, caller.name)
+
+    def add(connection: Connection) -> bool:
+        added = webhooks.add(connection, made)
+        if added:
+            _record(connection, caller, "webhook.create", made.id, None, _terms(made), now_us)
+        return added
+
+    if not await plane.database.write(add):
+        raise Problem(409, f"There are {WEBHOOKS_MAX} webhooks.", "Delete one that is not needed.")
+    response.headers["Location"] = f"/v1/webhooks/{made.id}"
+    return {**described(made), "secret": written_secret(secret_of_webhook(plane.ledger_key, made.id))}
+
+
+@router.get("", response_model=WebhookList)
+async def list_webhooks(request: Request) -> dict[str, Any]:
+    """All webhooks, the oldest first."""
+    return {"items": [described(one) for one in await plane_of(request).database.read(webhooks.every)]}
+
+
+@router.get("/{webhook}", response_model=WebhookView)
+async def get_webhook(request: Request, webhook: str) -> dict[str, Any]:
+    """One webhook."""
+    return described(await _found(plane_of(request), webhook))
+
+
+@router.delete("/{webhook}", response_model=WebhookView)
+async def delete_webhook(
+    request: Request, webhook: str, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Send nothing to it any more. What was waiting is dropped."""
+    plane = plane_of(request)
+    found = await _found(plane, webhook)
+    now_us = int(plane.now_s() * 1_000_000)
+
+    def remove(connection: Connection) -> None:
+        webhooks.remove(connection, webhook)
+        _record(connection, caller, "webhook.delete", webhook, _terms(found), None, now_us)
+
+    await plane.database.write(remove)
+    return described(found)
+
+
+@router.post("/{webhook}/enable", response_model=WebhookView)
+async def enable_webhook(
+    request: Request, webhook: str, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Send to a webhook again that was disabled; what waits comes first."""
+    plane = plane_of(request)
+    found = await _found(plane, webhook)
+    now_us = int(plane.now_s() * 1_000_000)
+
+    def enable(connection: Connection) -> None:
+        webhooks.enable(connection, webhook)
+        disabled = {"disabled": found.disabled_at_us is not None}
+        _record(connection, caller, "webhook.enable", webhook, disabled, {"disabled": False}, now_us)
+
+    await plane.database.write(enable)
+    plane.webhook_wake.set()
+    return described(await _found(plane, webhook))
+
+
+@router.post("/{webhook}/test", response_model=WebhookView)
+async def test_webhook(
+    request: Request, webhook: str, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Send it ``webhook.test`` now; its deliveries say how that went."""
+    plane = plane_of(request)
+    found = await _found(plane, webhook)
+    if found.disabled_at_us is not None:
+        raise Problem(409, f"The webhook is disabled: {found.disabled_why}.", "Enable it first.")
+    now_us = int(plane.now_s() * 1_000_000)
+
+    def send(connection: Connection) -> None:
+        webhooks.announce(connection, TEST, found.tenant, {"webhook": webhook}, now_us=now_us, only=webhook)
+        _record(connection, caller, "webhook.test", webhook, None, None, now_us)
+
+    await plane.database.write(send)
+    plane.webhook_wake.set()
+    return described(await _found(plane, webhook))
+
+
+@router.get("/{webhook}/deliveries", response_model=DeliveryPage)
+async def list_deliveries(
+    request: Request,
+    webhook: str,
+    before: Annotated[str, Query(pattern="^[0-9]{0,18}$")] = "",
+    limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
+) -> dict[str, Any]:
+    """What a webhook was told, and what it answered, of the last 30 days."""
+    plane = plane_of(request)
+    await _found(plane, webhook)
+    page = await plane.database.read(webhooks.deliveries, webhook, before=int(before or 0), limit=limit + 1)
+    following = str(page[limit - 1].message.number) if len(page) > limit else None
+    return {"items": [_delivery(one) for one in page[:limit]], "next": following}
+
+
+@router.post("/{webhook}/redeliver", response_model=Redelivered)
+async def redeliver(
+    request: Request, webhook: str, body: Redelivery, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Send a message again, or all that failed for good."""
+    plane = plane_of(request)
+    await _found(plane, webhook)
+    now_us = int(plane.now_s() * 1_000_000)
+
+    def again(connection: Connection) -> int:
+        messages = webhooks.again(connection, webhook, body.message, now_us=now_us)
+        after = {"message": body.message, "messages": messages}
+        _record(connection, caller, "webhook.redeliver", webhook, None, after, now_us)
+        return messages
+
+    count = await plane.database.write(again)
+    if body.message and not count:
+        raise Problem(404, f"The webhook was never told {body.message!r}.", "Its deliveries list what it was told.")
+    plane.webhook_wake.set()
+    return {"messages": count}
+
+
+def described(webhook: Webhook) -> dict[str, Any]:
+    """A webhook as the API shows it."""
+    return {
+        "id": webhook.id,
+        "url": webhook.url,
+        "events": list(webhook.events),
+        "thresholds": list(webhook.thresholds),
+        "tenant": webhook.tenant,
+        "created_at": format_us(webhook.created_at_us),
+        "created_by": webhook.created_by,
+        "disabled_at": format_us(webhook.disabled_at_us),
+        "disabled_why": webhook.disabled_why,
+        "failing_since": format_us(webhook.failing_since_us),
+        "waiting": webhook.waiting,
+    }
+
+
+def _delivery(one: Delivery) -> dict[str, Any]:
+    message = one.message
+    return {
+        "id": message.id,
+        "type": message.type,
+        "tenant": message.tenant,
+        "at": format_us(message.at_us),
+        "state": one.state,
+        "attempts": message.attempts,
+        "next_at": format_us(one.next_at_us),
+        "delivered_at": format_us(one.delivered_at_us),
+        "status": one.status,
+        "error": one.error,
+    }
+
+
+async def _found(plane: ControlPlane, webhook: str) -> Webhook:
+    found = await plane.database.read(webhooks.get, webhook)
+    if found is None:
+        raise Problem(404, f"There is no webhook {webhook!r}.", "GET /v1/webhooks lists them.", kind="webhook-unknown")
+    return found
+
+
+def _terms(webhook: Webhook) -> dict[str, Any]:
+    """What an operator set, for the audit trail."""
+    return {name: value for name, value in asdict(webhook).items() if name in ("url", "events", "thresholds", "tenant")}
+
+
+def _record(
+    connection: Connection, caller: Caller, action: str, target: str, before: Any, after: Any, now_us: int
+) -> None:
+    access.record(connection, by=caller.name, action=action, target=target, before=before, after=after, now_us=now_us)

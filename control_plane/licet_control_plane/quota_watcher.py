@@ -1,0 +1,144 @@
+"""Says when a quota reaches a percentage that a webhook wants to know of, once for each window.
+
+It goes by what the ledger has: the sums that are written with the events. So it is as late as usage is drained, some
+seconds, and says nothing that is not on the bill. Looked at are tenants with usage in this hour or the last, and limits
+in units and money; a rate has nothing to be used up. Any number of control planes may run it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Final
+
+import structlog
+from sqlalchemy import Connection, func, select
+
+from licet.domain.catalog import Catalog
+from licet.domain.entitlements import entitlements_of
+from licet.domain.windows import FOREVER_S, Window, window_of
+from licet.wire.registers import parts_of_marker
+from licet_control_plane.catalogs import Catalogs
+from licet_control_plane.core.grants import shown_amount
+from licet_control_plane.core.webhook_events import crossed, instant_of
+from licet_control_plane.redis_link import backoff_s
+from licet_control_plane.store import licenses, webhooks
+from licet_control_plane.store.database import Database, DatabaseUnavailable
+from licet_control_plane.store.schema import register_spend, rollups
+
+LOOK_S: Final = 5.0
+TENANTS_MAX: Final = 200
+"""Of one look, some 100 ms of reading; the next goes on behind them."""
+_HOUR_S: Final = 3_600
+
+log: Final = structlog.get_logger(__name__)
+
+
+class QuotaWatcher:
+    """``run`` is the task."""
+
+    def __init__(self, database: Database, catalogs: Catalogs, *, now_s: Callable[[], float]) -> None:
+        self._database = database
+        self._catalogs = catalogs
+        self._now_s = now_s
+        self._after = ""
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        failures = 0
+        while True:
+            try:
+                more = await self.look()
+                failures = 0
+            except DatabaseUnavailable as error:
+                failures += 1
+                log.warning("quotas are not watched", reason=str(error))
+                await asyncio.sleep(backoff_s(failures))
+                continue
+            if not more:
+                await asyncio.sleep(LOOK_S)
+
+    async def look(self) -> bool:
+        """Look at the next tenants. Whether there are more behind them.
+
+        Raises:
+            DatabaseUnavailable: the database is away.
+        """
+        percents = await self._database.read(webhooks.thresholds_wanted)
+        if not percents:
+            return False
+        now_s = int(self._now_s())
+        catalog = await self._catalogs.current()
+        tenants = await self._database.read(_tenants, now_s, self._after)
+        for tenant in tenants:
+            if await self._database.read(_reached, tenant, catalog, percents, now_s):
+                await self._database.write(_announce, tenant, catalog, percents, now_s)
+        self._after = tenants[-1] if len(tenants) == TENANTS_MAX else ""
+        return bool(self._after)
+
+
+Reached = tuple[str, int, int, dict[str, Any]]
+"""A quota, the percentage, the end of its window in seconds, and what is told of it."""
+
+
+def _tenants(connection: Connection, now_s: int, after: str) -> list[str]:
+    """Tenants with usage lately, by name."""
+    since = now_s - now_s % _HOUR_S - _HOUR_S
+    query = select(rollups.c.tenant).where(rollups.c.hour >= since, rollups.c.tenant > after)
+    return list(connection.scalars(query.distinct().order_by(rollups.c.tenant).limit(TENANTS_MAX)))
+
+
+def _announce(connection: Connection, tenant: str, catalog: Catalog, percents: frozenset[int], now_s: int) -> None:
+    for quota, percent, ends_s, data in _reached(connection, tenant, catalog, percents, now_s):
+        webhooks.announce_threshold(connection, tenant, quota, percent, ends_s, data, now_us=now_s * 1_000_000)
+
+
+def _reached(
+    connection: Connection, tenant: str, catalog: Catalog, percents: frozenset[int], now_s: int
+) -> list[Reached]:
+    """What was reached of the windows that are open, and not told yet."""
+    stored = licenses.get(connection, tenant)
+    if stored is None:
+        return []
+    license_ = stored.license
+    limits = {
+        limit.key: (
+            limit,
+            window_of(limit.per, limit.anchor, now_s, starts_s=license_.starts_s, ends_s=license_.stops_s),
+        )
+        for entitlement in entitlements_of(license_, catalog).values()
+        for limit in entitlement.limits
+        if not limit.is_rate
+    }
+    starts = {window.start for _, window in limits.values()}
+    rows = connection.execute(
+        select(register_spend.c.quota, func.sum(register_spend.c.units).label("units"))
+        .where(register_spend.c.tenant == tenant, register_spend.c.window_start.in_(starts))
+        .group_by(register_spend.c.quota)
+    )
+    reached: list[Reached] = []
+    for quota, total in rows:
+        name, _, start = quota.rpartition(":")
+        key, digest = parts_of_marker(name)
+        found = limits.get(key)
+        if found is None or found[1].start != int(start):
+            continue
+        limit, window = found
+        data = {
+            "tenant": tenant,
+            "limit": key,
+            "scope": digest,
+            "used": shown_amount(int(total), key),
+            "amount": shown_amount(limit.amount, key),
+            "window": _window(window),
+        }
+        told = webhooks.told_of(connection, tenant, quota)
+        reached += [
+            (quota, percent, window.end, data) for percent in crossed(int(total), limit.amount, percents - told)
+        ]
+    return reached
+
+
+def _window(window: Window) -> dict[str, str | None]:
+    ends = None if window.end >= FOREVER_S else instant_of(window.end)
+    return {"starts_at": instant_of(window.start), "ends_at": ends}

@@ -1,0 +1,100 @@
+"""Requests that were sent with an ``Idempotency-Key``, and how they were answered.
+
+A request is ``begin``-ned before anything is done for it. The first transaction that it makes says, within itself, that
+it was ``committed``; then its answer is kept. So after a crash it is known whether the change is there: a request that
+did not come to its commit can be done again, and one that did never is, even though its answer was lost.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+from sqlalchemy import Connection, delete, func, select, update
+
+from licet_control_plane.store.database import upsert
+from licet_control_plane.store.schema import idempotency_keys
+
+KEPT_S: Final = 86_400
+"""A day: longer than anybody goes on trying again by itself."""
+RUNNING_S_MAX: Final = 60
+"""A request that has not committed after so long is not running any more: whoever ran it died."""
+KEYS_MAX: Final = 10_000
+"""Of one caller, one every nine seconds for a day. Then the oldest make room: some 20 MB."""
+
+_US: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """As it went out."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Standing(Enum):
+    """What is known of a key."""
+
+    NEW = auto()
+    """Nothing: the request is to be done now."""
+    OTHER = auto()
+    """It was sent with another request."""
+    RUNNING = auto()
+    """The same request is being done."""
+    LOST = auto()
+    """The request was done, and whoever did it died before it answered."""
+
+
+def begin(connection: Connection, caller: str, key: str, request: str, *, now_us: int) -> Answer | Standing:
+    """The answer that the request was given; or what else is known of its key. ``NEW`` only once."""
+    connection.execute(delete(idempotency_keys).where(idempotency_keys.c.at < now_us - KEPT_S * _US))
+    mine = (idempotency_keys.c.caller == caller, idempotency_keys.c.key == key)
+    row = connection.execute(select(idempotency_keys).where(*mine).with_for_update()).first()
+    if row is None:
+        _make_room(connection, caller)
+        values = {"caller": caller, "key": key, "request": request, "at": now_us, "committed": False}
+        # Another control plane may have begun it since the line above.
+        begun = connection.execute(upsert(connection, idempotency_keys).values(**values).on_conflict_do_nothing())
+        return Standing.NEW if begun.rowcount == 1 else Standing.RUNNING
+    if row.request != request:
+        return Standing.OTHER
+    if row.status is not None:
+        return Answer(row.status, json.loads(row.headers), bytes(row.body))
+    if row.at > now_us - RUNNING_S_MAX * _US:
+        return Standing.RUNNING
+    if row.committed:
+        return Standing.LOST
+    connection.execute(update(idempotency_keys).where(*mine).values(at=now_us))
+    return Standing.NEW
+
+
+def commit(connection: Connection, caller: str, key: str) -> None:
+    """Say that the request's change is there, in the transaction that makes it."""
+    mine = (idempotency_keys.c.caller == caller, idempotency_keys.c.key == key)
+    connection.execute(update(idempotency_keys).where(*mine).values(committed=True))
+
+
+def keep(connection: Connection, caller: str, key: str, answer: Answer) -> None:
+    """Keep the answer for whoever asks again."""
+    mine = (idempotency_keys.c.caller == caller, idempotency_keys.c.key == key)
+    values = {"status": answer.status, "headers": json.dumps(answer.headers), "body": answer.body}
+    connection.execute(update(idempotency_keys).where(*mine).values(**values))
+
+
+def forget(connection: Connection, caller: str, key: str) -> None:
+    """The request was not done: it may be sent again."""
+    mine = (idempotency_keys.c.caller == caller, idempotency_keys.c.key == key)
+    connection.execute(delete(idempotency_keys).where(*mine, idempotency_keys.c.committed.is_(False)))
+
+
+def _make_room(connection: Connection, caller: str) -> None:
+    mine = idempotency_keys.c.caller == caller
+    count = connection.scalar(select(func.count()).select_from(idempotency_keys).where(mine)) or 0
+    if count < KEYS_MAX:
+        return
+    oldest = select(idempotency_keys.c.key).where(mine).order_by(idempotency_keys.c.at).limit(count - KEYS_MAX + 1)
+    connection.execute(delete(idempotency_keys).where(mine, idempotency_keys.c.key.in_(oldest)))
