@@ -992,8 +992,8 @@ class SyncSimulation:
             publisher.start()
 
     def operate(self) -> None:
-        """An operator looks after what stopped, as the publisher says: restarts what a change was refused to, and orders
-        a new generation when it is refused again.
+        """An operator looks after what stopped, as the publisher says: restarts what a change was refused to, and
+        orders a new generation when it is refused again.
 
         It is refused again where a publisher that was paused in a batch wrote the rest of it after Redis was wiped, or
         an entry was lost before it was noted that it is there: the stream has gone past a change that it does not hold.

@@ -31,8 +31,10 @@ class Overtaken(Exception):
 
 
 class OutboxCopier:
-    """``revision``: everything up to it is published. ``catalog``: of the last published bundle; ``bundle_revision``: of
-    the manifest that is published, 0 when there is none. A change of overrides signs the same bundle under a newer one.
+    """``revision``: everything up to it is published. ``catalog``: of the last published bundle.
+
+    ``bundle_revision``: of the manifest that is published, 0 when there is none. A change of overrides signs the same
+    bundle under a newer one.
     """
 
     def __init__(self, database: Database, documents: RedisDocuments, quotas: Quotas) -> None:

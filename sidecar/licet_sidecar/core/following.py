@@ -307,7 +307,10 @@ class Following:
             tenants=dict.fromkeys(self.engine.tenants, 0),
         )
         yield from self._take(touched, statement.generation, run, empty=empty, whole=True)
-        self.take_head(signed, run)
+        if self.take_head(signed, run) is HeadVerdict.LATE:
+            # Changes came while everything was read. What was read holds all that the head speaks of, and a sidecar that
+            # has just started must not call it stale until the next one comes.
+            self._confirm(signed)
 
     def _must_be_checked(self, signed: SignedHead | None, run: str) -> None:
         if signed is None:
@@ -395,8 +398,10 @@ class Following:
         self._install(bundle, licenses.values(), (generation, touched.cursor), run=run, empty=empty)
 
     def _forget_all_but(self, licenses: Collection[str]) -> None:
-        """Forgets what was not read again: also what was loaded meanwhile, from the server before. What that one did not
-        have may be there now, and no change will name it: absences are forgotten here too, not only when reading began.
+        """Forgets what was not read again: also what was loaded meanwhile, from the server before.
+
+        What that one did not have may be there now, and no change will name it: absences are forgotten here too, not only
+        when reading began.
         """
         for name in self.engine.tenants.keys() - set(licenses):
             self.engine.forget_license(name)
