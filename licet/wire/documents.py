@@ -86,7 +86,8 @@ class Head:
 
     ``at_us`` is the control plane's clock, microseconds since the Unix epoch; ``epoch`` the newest epoch of quota
     registers; ``live`` the number of sidecars heard of lately, at least 1; ``ledger_generation`` tells sidecars of a
-    ledger that was restored, 0 for what an older control plane says.
+    ledger that was restored, 0 for what an older control plane says; ``bundle`` the revision of the newest bundle, so
+    that an older one cannot stand in for it, 0 when there is none.
     """
 
     at_us: int
@@ -94,6 +95,7 @@ class Head:
     epoch: int
     live: int
     ledger_generation: int = 0
+    bundle: int = 0
 
     def to_payload(self) -> dict[str, Any]:
         """As msgpack-able primitives."""
@@ -112,6 +114,7 @@ class Head:
             payload["epoch"],
             max(1, payload["live"]),
             payload.get("ledger_generation", 0),
+            payload.get("bundle", 0),
         )
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 from licet.wire.registers import Pair
 from licet_sidecar.core.leases import SettleAnswer, SettleCall
 from licet_sidecar.core.seats import SeatAnswer, SeatCall
+from licet_sidecar.core.sync import Change
 
 
 class LinkDown(Exception):
@@ -34,15 +35,6 @@ class LinkRefused(Exception):
 
 class CallRefused(LinkRefused):
     """Permanent for this one call, which had no effect; the link is fine, and so are other calls."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One entry of the change stream. ``kind`` is ``bundle``, ``license`` or ``resync``; ``key`` says of what."""
-
-    revision: int
-    kind: str
-    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +82,8 @@ class StateSource(Protocol):
     async def read_head(self) -> tuple[bytes | None, str]:
         """The newest head and the run id of the server it was read from."""
 
-    async def read_manifest(self) -> bytes | None:
-        """The signed manifest of the newest bundle."""
+    async def read_manifest(self) -> tuple[bytes | None, str]:
+        """The signed manifest of the newest bundle, and the run id of the server it was read from."""
 
     async def read_chunks(self, digests: Sequence[str]) -> list[bytes | None]:
         """Chunks by digest, in order."""
@@ -99,11 +91,13 @@ class StateSource(Protocol):
     async def read_license(self, tenant: str) -> tuple[bytes | None, Pair, bytes | None, str]:
         """Of one read of one server: license, pair of the tenant's mark, head, and run id."""
 
-    async def read_licenses(self, tenants: Sequence[str]) -> list[bytes | None]:
-        """Licenses, in order."""
+    async def read_licenses(self, tenants: Sequence[str]) -> tuple[list[bytes | None], str]:
+        """Licenses, in order, and the run id of the one server they were all read from, empty when it was several."""
 
-    async def read_changes(self, after: int, block_ms: int) -> list[Change]:
-        """Entries after revision ``after``, in order; waits up to ``block_ms`` for the first."""
+    async def read_changes(self, after: int, block_ms: int) -> tuple[list[Change], str]:
+        """Entries after revision ``after``, in order, and the run id of the server they were read from; waits up to
+        ``block_ms`` for the first.
+        """
 
 
 class SecondRoute(Protocol):

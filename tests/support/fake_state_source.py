@@ -13,7 +13,7 @@ from licet.domain.approvals import Override
 from licet.domain.catalog import Catalog, License
 from licet.wire import documents
 from licet.wire.registers import Pair
-from licet_sidecar.ports import Change
+from licet_sidecar.core.sync import Change
 from tests.support.published import Signer
 
 
@@ -53,9 +53,9 @@ class FakeStateSource:
         await self._reading("read_head")
         return answer
 
-    async def read_manifest(self) -> bytes | None:
+    async def read_manifest(self) -> tuple[bytes | None, str]:
         """See ``StateSource``."""
-        answer = self.manifest
+        answer = self.manifest, self.run_id
         await self._reading("read_manifest")
         return answer
 
@@ -71,26 +71,26 @@ class FakeStateSource:
         await self._reading("read_license")
         return answer
 
-    async def read_licenses(self, tenants: Sequence[str]) -> list[bytes | None]:
+    async def read_licenses(self, tenants: Sequence[str]) -> tuple[list[bytes | None], str]:
         """See ``StateSource``."""
-        answer = [self.licenses.get(tenant) for tenant in tenants]
+        answer = [self.licenses.get(tenant) for tenant in tenants], self.run_id
         await self._reading("read_licenses")
         return answer
 
-    async def read_changes(self, after: int, block_ms: int) -> list[Change]:
+    async def read_changes(self, after: int, block_ms: int) -> tuple[list[Change], str]:
         """See ``StateSource``."""
         deadline = asyncio.get_running_loop().time() + block_ms / 1_000
         while True:
             self._news.clear()
-            found = [change for change in self.changes if change.revision > after]
+            found, run_id = [change for change in self.changes if change.revision > after], self.run_id
             await self._reading("read_changes")
             if found:
-                return found
+                return found, run_id
             try:
                 async with asyncio.timeout_at(deadline):
                     await self._news.wait()
             except TimeoutError:
-                return []
+                return [], self.run_id
 
     async def _reading(self, method: str) -> None:
         self.reads.append(method)

@@ -77,9 +77,9 @@ class Signer:
         """One license."""
         return self.document(documents.LICENSE, license_.tenant, revision, license_to_wire(license_))
 
-    def head(self, revision: int, run_id: str, at_us: int, *, epoch: int = 1, live: int = 1) -> bytes:
+    def head(self, revision: int, run_id: str, at_us: int, *, epoch: int = 1, live: int = 1, bundle: int = 0) -> bytes:
         """One head."""
-        payload = Head(at_us, run_id, epoch, live).to_payload()
+        payload = Head(at_us, run_id, epoch, live, bundle=bundle).to_payload()
         return self.document(documents.HEAD, documents.HEAD_KEY, revision, payload)
 
     def ack(self, log: str, watermark: int) -> bytes:

@@ -30,6 +30,7 @@ class RedisPublisher:
         self.signer = signer or Signer()
         self.revision = 0
         self._catalog = Catalog()
+        self._bundle = 0
         self._licenses: dict[str, License] = {}
         self._scripts = {
             path.stem: self.redis.register_script(SERVER_RUN_LUA + path.read_text()) for path in LUA.glob("*.lua")
@@ -39,6 +40,7 @@ class RedisPublisher:
         """A bundle, the limits that follow from it, its change, and a head."""
         self.revision += 1
         self._catalog = content
+        self._bundle = self.revision
         manifest, chunks = self.signer.bundle(content, self.revision)
         for digest, chunk in chunks.items():
             self.redis.set(self.names.chunk(digest), chunk)
@@ -55,7 +57,7 @@ class RedisPublisher:
     def beat(self) -> None:
         """A head of now."""
         run_id = run_of(self.redis.execute_command("INFO", *RUN_SECTIONS))
-        head = self.signer.head(self.revision, run_id, time.time_ns() // 1_000, epoch=EPOCH)
+        head = self.signer.head(self.revision, run_id, time.time_ns() // 1_000, epoch=EPOCH, bundle=self._bundle)
         self.redis.set(self.names.head(), head)
 
     def events(self) -> list[UsageEvent]:

@@ -15,7 +15,7 @@ def sidecar(name: str, *, revision: int = 5, generation: int = 1, silent_s: floa
 
 
 def stand(*sidecars: Sidecar, published: bool = True) -> Rollout:
-    return rollout(sidecars, generation=1, revision=5, published=published, staleness_s_max=60.0, now_s=NOW_S)
+    return rollout(sidecars, generation=1, revision=5, published=published, staleness_s_max=60.0, looked_s=NOW_S)
 
 
 def test_a_fleet_of_zero_is_done_once_published() -> None:

@@ -16,7 +16,8 @@ from licet.v1 import approval_pb2 as pb
 from licet.wire import documents, envelope
 from licet.wire.documents import Manifest
 from licet_sidecar.adapters.usage_log import UsageLogError
-from licet_sidecar.ports import Change, LinkRefused
+from licet_sidecar.core.sync import Change
+from licet_sidecar.ports import LinkRefused
 from licet_sidecar.services import syncing
 from licet_sidecar.services.syncing import SNAPSHOT_FILE
 from tests.support.fake_state_source import FakePublisher, FakeStateSource
@@ -238,6 +239,29 @@ async def test_a_resync_believes_no_absence(sidecar: FakeSidecar, world: World) 
     world.publisher.license(License("globex", "pro"), announce=False)  # its change is lost
     world.license("initech")
     await sidecar.synced()
+    assert await reason(sidecar, "globex") == "OK"
+
+
+async def test_what_the_server_before_did_not_have_is_not_believed_once_another_is_followed(
+    sidecar: FakeSidecar, world: World
+) -> None:
+    """While everything is read from the server that took over, a load is answered by the one before."""
+    source = world.source
+    before = source.head, dict(source.licenses), source.run_id
+
+    async def meanwhile() -> None:
+        del source.between["read_manifest"]
+        after = source.head, source.licenses, source.run_id
+        source.head, source.licenses, source.run_id = before
+        assert await reason(sidecar, "globex") == "NO_LICENSE"
+        source.head, source.licenses, source.run_id = after
+
+    source.between["read_manifest"] = meanwhile
+    source.run_id, source.changes = "run2", []
+    revision = world.publisher.license(License("globex", "pro"), announce=False)
+    world.publisher.beat(world.clock.us)
+    source.announce(Change(revision, "resync", ""))  # names no tenant
+    await until(lambda: sidecar.engine.revision == revision)
     assert await reason(sidecar, "globex") == "OK"
 
 
@@ -466,7 +490,8 @@ async def test_a_wiped_server_and_its_silence_do_not_advance_the_age(sidecar: Fa
     assert (sidecar.engine.as_of_us, sidecar.tally.heads_ignored) == (before, 1)
     assert (await sidecar.check(ask(mode=pb.MODE_PEEK))).stale
     world.publisher.beat(world.clock.us)
-    sidecar.hear_head()
+    sidecar.hear_head()  # of another server: everything is read again
+    await until(lambda: sidecar.engine.as_of_us == world.clock.us)
     assert not (await sidecar.check(ask(mode=pb.MODE_PEEK))).stale
 
 
@@ -745,9 +770,9 @@ async def test_a_snapshot_of_another_key_is_not_served(world: World) -> None:
 async def test_a_snapshot_somebody_put_another_license_into_is_not_served(world: World) -> None:
     await _lived(world)
     path = world.directory / SNAPSHOT_FILE
-    body = envelope.unpack("snapshot", path.read_bytes())
+    body = syncing.unpack_snapshot(path.read_bytes())
     body["licenses"].append(Signer(OTHER_KEY).license(License("evil", "pro"), 2))
-    path.write_bytes(envelope.pack("snapshot", body))
+    path.write_bytes(syncing.pack_snapshot(body))
     sidecar = FakeSidecar(world, incarnation=2)
     assert not sidecar.sync.ready.is_set()
     await sidecar.stop()
@@ -756,9 +781,9 @@ async def test_a_snapshot_somebody_put_another_license_into_is_not_served(world:
 async def test_licenses_newer_than_the_snapshot_are_left_out(world: World) -> None:
     await _lived(world)
     path = world.directory / SNAPSHOT_FILE
-    body = envelope.unpack("snapshot", path.read_bytes())
+    body = syncing.unpack_snapshot(path.read_bytes())
     body["licenses"] = [Signer().license(License("acme", "free"), 3)]
-    path.write_bytes(envelope.pack("snapshot", body))
+    path.write_bytes(syncing.pack_snapshot(body))
     world.source.fail(LinkDown("gone"))
     async with running(world, incarnation=2) as sidecar:
         await until(lambda: not sidecar.link.up)

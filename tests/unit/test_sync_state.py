@@ -23,7 +23,7 @@ def statement(revision: int, *, generation: int = 1, deployment: str = DEPLOYMEN
 def at(revision: int, *, generation: int = 1) -> SyncState:
     state = SyncState()
     state.deployment = DEPLOYMENT
-    state.reached(generation, revision)
+    state.reached(generation, revision, RUN)
     return state
 
 
@@ -92,16 +92,16 @@ def test_nothing_may_be_served_before_the_first_state() -> None:
 def test_nothing_older_than_the_floor_may_be_served() -> None:
     state = SyncState()
     state.floor = (1, 10)
-    state.reached(1, 9)
+    state.reached(1, 9, RUN)
     assert not state.may_serve()
-    state.reached(1, 10)
+    state.reached(1, 10, RUN)
     assert state.may_serve()
 
 
 def test_a_new_generation_is_above_any_floor_of_the_one_before() -> None:
     state = SyncState()
     state.floor = (1, 1_000)
-    state.reached(2, 1)
+    state.reached(2, 1, RUN)
     assert state.may_serve()
 
 
@@ -152,7 +152,7 @@ def test_progress_ends_the_waiting() -> None:
     state = at(5)
     for number in range(HEADS_BEHIND_MAX):
         heard(state, 6, at_us=100 + number)
-    state.reached(1, 6)
+    state.reached(1, 6, RUN)
     assert heard(state, 7, at_us=200) is HeadVerdict.BEHIND
 
 
@@ -173,7 +173,7 @@ def test_a_current_head_never_speaks_of_another_state(steps: list[tuple[bool, in
     for moves, generation, revision, at_us, run in steps:
         if moves:
             if (generation, revision) >= (state.generation, state.revision):
-                state.reached(generation, revision)
+                state.reached(generation, revision, RUN)
             continue
         verdict = heard(state, revision, generation=generation, at_us=at_us, run=run)
         if verdict is HeadVerdict.CURRENT:

@@ -91,7 +91,8 @@ async def revision_rollout(request: Request, revision: int) -> dict[str, Any]:
         revision=revision,
         published=found.published_at_us is not None,
         staleness_s_max=plane.config.staleness_max_s,
-        now_s=now_s,
+        looked_s=plane.fleet.looked_s,
+        complete_since_s=plane.fleet.complete_since_s,
     )
 
     def seen(sidecar: Sidecar) -> dict[str, Any]:

@@ -12,13 +12,20 @@ from enum import Enum
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is there. ``last_revision``: the last id of the stream of changes, 0 when there is no stream."""
+    """What is there. ``last_revision``: the last id of the stream of changes, 0 when there is no stream.
+
+    ``has_manifest``: the manifest is one of this database, not older than the last published. ``has_chunks``: all that
+    the last published manifest names are there. ``last_is_own``: the last entry of the stream is the change that the
+    database has under that revision, as far as it says which it is.
+    """
 
     run_id: str
     deployment: str
     epoch: int
     last_revision: int
     has_manifest: bool
+    has_chunks: bool = True
+    last_is_own: bool = True
 
     @property
     def has_sentinel(self) -> bool:
@@ -92,12 +99,14 @@ def assess(found: Found, expected: Expected) -> Contents:
     """
     if found.has_sentinel and found.deployment != expected.deployment:
         return Contents.FOREIGN
-    if found.last_revision > expected.revision_allocated or found.epoch > expected.epoch:
+    # Also when a restored database has used the same numbers again meanwhile, for something else.
+    if found.last_revision > expected.revision_allocated or found.epoch > expected.epoch or not found.last_is_own:
         return Contents.NEWER
     if not found.has_sentinel:
         return Contents.LOST
     # One more than published is a publisher that died between the entry and its note in the database.
-    if found.last_revision < expected.revision or (expected.has_manifest and not found.has_manifest):
+    has_bundle = found.has_manifest and found.has_chunks
+    if found.last_revision < expected.revision or (expected.has_manifest and not has_bundle):
         return Contents.INCOMPLETE
     if found.run_id != expected.run_id:
         return Contents.NEW_RUN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -108,18 +109,23 @@ def rollout(
     revision: int,
     published: bool,
     staleness_s_max: float,
-    now_s: float,
+    looked_s: float,
+    complete_since_s: float = -math.inf,
 ) -> Rollout:
-    """Where ``revision`` stands with each sidecar that is not gone. A fleet of zero is done."""
+    """Where ``revision`` stands with each sidecar that is not gone. A fleet of zero is done.
+
+    Nobody is silent for longer than somebody listened: ``looked_s`` is when heartbeats were last looked at, and
+    ``complete_since_s`` since when none of them can have been lost unseen.
+    """
     confirmed: list[Sidecar] = []
     waiting: list[Sidecar] = []
     silent: list[Sidecar] = []
     for sidecar in sidecars:
-        if sidecar.state(now_s) is State.GONE:
+        if sidecar.state(looked_s) is State.GONE:
             continue
         if sidecar.has_confirmed(generation, revision):
             confirmed.append(sidecar)
-        elif now_s - sidecar.last_heard_s > staleness_s_max:
+        elif looked_s - max(sidecar.last_heard_s, complete_since_s) > staleness_s_max:
             silent.append(sidecar)
         else:
             waiting.append(sidecar)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,6 +14,7 @@ from licet.wire.envelope import EnvelopeError
 from licet.wire.names import RedisNames
 from licet.wire.registers import RUN_SECTIONS, SERVER_RUN_LUA, run_of
 from licet_control_plane.core.contents import Found, Keeping
+from licet_control_plane.core.publishing import is_repeat
 from licet_control_plane.redis_link import Redis, redis_errors
 from licet_control_plane.store.revisions import Revision
 
@@ -35,6 +36,8 @@ class Look:
     """One look at a server: its contents, and the heartbeats, by sidecar, read in the same instant."""
 
     found: Found
+    manifest: bytes | None
+    last_digest: str
     keeping: Keeping
     heartbeats: Mapping[str, Heartbeat]
     unreadable: int
@@ -49,17 +52,20 @@ class RedisDocuments:
         self._set_if_newer = redis.register_script((LUA / "set_if_newer.lua").read_text())
         self._head = redis.register_script(SERVER_RUN_LUA + (LUA / "head.lua").read_text())
 
-    async def look(self) -> Look:
-        """What the server holds now."""
+    async def look(self, chunks: Collection[str] = ()) -> Look:
+        """What the server holds now; ``chunks`` should be there. Of the manifest, and of the last entry, only whether
+        there is one is known.
+        """
         names = self._names
         with redis_errors():
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.execute_command("INFO", *RUN_SECTIONS, *_KEEPING_SECTIONS)
                 pipe.get(names.epoch())
                 pipe.xrevrange(names.changes(), count=1)
-                pipe.exists(names.bundle())
+                pipe.get(names.bundle())
                 pipe.hgetall(names.sidecars())
-                server, sentinel, last, has_manifest, raw_heartbeats = await pipe.execute()
+                pipe.exists(names.epoch(), *(names.chunk(digest) for digest in chunks))
+                server, sentinel, last, manifest, raw_heartbeats, there = await pipe.execute()
         deployment, _, epoch = (sentinel or b"").decode(errors="replace").rpartition(":")
         heartbeats: dict[str, Heartbeat] = {}
         unreadable = 0
@@ -74,14 +80,16 @@ class RedisDocuments:
             deployment=deployment,
             epoch=int(epoch) if epoch.isdigit() else 0,
             last_revision=int(last[0][0].partition(b"-")[0]) if last else 0,
-            has_manifest=bool(has_manifest),
+            has_manifest=manifest is not None,
+            has_chunks=there - bool(sentinel) >= len(chunks),
         )
         keeping = Keeping(
             eviction_policy=str(server.get("maxmemory_policy", "")),
             memory_bytes_max=int(server.get("maxmemory", 0)),
             append_only=bool(server.get("aof_enabled", True)),
         )
-        return Look(found, keeping, heartbeats, unreadable)
+        last_digest = last[0][1].get(b"digest", b"").decode(errors="replace") if last else ""
+        return Look(found, manifest, last_digest, keeping, heartbeats, unreadable)
 
     async def set_documents(self, deployment: str, revisions: Sequence[Revision]) -> None:
         """Store documents, each unless a newer one is there."""
@@ -133,27 +141,39 @@ class RedisDocuments:
                     elif isinstance(answer, Exception):
                         raise answer
 
-    async def announce_resync(self, revision: int, kind: str) -> None:
+    async def announce_resync(self, revision: int, kind: str, digest: str) -> None:
         """Make the stream end at ``revision``, when it was lost: whoever is behind it resyncs, nobody else notices."""
         with redis_errors():
+            entry = {"kind": kind, "key": "", "digest": digest}
             try:
-                await self._redis.xadd(
-                    self._names.changes(), {"kind": kind, "key": "", "digest": ""}, f"{revision}-0", CHANGES_MAX
-                )
+                await self._redis.xadd(self._names.changes(), entry, f"{revision}-0", CHANGES_MAX)
             except ResponseError as error:
                 if "equal or smaller" not in str(error):
                     raise
+                last = await self._redis.xrevrange(self._names.changes(), count=1)
+                if last and int(last[0][0].partition(b"-")[0]) >= revision:
+                    return
+                # Entries were removed, and the stream remembers their ids: one that begins anew takes them again.
+                await self._redis.delete(self._names.changes())
+                await self._redis.xadd(self._names.changes(), entry, f"{revision}-0", CHANGES_MAX)
 
     async def set_sentinel(self, deployment: str, epoch: int, *, only_present: bool = False) -> bool:
         """Say that the contents are complete under ``epoch``. ``only_present``: unless they were lost meanwhile."""
         with redis_errors():
             return bool(await self._redis.set(self._names.epoch(), f"{deployment}:{epoch}", xx=only_present))
 
-    async def set_head(self, deployment: str, epoch: int, run_id: str, head: bytes) -> bool:
-        """Vouch for the contents. ``False`` when the sentinel or the server is another than was checked."""
+    async def set_head(self, deployment: str, epoch: int, run_id: str, revision: int, head: bytes) -> bool:
+        """Vouch for the contents. ``False`` when the sentinel, the server or the end of the stream is another than was
+        checked.
+        """
         with redis_errors():
-            keys = [self._names.head(), self._names.epoch()]
-            return bool(await self._head(keys=keys, args=[f"{deployment}:{epoch}", run_id, head]))
+            keys = [self._names.head(), self._names.epoch(), self._names.changes()]
+            return bool(await self._head(keys=keys, args=[f"{deployment}:{epoch}", run_id, head, revision]))
+
+    async def remove_manifest(self) -> None:
+        """Remove a manifest that is not one of this database: it may say of itself that it is newer than any."""
+        with redis_errors():
+            await self._redis.delete(self._names.bundle())
 
     async def licensed_tenants(self) -> set[str]:
         """Tenants that have a license document in Redis: a scan of the whole keyspace, for rare occasions."""
@@ -175,7 +195,7 @@ class RedisDocuments:
     async def _check_repeat(self, row: Revision) -> None:
         entries = await self._redis.xrange(self._names.changes(), f"{row.revision}-0", f"{row.revision}-0")
         digest = entries[0][1].get(b"digest", b"").decode() if entries else None
-        if digest != row.digest:
+        if not is_repeat(row.digest, digest):
             there = f"holds digest {digest[:12] or 'none'}" if digest is not None else "has gone past it"
             raise ChangeRefused(
                 f"revision {row.revision} ({row.kind} {row.key}, digest {row.digest[:12]}) was refused by the stream"

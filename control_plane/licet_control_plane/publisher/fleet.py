@@ -66,6 +66,16 @@ class Fleet:
             if not one.gone
         ]
 
+    @property
+    def looked_s(self) -> float:
+        """When heartbeats were last looked at, in contents that were intact; minus infinity for never."""
+        return self._looked_s
+
+    @property
+    def complete_since_s(self) -> float:
+        """Since when the registry has surely known every sidecar, and all that they said."""
+        return self._complete_since_s
+
     def complete_for_s(self, now_s: float) -> float:
         """For how long the registry has surely known every sidecar."""
         return now_s - self._complete_since_s

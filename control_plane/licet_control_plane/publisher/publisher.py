@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -31,11 +31,12 @@ from licet.wire.documents import HEAD, HEAD_KEY, Head
 from licet.wire.registers import Pair
 from licet.wire.signing import Signer, Statement
 from licet_control_plane.core.contents import Contents, Expected, Found, Keeping, assess
+from licet_control_plane.core.publishing import Restore, restoring
 from licet_control_plane.publisher import generation
 from licet_control_plane.publisher.asks import AsksReader
 from licet_control_plane.publisher.documents import ChangeRefused, Look, RedisDocuments
 from licet_control_plane.publisher.fleet import Fleet
-from licet_control_plane.publisher.outbox import OutboxCopier
+from licet_control_plane.publisher.outbox import OutboxCopier, Overtaken
 from licet_control_plane.publisher.quotas import SLICE, InForce, Quotas
 from licet_control_plane.publisher.reclaim import Reclaimer
 from licet_control_plane.publisher.sweep import Sweeper
@@ -80,6 +81,8 @@ class PublisherStatus:
     heads_at_s: float = 0.0
     heartbeats_unreadable: int = 0
     keeping: Keeping = field(default_factory=Keeping)
+    restored: dict[str, int] = field(default_factory=dict)
+    """How often contents were put right, by verdict."""
     waited_for: list[str] = field(default_factory=list)
 
 
@@ -114,6 +117,7 @@ class Publisher:
         self._location = location
         self._holder = holder
         self._renewed_s = -math.inf
+        self._loaded = False
         self._new_generation = new_generation
         self._wake = wake
         self._now_s = now_s
@@ -121,6 +125,7 @@ class Publisher:
         self._copier = OutboxCopier(database, documents, quotas)
         self._meta = meta.Meta("", 0, 0, 0, 0, "", b"")
         self._looked_s = -math.inf  # the loop's clock, which nobody sets
+        self._read_us = 0  # when the outbox was last found empty
 
     @property
     def catalog(self) -> Catalog:
@@ -135,16 +140,14 @@ class Publisher:
     async def run(self) -> None:
         """Publish until cancelled, through everything that passes by itself; end when it must stop."""
         failures = 0
-        loaded = False
         while True:
             try:
                 if not await self._leads():
-                    loaded = False
                     await self._stand_by()
                     continue
-                if not loaded:
+                if not self._loaded:
                     await self._load()
-                    loaded = True
+                    self._loaded = True
                 await self._step()
                 failures = 0
                 await self._wait(HEAD_S - (_clock_s() - self._looked_s))
@@ -152,6 +155,9 @@ class Publisher:
             except (RedisUnavailable, RedisRefused, DatabaseUnavailable) as error:
                 failures += 1
                 self._waits(error)
+            except Overtaken:
+                log.warning("another control plane took over while this one was paused")
+                self._loaded, self._renewed_s = False, -math.inf
             except (PublishingStopped, ChangeRefused) as error:
                 self._stops(error)
                 return
@@ -168,6 +174,8 @@ class Publisher:
         asked_s = _clock_s()
         if asked_s - self._renewed_s < publisher_lease.LEASE_S / 3:
             return True
+        if asked_s - self._renewed_s >= publisher_lease.LEASE_S:
+            self._loaded = False  # somebody else may have led meanwhile
         now_us = int(self._now_s() * 1_000_000)
         if await self._database.write(publisher_lease.take, self._holder, now_us=now_us) != self._holder:
             return False
@@ -178,6 +186,7 @@ class Publisher:
     async def _stand_by(self) -> None:
         """Know what the other one knows, for whoever asks this one."""
         self._asks.wanted.clear()
+        self._loaded = False
         self._renewed_s = self._looked_s = -math.inf
         await self._load()
         if self.status.state != "standby":
@@ -208,16 +217,27 @@ class Publisher:
             await self._vouch(look.found)
             await self._tidy()
 
+    async def _find(self) -> Look:
+        look = await self._documents.look(self._copier.chunks)
+        found = replace(
+            look.found,
+            has_manifest=await self._copier.is_own(look.manifest),
+            last_is_own=await self._copier.is_own_change(
+                self._meta.generation, look.found.last_revision, look.last_digest
+            ),
+        )
+        return replace(look, found=found)
+
     async def _look(self) -> Look:
         """Look at the server and put right what is wrong; returns what was found when nothing was."""
-        look = await self._documents.look()
+        look = await self._find()
         self.status.connected = True
         if self._new_generation:
             await self._start_generation(look.found)
         verdict = assess(look.found, self._expected())
         if verdict in (Contents.LOST, Contents.INCOMPLETE, Contents.NEW_RUN):
-            await self._restore(look.found, verdict)
-            look = await self._documents.look()
+            await self._restore(look, verdict)
+            look = await self._find()
             verdict = assess(look.found, self._expected())
         if verdict is Contents.FOREIGN:
             raise PublishingStopped(
@@ -229,7 +249,7 @@ class Publisher:
         if verdict is Contents.NEWER:
             raise PublishingStopped(
                 f"Redis at {self._location} is at revision {look.found.last_revision}, epoch {look.found.epoch}; the"
-                f" database only knows revision {self._meta.revision}, epoch {self._quotas.epoch}. It was probably"
+                f" database knows revision {self._meta.revision}, epoch {self._quotas.epoch}. It was probably"
                 " restored from a backup.",
                 "Use the newest database; or, if this one is the newest there is, start the server once with"
                 " --new-generation: what was published after the backup is withdrawn.",
@@ -260,29 +280,45 @@ class Publisher:
         await self._copier.load()
         log.warning("new generation", generation=self._meta.generation, revision=self._meta.revision)
 
-    async def _restore(self, found: Found, verdict: Contents) -> None:
+    async def _restore(self, look: Look, verdict: Contents) -> None:
+        found = look.found
         if self._quotas.epoch:
             log.warning("restoring the contents of Redis", verdict=verdict.value, run_id=found.run_id)
-        if verdict is Contents.LOST:
-            self._fleet.contents_were_lost(self._now_s(), fresh=self._quotas.epoch == 0)
-            await self._quotas.begin_all(found_epoch=found.epoch)
-        elif found.run_id != self._meta.redis_run:
-            await self._quotas.touch_all()
-        if verdict is not Contents.NEW_RUN:
-            await self._copier.republish(self._meta.deployment)
-            if self._copier.revision > found.last_revision:
-                await self._documents.announce_resync(self._copier.revision, revisions.RESYNC)
-            await self._documents.set_sentinel(self._meta.deployment, self._quotas.epoch)
-        await self._database.write(meta.set_redis_run, found.run_id)
+        self.status.restored[verdict.name.lower()] = self.status.restored.get(verdict.name.lower(), 0) + 1
+        for step in restoring(verdict, new_run=found.run_id != self._meta.redis_run):
+            match step:
+                case Restore.MARKS_BEGUN:
+                    self._fleet.contents_were_lost(self._now_s(), fresh=self._quotas.epoch == 0)
+                    await self._quotas.begin_all(found_epoch=found.epoch)
+                case Restore.MARKS_TOUCHED:
+                    await self._quotas.touch_all()
+                case Restore.DOCUMENTS:
+                    if look.manifest is not None and not found.has_manifest:
+                        await self._documents.remove_manifest()
+                    await self._copier.republish(self._meta.deployment)
+                case Restore.STREAM_END:
+                    if self._copier.revision > found.last_revision:
+                        digest = await self._database.read(revisions.digest, self._copier.revision)
+                        await self._documents.announce_resync(self._copier.revision, revisions.RESYNC, digest or "")
+                case Restore.SENTINEL:
+                    await self._documents.set_sentinel(self._meta.deployment, self._quotas.epoch)
+                case Restore.RUN_NOTED:
+                    await self._database.write(publisher_lease.note_run, self._holder, found.run_id)
         self._meta = await self._database.read(meta.read)
 
     async def _copy_outbox(self) -> None:
-        now_us = int(self._now_s() * 1_000_000)
-        while lost := await self._copier.copy(self._meta.deployment, now_us=now_us):
-            # A mark is missing. Was it the only thing? If all is lost, that is for the look to find and restore.
-            self._looked_s = -math.inf
-            await self._look()
-            await self._quotas.begin_lost([tenant for tenant in lost if tenant not in self._quotas.learning])
+        copied = -1
+        while copied != self._copier.revision:
+            # Until nothing more is found: what a head says holds for the moment before that last look.
+            copied = self._copier.revision
+            self._read_us = now_us = int(self._now_s() * 1_000_000)
+            while lost := await self._copier.copy(
+                self._meta.deployment, holder=self._holder, epoch=self._quotas.epoch, now_us=now_us
+            ):
+                # A mark is missing. Was it the only thing? If all is lost, that is for the look to find and restore.
+                self._looked_s = -math.inf
+                await self._look()
+                await self._quotas.begin_lost([tenant for tenant in lost if tenant not in self._quotas.learning])
         self.status.revision = self._copier.revision
 
     async def _open_learned(self) -> None:
@@ -304,18 +340,19 @@ class Publisher:
 
     async def _vouch(self, found: Found) -> None:
         head = Head(
-            at_us=int(self._now_s() * 1_000_000),
+            at_us=self._read_us,
             run_id=found.run_id,
             epoch=self._quotas.epoch,
             live=max(1, self._fleet.live_count(self._now_s())),
             ledger_generation=self._meta.ledger_generation,
+            bundle=self._copier.bundle_revision,
         )
         statement = Statement(
             self._meta.deployment, HEAD, HEAD_KEY, self._meta.generation, self._copier.revision, head.to_payload()
         )
         await self._documents.set_sentinel(self._meta.deployment, self._quotas.epoch, only_present=True)
-        signed = self._key.sign(statement)
-        if not await self._documents.set_head(self._meta.deployment, self._quotas.epoch, found.run_id, signed):
+        checked = (self._meta.deployment, self._quotas.epoch, found.run_id, self._copier.revision)
+        if not await self._documents.set_head(*checked, self._key.sign(statement)):
             self._looked_s = -math.inf
             return
         if self.status.state != "publishing":

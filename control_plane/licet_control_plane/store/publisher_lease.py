@@ -11,6 +11,7 @@ from typing import Final
 
 from sqlalchemy import Connection, func, select, update
 
+from licet_control_plane.store import meta
 from licet_control_plane.store.database import POSTGRESQL, upsert
 from licet_control_plane.store.schema import META_ID, publisher_lease
 
@@ -32,6 +33,19 @@ def take(connection: Connection, holder: str, *, now_us: int) -> str:
         return str(connection.scalar(select(publisher_lease.c.holder)))
     connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_=values))
     return holder
+
+
+def leads(connection: Connection, holder: str) -> bool:
+    """Whether nobody took the lease from ``holder``; nobody can until the transaction ends."""
+    return connection.scalar(select(publisher_lease.c.holder).with_for_update()) == holder
+
+
+def note_run(connection: Connection, holder: str, run: str) -> None:
+    """Remember the server whose contents were put right, if ``holder`` still has the lease: one that was paused put
+    right only what it knew of.
+    """
+    if leads(connection, holder):
+        meta.set_redis_run(connection, run)
 
 
 def give_back(connection: Connection, holder: str) -> None:

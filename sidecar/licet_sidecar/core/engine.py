@@ -389,6 +389,10 @@ class Engine:
             evicted.append(self.tenants.popitem(last=False)[0])
         return evicted
 
+    def forget_license(self, tenant: str) -> None:
+        """The license is not in force any more: ask again."""
+        self.tenants.pop(tenant, None)
+
     def install_absence(self, tenant: str, boot_ms: int) -> None:
         """Remembers for a while that the tenant has no license."""
         self.tenants.pop(tenant, None)
@@ -396,6 +400,10 @@ class Engine:
         self._absent_until_ms.move_to_end(tenant)
         if len(self._absent_until_ms) > ABSENT_TENANTS_MAX:
             self._absent_until_ms.popitem(last=False)
+
+    def is_absent(self, tenant: str, boot_ms: int) -> bool:
+        """Whether it is known, and was read lately, that the tenant has no license."""
+        return boot_ms < self._absent_until_ms.get(tenant, 0)
 
     def forget_absence(self, tenant: str) -> None:
         """Something was published for the tenant: ask again."""
@@ -473,8 +481,7 @@ class Engine:
         return known.entitlements.get(feature) if known else None
 
     def _without_license(self, rulebook: Rulebook, inquiry: Inquiry, boot_ms: int, patient: bool) -> Decision | Wait:
-        absent_until_ms = self._absent_until_ms.get(inquiry.tenant)
-        if absent_until_ms is not None and boot_ms < absent_until_ms:
+        if self.is_absent(inquiry.tenant, boot_ms):
             return Decision(Effect.DENIED, Reason.NO_LICENSE, f"Tenant {inquiry.tenant} has no license.")
         if patient:
             return LoadWait(inquiry.tenant)
