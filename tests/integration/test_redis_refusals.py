@@ -442,7 +442,11 @@ async def test_the_control_plane_waits_says_why_and_goes_on(
         finally:
             await asyncio.to_thread(fault_.__exit__, None, None, None)
         await plane.headed(revision)
-        assert (status.state, status.reason, status.fix) == ("publishing", "", "")
+
+        async def goes_on() -> bool:  # it says so right after the head is out
+            return (status.state, status.reason, status.fix) == ("publishing", "", "")
+
+        await until(goes_on)
 
 
 async def test_scripts_flushed_all_the_time_do_not_stop_the_control_plane(

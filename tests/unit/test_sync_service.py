@@ -110,6 +110,13 @@ async def test_nothing_is_ready_before_a_head(tmp_path: Path, monkeypatch: pytes
         await sidecar.synced()
 
 
+async def test_who_starts_while_something_is_pushed_is_not_stale_until_the_next_head(world: World) -> None:
+    world.publisher.push(catalog(NO))  # and the head still speaks of what was before
+    async with running(world) as sidecar:
+        assert await reason(sidecar) == "POLICY_DENIED"
+        assert not sidecar.engine.is_stale(world.clock.us)
+
+
 async def test_documents_that_arrive_before_their_change_wait_for_it(sidecar: FakeSidecar, world: World) -> None:
     assert await reason(sidecar) == "OK"
     world.publisher.push(catalog(NO), announce=False)

@@ -308,8 +308,8 @@ class Following:
         )
         yield from self._take(touched, statement.generation, run, empty=empty, whole=True)
         if self.take_head(signed, run) is HeadVerdict.LATE:
-            # Changes came while everything was read. What was read holds all that the head speaks of, and a sidecar that
-            # has just started must not call it stale until the next one comes.
+            # Changes came while everything was read. What was read holds all that the head speaks of, and who has just
+            # started must not call it stale until the next one comes.
             self._confirm(signed)
 
     def _must_be_checked(self, signed: SignedHead | None, run: str) -> None:
@@ -400,8 +400,8 @@ class Following:
     def _forget_all_but(self, licenses: Collection[str]) -> None:
         """Forgets what was not read again: also what was loaded meanwhile, from the server before.
 
-        What that one did not have may be there now, and no change will name it: absences are forgotten here too, not only
-        when reading began.
+        What that one did not have may be there now, and no change will name it: absences are forgotten here too, not
+        only when reading began.
         """
         for name in self.engine.tenants.keys() - set(licenses):
             self.engine.forget_license(name)
