@@ -25,7 +25,7 @@ SidecarOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 WaitOption = Annotated[bool, typer.Option("--wait", help="Return when all live sidecars confirm the change.")]
-TimeoutOption = Annotated[str, typer.Option("--timeout", help="How long --wait waits: 500ms, 60s, 5m.")]
+TimeoutOption = Annotated[str, typer.Option("--timeout", help="How long to wait at most: 500ms, 60s, 5m.")]
 
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0, None: 1.0}
