@@ -60,6 +60,8 @@ class Rule(Enum):
     TIME_OF_THE_CHECK = auto()
     FLOOR_ON_DISK = auto()
     EVICTED_FROM_DISK = auto()
+    NOTHING_NEWER_AFTER_A_LOSS = auto()
+    GENERATION_ABOVE_WHAT_IS_THERE = auto()
 
 
 class Down(Exception):
@@ -250,6 +252,7 @@ class SimulatedPublisher:
             server.end,
             manifest is not None and (bundle is None or manifest.version >= bundle.version),
             last_is_own=self._is_own(server) or not self.simulation.keeps(Rule.REFUSE_WHEN_NEWER),
+            generation=manifest.generation if manifest is not None else 0,
         )
 
     def _is_own(self, server: Server) -> bool:
@@ -305,6 +308,11 @@ class SimulatedPublisher:
                     self.simulation.heartbeats_were_lost()
                     database.epoch = self.epoch = max(database.epoch, found.epoch) + 1
                 case Restore.DOCUMENTS:
+                    if verdict is Contents.LOST and self.simulation.keeps(Rule.NOTHING_NEWER_AFTER_A_LOSS):
+                        server, published = self._at(), (database.generation, self.revision)
+                        for one in [*server.documents.values()]:
+                            if one.kind == LICENSE and one.version > published:
+                                del server.documents[one.key]
                     for key in database.all_keys():
                         if (row := database.newest(key, up_to=self.revision)) is not None:
                             self._write(row)
@@ -932,14 +940,17 @@ class SyncSimulation:
         if self.replica is not None:
             self.old, self.server, self.replica = self.server, self.replica, None
             self.server.run = self._new_run()
-            for sidecar in self.sidecars:
-                if sidecar.name in self.old.heartbeats and not self._keeps_heartbeat(sidecar):
-                    sidecar.pulsed = math.inf  # nobody hears of it before its next heartbeat
+            self._lose_heartbeats(self.old.heartbeats)
             self.note(f"fails over to {self.server.run} at {self.server.end}")
 
-    def _keeps_heartbeat(self, sidecar: SimulatedSidecar) -> bool:
+    def _lose_heartbeats(self, sent: dict[str, Heartbeat]) -> None:
+        """Of those that were in a server which was replaced or emptied, nobody hears of some."""
+        for sidecar in self.sidecars:
+            if sidecar.name in sent and not self._keeps_heartbeat(sidecar, sent[sidecar.name].at_us):
+                sidecar.pulsed = math.inf  # nobody hears of it before its next heartbeat
+
+    def _keeps_heartbeat(self, sidecar: SimulatedSidecar, sent: int) -> bool:
         """Whether the newest one is in Redis, or was taken into the registry."""
-        sent = self.old.heartbeats[sidecar.name].at_us if self.old is not None else 0
         known = self.registry.get(sidecar.name)
         kept = self.server.heartbeats.get(sidecar.name)
         return max(known.heartbeat.at_us if known else -1, kept.at_us if kept else -1) >= sent
@@ -954,7 +965,9 @@ class SyncSimulation:
 
     def wipe(self) -> None:
         """All is lost; whoever lost the newest database too began on another server."""
+        sent = self.server.heartbeats
         self.server.wipe()
+        self._lose_heartbeats(sent)
         if self.restored or self.chance.random() < 0.5:
             self.server.run = self._new_run()
         self.note("wipes")
@@ -1019,7 +1032,8 @@ class SyncSimulation:
 
     def start_generation(self, database: Database, found: Found) -> None:
         """``publisher/generation.py``: everything again, above all that Redis has seen, and the rest withdrawn."""
-        database.generation += 1
+        lost = found.generation if self.keeps(Rule.GENERATION_ABOVE_WHAT_IS_THERE) else 0
+        database.generation = max(database.generation, lost) + 1
         database.epoch = max(database.epoch, found.epoch) + 1
         database.revision = max(database.revision, found.last_revision)
         database.published = database.revision

@@ -6,12 +6,12 @@ its trace.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import pytest
 
-from licet_sidecar.core.engine import Tenant
+from licet_sidecar.core.engine import Engine, Tenant
 from licet_sidecar.core.following import Bundle, Following
 from tests.fault.sync_simulation import Rule, SyncSimulation, Violation
 from tests.support.seeds import batches
@@ -62,6 +62,14 @@ class KeepsAbsencesOverResyncs(Following):
             self.engine.forget_license(name)
 
 
+class LoadsWhatWasSetBack(Following):
+    """A load counts on a server that was emptied, and filled by a database that was restored, without a new run."""
+
+    def __init__(self, engine: Engine, note: Callable[[tuple[int, int]], None]) -> None:
+        super().__init__(engine, note)
+        self.state.is_set_back = lambda *_: False  # type: ignore[method-assign]
+
+
 class LoadsFromAnyServer(Following):
     """A load counts wherever it was read."""
 
@@ -102,6 +110,8 @@ class DoesNotWait(Following):
         (Rule.TIME_OF_THE_CHECK, 0),
         (Rule.FLOOR_ON_DISK, 2),
         (Rule.EVICTED_FROM_DISK, 8),
+        (Rule.NOTHING_NEWER_AFTER_A_LOSS, 2119),
+        (Rule.GENERATION_ABOVE_WHAT_IS_THERE, 2165),
     ],
 )
 def test_each_rule_of_the_publisher_and_of_the_disk_is_needed(rule: Rule, first_seed: int) -> None:
@@ -116,6 +126,7 @@ def test_each_rule_of_the_publisher_and_of_the_disk_is_needed(rule: Rule, first_
         (ForgetsLoads, 10),
         (BelievesAbsences, 0),
         (KeepsAbsencesOverResyncs, 739),
+        (LoadsWhatWasSetBack, 2999),
         (LoadsFromAnyServer, 9),
         (ReadsFromAnyServer, 3),
         (DoesNotWait, 0),

@@ -23,6 +23,7 @@ from licet.domain.catalog import (
 from licet.domain.ids import LimitKey
 from licet.domain.windows import Period, window_at
 from licet.wire.documents import Manifest, catalog_of_chunks
+from licet.wire.signing import Statement
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.core.grants import GrantAsked
 from licet_control_plane.store import ledger
@@ -288,7 +289,32 @@ async def test_a_restored_database_does_not_publish_until_a_new_generation(
         assert withdrawn.revision > newest
         await made.stop()
         await made.start()
-        await made.headed(await made.license("globex"))
+        newest = await made.license("globex")
+        await made.headed(newest)
+        await made.stop()
+
+        # The same backup once more, which knows nothing of that generation: it is not to be begun twice.
+        shutil.rmtree(state)
+        shutil.copytree(backup, state)
+        await made.start(new_generation=True)
+        statement, _ = await made.headed(newest + 1)
+        assert statement.generation == 3
+
+
+async def test_what_a_lost_database_left_behind_is_removed_after_a_loss(running: Deployment) -> None:
+    await running.push(100)
+    revision = await running.license("acme")
+    await running.headed(revision)
+    publisher = running.plane.publisher
+    statement = Statement(publisher._meta.deployment, "license", "ghost", 1, revision + 1, {})
+    async with running.redis.pipeline(transaction=True) as pipe:
+        pipe.flushall()
+        pipe.set(NAMES.license("ghost"), publisher._key.sign(statement))
+        pipe.set(NAMES.license("odd"), b"not signed")
+        await pipe.execute()
+    await running.headed(revision, epoch=2)
+    assert await running.redis.get(NAMES.license("ghost")) is None
+    assert await running.document("license", "acme") is not None
 
 
 async def test_a_document_is_never_replaced_by_an_older_one(running: Deployment) -> None:

@@ -272,6 +272,19 @@ async def test_what_the_server_before_did_not_have_is_not_believed_once_another_
     assert await reason(sidecar, "globex") == "OK"
 
 
+async def test_nothing_is_loaded_where_heads_went_back_without_another_run(sidecar: FakeSidecar, world: World) -> None:
+    """Redis was emptied, and filled again by a control plane whose database was restored from a backup."""
+    world.license("globex")
+    await sidecar.synced()
+    sidecar.hear_head()
+    world.advance(1)
+    world.source.licenses.clear()
+    world.source.pairs.clear()
+    world.publisher.revision -= 1
+    world.publisher.beat(world.clock.us)
+    assert await reason(sidecar, "globex") == "DEGRADED_DENY"
+
+
 async def test_many_checks_of_a_cold_tenant_load_it_once(sidecar: FakeSidecar) -> None:
     assert set(await asyncio.gather(*(reason(sidecar) for _ in range(20)))) == {"OK"}
     assert sidecar.tally.license_loads == 1

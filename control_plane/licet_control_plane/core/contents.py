@@ -16,7 +16,7 @@ class Found:
 
     ``has_manifest``: the manifest is one of this database, not older than the last published. ``has_chunks``: all that
     the last published manifest names are there. ``last_is_own``: the last entry of the stream is the change that the
-    database has under that revision, as far as it says which it is.
+    database has under that revision, as far as it says which it is. ``generation``: of the manifest, as it says itself.
     """
 
     run_id: str
@@ -26,6 +26,7 @@ class Found:
     has_manifest: bool
     has_chunks: bool = True
     last_is_own: bool = True
+    generation: int = 0
 
     @property
     def has_sentinel(self) -> bool:

@@ -7,7 +7,9 @@ Rules:
 3. An entry that the stream refuses is a repeat when it has the same digest; anything else stops the publisher.
 4. What was lost is written again before the sentinel says that it is there, and the run of the server is noted last:
    a publisher that dies in between starts over.
-5. A head says what was true when the outbox was last found empty, not when the head was written.
+5. After a loss nothing is left that is newer than what was published: a database that is lost may have written it, and
+   its revision is given to something else.
+6. A head says what was true when the outbox was last found empty, not when the head was written.
 
 That documents are set only if newer, and a head only where the stream ends at its revision on the server that was
 checked, is kept by ``publisher/lua``.

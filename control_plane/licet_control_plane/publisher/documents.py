@@ -13,6 +13,7 @@ from licet.wire.documents import Heartbeat
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import RedisNames
 from licet.wire.registers import RUN_SECTIONS, SERVER_RUN_LUA, run_of
+from licet.wire.signing import VerificationError, read_own
 from licet_control_plane.core.contents import Found, Keeping
 from licet_control_plane.core.publishing import is_repeat
 from licet_control_plane.redis_link import Redis, redis_errors
@@ -82,6 +83,7 @@ class RedisDocuments:
             last_revision=int(last[0][0].partition(b"-")[0]) if last else 0,
             has_manifest=manifest is not None,
             has_chunks=there - bool(sentinel) >= len(chunks),
+            generation=_version_of(manifest)[0] if manifest is not None else 0,
         )
         keeping = Keeping(
             eviction_policy=str(server.get("maxmemory_policy", "")),
@@ -186,6 +188,19 @@ class RedisDocuments:
                     found.add(name[len(before) : len(name) - len(after)])
         return found
 
+    async def remove_newer_licenses(self, version: tuple[int, int]) -> None:
+        """Remove licenses newer than ``version``, (generation, revision): a scan of the whole keyspace, after a loss.
+
+        One that is left there by a database that is lost would be taken for one of this database, once that gives its
+        revision to something else.
+        """
+        with redis_errors():
+            pattern = self._names.license("*")
+            async for key in self._redis.scan_iter(match=pattern, count=1_000):
+                document = await self._redis.get(key)
+                if document is not None and _version_of(document) > version:
+                    await self._redis.delete(key)
+
     async def forget_sidecars(self, sidecars: Sequence[str]) -> None:
         """Remove heartbeats of sidecars that are gone for good."""
         if sidecars:
@@ -201,3 +216,12 @@ class RedisDocuments:
                 f"revision {row.revision} ({row.kind} {row.key}, digest {row.digest[:12]}) was refused by the stream"
                 f" {self._names.changes()}, which {there}"
             )
+
+
+def _version_of(document: bytes) -> tuple[int, int]:
+    """(generation, revision) as it says itself, which nobody has verified; zeros when it says none."""
+    try:
+        statement = read_own(document)
+        return int(statement.generation), int(statement.revision)
+    except (VerificationError, TypeError, ValueError):
+        return (0, 0)

@@ -295,6 +295,8 @@ class Publisher:
                 case Restore.DOCUMENTS:
                     if look.manifest is not None and not found.has_manifest:
                         await self._documents.remove_manifest()
+                    if verdict is Contents.LOST:
+                        await self._documents.remove_newer_licenses((self._meta.generation, self._copier.revision))
                     await self._copier.republish(self._meta.deployment)
                 case Restore.STREAM_END:
                     if self._copier.revision > found.last_revision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, Row, insert, select, update
 
@@ -69,12 +69,19 @@ def allocate_epoch(connection: Connection, *, above: int = 0) -> int:
     return epoch
 
 
-def start_generation(connection: Connection, *, revision: int) -> Meta:
-    """Begin a new generation, of revisions and of the ledger, whose revisions are all greater than ``revision``."""
+GENERATIONS_LOST_MAX: Final = 1_000
+"""Generations that a database which was restored may not know of. More than that is not believed."""
+
+
+def start_generation(connection: Connection, *, revision: int, found: int = 0) -> Meta:
+    """Begin a new generation, of revisions and of the ledger, whose revisions are all greater than ``revision``. It is
+    above ``found`` too, which was begun by a database that is lost: two that are called the same would be mixed.
+    """
     row = lock(connection)
+    lost = found if found <= row.generation + GENERATIONS_LOST_MAX else 0
     connection.execute(
         update(meta).values(
-            generation=row.generation + 1,
+            generation=max(row.generation, lost) + 1,
             ledger_generation=row.ledger_generation + 1,
             revision=max(row.revision, revision),
         )

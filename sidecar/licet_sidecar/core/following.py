@@ -443,6 +443,8 @@ class Following:
             assert read.head is not None
             if read.head.statement.generation < self.state.generation:
                 raise Unchecked("the control plane has not checked this Redis server in this generation")
+            if self.state.is_set_back(read.head.statement, read.head.head):
+                raise Unchecked("the control plane knows less than what is in force: what is there may be older")
             if not self._follows(read.run_id):
                 self.wants_resync = True
                 yield AwaitInstall(self.installs)

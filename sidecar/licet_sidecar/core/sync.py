@@ -103,6 +103,12 @@ class SyncState:
         """Whether what is in force is not older than what was acted on before."""
         return self.generation > 0 and self.version >= self.floor
 
+    def is_set_back(self, statement: Statement, head: Head) -> bool:
+        """Whether a head speaks of less than one that was written before it: what is in force was lost, also where the
+        run is the same (emptied, and the database restored from a backup).
+        """
+        return self.head is not None and head.at_us > self.head.at_us and statement.version < self._head_version
+
     def head_read(self, statement: Statement, head: Head, run_id: str) -> HeadVerdict:
         """Judges a verified head that was read from the server ``run_id``. Keeps it when it says something new."""
         if head.run_id != run_id or (self.deployment and statement.deployment != self.deployment):
