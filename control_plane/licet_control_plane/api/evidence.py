@@ -52,8 +52,7 @@ async def audit_evidence(
             trail = await _recounted(plane)
         except (HeadUnreadable, OSError) as error:
             raise Problem(503, f"The audit trail cannot be recounted: {error}.", "Run licet audit verify.") from error
-        # Open beyond this block: what streams it closes it.
-        file: IO[bytes] = tempfile.SpooledTemporaryFile(MEMORY_BYTES_MAX)  # noqa: SIM115
+        file: IO[bytes] = tempfile.SpooledTemporaryFile(MEMORY_BYTES_MAX)  # noqa: SIM115  # what streams it closes it
         try:
             await plane.database.read(_written, plane, file, from_us, to_us, trail, ledger)
         except BaseException:
