@@ -17,6 +17,7 @@ ROUND_TRIPS_PER_S_MAX = 2.0
 DRAIN_US_MAX = 50.0
 YEAR_MS_MAX = 100.0
 DRAINED_PER_S_MIN = 20_000
+VERIFIED_PER_S_MIN = 100_000
 FLAT_RATIO_MAX = 1.2
 VALIDATE_S_MAX = 10.0
 TAKE_S_MAX = 2.0
@@ -77,7 +78,12 @@ def main() -> None:
         print(f"  verified                      {costs_of_proof.verify:7.1f} µs", file=out)
         print(f"  verified, --quick             {costs_of_proof.verify_quick:7.1f} µs", file=out)
         print(f"  {costs_of_proof.bytes_an_event:.0f} bytes an event", file=out)
-        print(f"  promised: {DRAIN_US_MAX:.0f} µs recorded; verified at 100,000/s by two processors", file=out)
+        print(
+            f"  verified by all processors {costs_of_proof.verified_per_s:,.0f} events/s"
+            f"   ({costs_of_proof.verified_events:,} events)\n"
+            f"  promised: {DRAIN_US_MAX:.0f} µs recorded; verified at {VERIFIED_PER_S_MIN:,}/s by two processors",
+            file=out,
+        )
         found["proof"] = dataclasses.asdict(costs_of_proof)
     if arguments.part in (None, "ledger"):
         from bench import ledger
