@@ -126,7 +126,7 @@ class Decision:
         """Those of them that services are told."""
         self.spends: list[tuple[Lease, int]] = []
         self.counted: Sequence[tuple[Lease, int]] = ()
-        """What an approval takes of limits in shadow, whether or not a lease covers it."""
+        """What is taken though no lease may cover it: of limits in shadow; in observe mode, of limits that denied."""
         self.rates: list[tuple[RateShare, int]] = []
         """What is to be taken from buckets; never given back, never recorded."""
         self.overage: Mapping[str, int] = _NOTHING
@@ -295,6 +295,15 @@ class TenantAction:
         self.limits: tuple[BoundLimit, ...] = ()
         self.shadow_limits: tuple[BoundLimit, ...] = ()
         """Those that are only counted; they have no grants."""
+
+    @property
+    def all_limits(self) -> tuple[BoundLimit, ...]:
+        """Those that bind, and those in shadow."""
+        return self.limits + self.shadow_limits
+
+    def denies_as(self, decision: Decision) -> bool:
+        """Whether it is a limit that denied, or that nothing could be leased."""
+        return decision.reason is Reason.DEGRADED_DENY or any(limit.key == decision.rule for limit in self.limits)
 
 
 class Tenant:
@@ -563,9 +572,12 @@ class Engine:
             if type(settled) is not Decision:
                 return settled
             decision = settled
-            if plan.shadow_limits and decision.effect is _APPROVED:
-                exceeded, decision.counted = self._in_shadow(plan, inquiry, now_us // 1_000_000, boot_ms)
-                shadow = (*shadow, *exceeded)
+            if decision.effect is _APPROVED:
+                if plan.shadow_limits:
+                    exceeded, decision.counted = self._counting(plan.shadow_limits, inquiry, now_us, boot_ms)
+                    shadow = (*shadow, *exceeded)
+            elif rulebook.observe:  # it is done all the same
+                decision.counted = self._counting(plan.all_limits, inquiry, now_us, boot_ms)[1]
         if approvals:
             _note_approvals(decision, approvals)
         if lifted is not None and override is not None and decision.effect is _APPROVED:
@@ -688,35 +700,43 @@ class Engine:
             return LeaseWait(inquiry.tenant, tuple(needs))
         return self._without_lease(plan.action, decision, needs, now_us, boot_ms)
 
-    def count_in_shadow(self, inquiry: Inquiry, *, now_us: int, boot_ms: int) -> Sequence[tuple[Lease, int]]:
-        """What was asked takes of limits in shadow, for what is approved without being decided again.
+    def counting_late(
+        self, inquiry: Inquiry, decision: Decision, *, now_us: int, boot_ms: int
+    ) -> Sequence[tuple[Lease, int]]:
+        """What is to be counted of what was asked, when it was decided earlier and is done only now.
 
         Raises:
             InvalidInquiry: the request does not fit the action it names any more.
         """
         tenant = self.tenants.get(inquiry.tenant)
         plan = tenant.actions.get(inquiry.action) if tenant else None
-        if plan is None or not plan.shadow_limits:
+        if plan is None:
+            return ()
+        limits = plan.shadow_limits
+        if decision.effect is not _APPROVED:
+            limits = plan.all_limits if decision.observed and plan.denies_as(decision) else ()
+        if not limits:
             return ()
         prepare(plan.action, inquiry)
-        return self._in_shadow(plan, inquiry, now_us // 1_000_000, boot_ms)[1]
+        return self._counting(limits, inquiry, now_us, boot_ms)[1]
 
-    def _in_shadow(
-        self, plan: TenantAction, inquiry: Inquiry, now_s: int, boot_ms: int
+    def _counting(
+        self, limits: Iterable[BoundLimit], inquiry: Inquiry, now_us: int, boot_ms: int
     ) -> tuple[list[str], list[tuple[Lease, int]]]:
-        """What limits in shadow would have said, and what of each is to be counted. Nothing is waited for.
+        """Which of the limits the inquiry exceeds, and what of each is to be counted. Nothing is waited for.
 
         Of a rate it is known only while a share of it is held.
         """
         held = self.leases.of(inquiry.tenant)
         exceeded: list[str] = []
         counted: list[tuple[Lease, int]] = []
-        for limit in plan.shadow_limits:
+        for limit in limits:
             asked = inquiry.units.get(limit.feature, 0)
             if not asked:
                 continue
             scope = scope_of(limit.scope, inquiry, inquiry.declared) if limit.scope else ""
-            lease = self.leases.lease(held, limit.key, scope, *limit.window_at(now_s), limit.terms, boot_ms)
+            window = limit.window_at(now_us // 1_000_000)
+            lease = self.leases.lease(held, limit.key, scope, *window, limit.terms, boot_ms)
             if isinstance(lease, RateShare):
                 is_known = boot_ms < lease.hold_until_ms and boot_ms - lease.since_ms >= BUCKET_YOUNG_MS
                 is_exceeded = asked > lease.burst or (is_known and lease.level(boot_ms) < asked * TOKENS_EACH)
@@ -864,7 +884,7 @@ class Engine:
         if loaded is None:
             return None
         for plan in loaded.actions.values():
-            for limit in (*plan.limits, *plan.shadow_limits):
+            for limit in plan.all_limits:
                 if limit.key == lease.limit_key:
                     return limit.window_after(lease)
         return None

@@ -108,17 +108,19 @@ class Evaluator:
                 for lease, _ in outcome.needs:
                     self._fill(lease, boot_ms)
         assert isinstance(outcome, Decision), "an impatient decision never waits"
-        if outcome.effect is Effect.APPROVED and not inquiry.peek:
-            for lease, units in outcome.spends:
-                LeaseBook.spend(lease, units, boot_ms)
-            for share, units in outcome.rates:
-                share.take(units, boot_ms)
+        if not inquiry.peek:
+            if outcome.effect is Effect.APPROVED:
+                for lease, units in outcome.spends:
+                    LeaseBook.spend(lease, units, boot_ms)
+                for share, units in outcome.rates:
+                    share.take(units, boot_ms)
             for lease, units in outcome.counted:
                 if not isinstance(lease, RateShare):
                     LeaseBook.spend(lease, units, boot_ms)
                 elif not lease.take_what_is_there(units, boot_ms):
                     self._fill(lease, boot_ms)
-        quotas = [_used(lease, outcome.overage.get(lease.quota, 0)) for lease, _ in (*outcome.spends, *outcome.counted)]
+        taken = dict.fromkeys(lease for lease, _ in (*outcome.spends, *outcome.counted))
+        quotas = [_used(lease, outcome.overage.get(lease.quota, 0)) for lease in taken]
         quotas += [_used(share, 0) for share, _ in outcome.rates]
         self._forget_old_windows(inquiry.tenant)
         return Evaluated(outcome, quotas, self._trace(inquiry, now_us) if trace else [])
@@ -152,7 +154,7 @@ class Evaluator:
             if bound is None:
                 continue
             plan = found.actions.setdefault(name, bind_action(found, bound))
-            for limit_ in (*plan.limits, *plan.shadow_limits):
+            for limit_ in plan.all_limits:
                 limits |= {pool.key: pool for pool in limit_.pools or (limit_,)}
         return limits
 

@@ -33,7 +33,7 @@ from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers, varint
 from licet_sidecar.services.durability import DurabilityGate
-from licet_sidecar.services.events import flags_of
+from licet_sidecar.services.events import flags_of, spends_of
 from licet_sidecar.services.idempotency import KEY_REUSED, RESERVE, Key, RecentAnswers, is_recorded_as, key_of
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState
@@ -195,21 +195,22 @@ class ApprovalService:
             outcome = self._engine.decide(inquiry, now_us=self._clock.now_us(), boot_ms=boot_ms, patient=patient)
         except InvalidInquiry as error:
             raise Malformed(str(error)) from error
-        if isinstance(outcome, Decision) and outcome.effect is _APPROVED and not inquiry.peek:
-            if outcome.degraded:
-                self._leasing.overdraw(inquiry.tenant, outcome.spends)
-            for lease, units in outcome.spends:
-                if units and take(lease, units, boot_ms):
-                    self._leasing.refill_soon(inquiry.tenant)
-            for share, units in outcome.rates:
-                share.take(units, boot_ms)
+        if isinstance(outcome, Decision) and not inquiry.peek:
+            if outcome.effect is _APPROVED:
+                if outcome.degraded:
+                    self._leasing.overdraw(inquiry.tenant, outcome.spends)
+                for lease, units in outcome.spends:
+                    if units and take(lease, units, boot_ms):
+                        self._leasing.refill_soon(inquiry.tenant)
+                for share, units in outcome.rates:
+                    share.take(units, boot_ms)
             if outcome.counted:
                 # What is reserved is counted when it is used.
                 outcome.counted = self.count(inquiry.tenant, outcome.counted) if take is LeaseBook.spend else ()
         return outcome
 
     def count(self, tenant: str, counted: Sequence[tuple[Lease, int]]) -> Sequence[tuple[Lease, int]]:
-        """Takes units of limits in shadow, whether or not a lease covers them; what of it events record."""
+        """Takes units whether or not a lease covers them; what of it events record."""
         boot_ms = self._clock.boot_ms()
         spends: list[tuple[Lease, int]] = []
         for lease, units in counted:
@@ -410,9 +411,7 @@ class ApprovalService:
                     inquiry.resource_type,
                     inquiry.resource_id,
                     decision.context,
-                    [(lease.quota, units) for lease, units in (*decision.spends, *decision.counted) if units]
-                    if decision.effect is _APPROVED
-                    else (),
+                    spends_of(decision),
                     decision.shadow,
                     decision.feature_costs,
                     *later,
@@ -424,12 +423,12 @@ class ApprovalService:
         self, inquiry: Inquiry, decision: Decision, why: str, give_back: GiveBack = LeaseBook.unspend
     ) -> Decision:
         """The log does not take the event: a denial stands, an approval is the action's to decide. Takes nothing."""
+        for lease, units in decision.counted:
+            LeaseBook.unspend(lease, units)
         if decision.effect is not _APPROVED:
             return decision
         for lease, units in decision.spends:
             give_back(lease, units)
-        for lease, units in decision.counted:
-            LeaseBook.unspend(lease, units)
         rulebook = self._engine.rulebook
         bound = rulebook.action(inquiry.action) if rulebook else None
         allowed = bound is not None and bound.action.on_unavailable.mode is UnavailableMode.ALLOW

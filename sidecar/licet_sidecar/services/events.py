@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from licet.domain.outcomes import Effect
 from licet.wire import usage
 from licet_sidecar.core.engine import Decision
 
@@ -14,3 +15,9 @@ def flags_of(decision: Decision) -> int:
         | (usage.FLAG_OVERAGE if decision.overage else 0)
         | (usage.FLAG_OBSERVED if decision.observed else 0)
     )
+
+
+def spends_of(decision: Decision) -> list[tuple[str, int]]:
+    """(quota, units) that a decision took; a denial takes only what observe mode lets through."""
+    taken = (*decision.spends, *decision.counted) if decision.effect is Effect.APPROVED else decision.counted
+    return [(lease.quota, units) for lease, units in taken if units]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from licet.domain.outcomes import Effect
 from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
 from licet.wire.usage import EventKind
@@ -11,7 +10,7 @@ from licet_sidecar.core.engine import Decision
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import Lease, LeaseBook
 from licet_sidecar.core.reservations import Outcome, ReservationBook, ReservationState, from_wire, orphaned, to_wire
-from licet_sidecar.services.events import flags_of
+from licet_sidecar.services.events import flags_of, spends_of
 from licet_sidecar.services.idempotency import answer_of
 
 
@@ -83,9 +82,7 @@ def event_of(
         resource_type=inquiry.resource_type,
         resource_id=inquiry.resource_id,
         context=dict(decision.context),
-        spends=[(lease.quota, units) for lease, units in (*decision.spends, *decision.counted) if units]
-        if decision.effect is Effect.APPROVED
-        else [],
+        spends=spends_of(decision),
         shadow=list(decision.shadow),
         feature_costs=decision.feature_costs,
         kind=kind,

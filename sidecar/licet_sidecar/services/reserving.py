@@ -451,7 +451,7 @@ class Reserving:
             [*((one.lease, units) for one, units in shares), *(extra.spends if extra and extra_taken else ())]
         )
         decision.counted = _merged(
-            [*self._count_in_shadow(reservation, decision), *(extra.counted if extra and extra_taken else ())]
+            [*self._count_late(reservation, decision), *(extra.counted if extra and extra_taken else ())]
         )
         overage = {one.lease.quota: over for one, units in shares if (over := one.lease.overage_held(units))}
         if extra is not None and extra_taken:
@@ -490,15 +490,16 @@ class Reserving:
         self._tally.units_unfunded += sum(unfunded.values())
         return answer
 
-    def _count_in_shadow(self, reservation: Reservation, decision: Decision) -> Sequence[tuple[Lease, int]]:
-        """Limits in shadow count what was reserved when it is used, in the window of that moment."""
-        used = reservation.within(decision.units)
-        if decision.effect is not Effect.APPROVED or not any(used.values()):
+    def _count_late(self, reservation: Reservation, decision: Decision) -> Sequence[tuple[Lease, int]]:
+        """Limits in shadow count what was reserved when it is used, in the window of that moment; so do those that
+        denied it, when observe mode let it through."""
+        used = decision.units if reservation.observed else reservation.within(decision.units)
+        if not any(used.values()):
             return ()
         inquiry = reservation.inquiry_for(used)
         now_us, boot_ms = self._clock.now_us(), self._clock.boot_ms()
         try:
-            counted = self._engine.count_in_shadow(inquiry, now_us=now_us, boot_ms=boot_ms)
+            counted = self._engine.counting_late(inquiry, decision, now_us=now_us, boot_ms=boot_ms)
         except InvalidInquiry:  # the action was changed since
             return ()
         return self._deciding.count(reservation.tenant, counted) if counted else ()
