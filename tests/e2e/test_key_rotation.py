@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ NAMES = RedisNames()
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    fleet = Fleet(tmp_path, count=2, sidecar_flags=("--staleness-max", "4s"))
+    fleet = Fleet(tmp_path, count=2, sidecar_flags=("--staleness-max", "20s"))
     try:
         fleet.start()
         fleet.push(CATALOG)
@@ -57,6 +58,7 @@ class Load:
     def __init__(self, address: str, prefix: int) -> None:
         self.wrong: list[str] = []
         self.answers = 0
+        self.as_of = datetime.min.replace(tzinfo=UTC)
         self._address = address
         self._cold = [f"cold{number}" for number in range(prefix, COLD_TENANTS, 2)]
         self._end = threading.Event()
@@ -76,6 +78,7 @@ class Load:
                     self.wrong.append(f"{tenant}: {error!r}")
                     continue
                 self.answers += 1
+                self.as_of = answer.as_of or self.as_of
                 if not answer.approved or answer.stale or answer.degraded:
                     self.wrong.append(f"{tenant}: {answer}")
 
@@ -97,8 +100,9 @@ def test_the_key_is_rotated_under_load_and_the_old_one_is_refused_afterwards(fle
         assert active["id"] == following["id"]
         wait_until("sidecars trust the new key alone", lambda: _trusted_by(fleet, old.key_id) == 0)
         fleet.licet("signing-key", "retire", old.key_id)
-        answers = [load.answers for load in loads]
+        answers, now = [load.answers for load in loads], datetime.now(UTC)
         wait_until("checks go on", lambda: all(load.answers > n + 50 for load, n in zip(loads, answers, strict=True)))
+        wait_until("heads of the new key are believed", lambda: all(load.as_of > now for load in loads))
     finally:
         for load in loads:
             load.stop()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import pytest
 from licet_control_plane.cli.context import DevContext, process_started, write_context
 from licet_control_plane.cli.dev.children import Child, stop_all
 from licet_control_plane.cli.dev.command import EXAMPLE
-from licet_control_plane.cli.dev.ports import choose_ports
+from licet_control_plane.cli.dev.ports import choose_ports, nobody_else_chooses
 from licet_control_plane.cli.dev.stack import ENDED_AT_ONCE_MAX, RESTART_S, Stack, ended_by_itself
 from licet_control_plane.cli.failure import CliError
 from licet_control_plane.core.documents.json_schema import KINDS
@@ -93,6 +94,22 @@ def test_says_which_port_is_taken_when_it_was_asked_for() -> None:
         with pytest.raises(CliError, match=f"port {port} .* is taken") as caught:
             choose_ports(1, port)
     assert "--port-base" in caught.value.fix
+
+
+def test_a_stack_that_starts_waits_for_one_that_chooses_ports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    waited: list[float] = []
+
+    def wait(seconds: float) -> bool:
+        waited.append(seconds)
+        return len(waited) == 3
+
+    with nobody_else_chooses(wait):
+        assert waited == []
+        with nobody_else_chooses(wait):
+            assert len(waited) == 3
+    with nobody_else_chooses(wait):
+        assert len(waited) == 3
 
 
 def test_ends_children_in_their_order(started: list[Child], tmp_path: Path) -> None:

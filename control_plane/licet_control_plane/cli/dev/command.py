@@ -65,9 +65,6 @@ def dev(
     Example:
       licet dev --sidecars 3
     """
-    from licet_control_plane.cli.dev.ports import choose_ports
-    from licet_control_plane.cli.dev.stack import Stack
-
     if (running := read_context()) is not None:
         raise bad(
             f"`licet dev` is already running (process {running.pid}): control plane {running.server},"
@@ -78,17 +75,27 @@ def dev(
     if temp:
         state_dir = Path(tempfile.mkdtemp(prefix="licet-dev-"))
     try:
-        _run(Stack(state_dir, choose_ports(sidecars, port_base), log_level=log_level), stop, as_json=as_json)
+        _run(state_dir, sidecars, port_base, stop, log_level=log_level, as_json=as_json)
     finally:
         if temp:
             shutil.rmtree(state_dir, ignore_errors=True)
 
 
-def _run(stack: Stack, stop: _StopSignals, *, as_json: bool) -> None:
-    for moved in stack.ports.moved:
-        note(f"licet dev: {moved}")
+def _run(
+    state_dir: Path, sidecars: int, port_base: int | None, stop: _StopSignals, *, log_level: str, as_json: bool
+) -> None:
+    from licet_control_plane.cli.dev.ports import choose_ports, nobody_else_chooses
+    from licet_control_plane.cli.dev.stack import Stack
+
+    stack: Stack | None = None
     try:
-        stack.start(wanted=lambda: not stop.asked)
+        with nobody_else_chooses(stop.wait):
+            if stop.asked:
+                return
+            stack = Stack(state_dir, choose_ports(sidecars, port_base), log_level=log_level)
+            for moved in stack.ports.moved:
+                note(f"licet dev: {moved}")
+            stack.start(wanted=lambda: not stop.asked)
         if not stop.asked:
             context = DevContext(
                 pid=os.getpid(),
@@ -115,7 +122,7 @@ def _run(stack: Stack, stop: _StopSignals, *, as_json: bool) -> None:
     finally:
         remove_context(os.getpid())
         note("licet dev: stopping (once more to stop at once)" if stop.asked else "licet dev: stopping")
-        for name in stack.stop(hurry=lambda: stop.asked > 1):
+        for name in stack.stop(hurry=lambda: stop.asked > 1) if stack is not None else ():
             note(f"licet dev: {name} did not end in time and was killed")
 
 

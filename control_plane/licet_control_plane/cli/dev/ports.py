@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import socket
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from licet_control_plane.cli.arguments import bad
 
 HOST: Final = "127.0.0.1"
 BASE_DEFAULT: Final = 7410
+_LOCK_POLL_S: Final = 0.1
 _SERVER_OFFSET: Final = 20  # 7430
 _SIDECAR_OFFSET: Final = 10  # 7420 and 7421, then pairs up to the server's port
 
@@ -23,6 +29,27 @@ class Ports:
     server: int
     sidecars: tuple[tuple[int, int], ...]
     moved: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def nobody_else_chooses(wait: Callable[[float], bool]) -> Iterator[None]:
+    """To be held from choosing ports until they are listened on: two stacks that start at once would choose the same.
+
+    ``wait`` sleeps for so many seconds while another one starts, and says whether to give up.
+    """
+    path = Path(tempfile.gettempdir()) / f"licet-dev-{os.getuid()}.lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if wait(_LOCK_POLL_S):
+                    break
+        yield
+    finally:
+        os.close(lock)
 
 
 def choose_ports(sidecars: int, base: int | None) -> Ports:
