@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, func, select, update
 
+from licet.wire.signing import SigningKey
 from licet_control_plane.api.app import make_app
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.server import listen, serve
@@ -118,6 +119,39 @@ async def test_an_export_holds_every_event_of_its_month_and_no_other(stack: Stac
     mine = next(row for row in rows if (names[row["log"]][0], row["seq"]) == ("a", 7))
     assert mine["public"] == base64.b64encode(kept.public).decode()
     assert (await stack("ledger", "months", "--json")).json["items"][0]["exported"] == 0  # June, which was not
+
+
+async def test_a_file_that_was_kept_is_whole_or_says_what_is_not(stack: Stack) -> None:
+    await stack.record(1, 40, MAY)
+    await stack.record(1, 30, MAY, sidecar="b" * 32, subject_id='quo"te\n')
+    await stack.export(MAY)
+    path = stack.directory / "out.gz"
+    by_server = await stack("ledger", "check-export", path)
+    assert (by_server.code, "2026-05: 70 events of 2 logs, as signed" in by_server.out) == (0, True)
+    key = stack.running.key.public_key
+    ended = await stack("ledger", "check-export", path, "--public-key", key, "--server", "http://127.0.0.1:1", "--json")
+    (item,) = ended.json["items"]
+    assert (ended.json["ok"], item["events"], item["logs"], item["deployment"]) == (True, 70, 2, "d" * 32)
+    whole = gzip.decompress(path.read_bytes())
+    lines = whole.splitlines(keepends=True)
+    wrong = stack.directory / "wrong.gz"
+
+    async def problem(content: bytes, *, key: str = key) -> str:
+        wrong.write_bytes(content)
+        ended = await stack("ledger", "check-export", path, wrong, "--public-key", key)
+        assert ended.code == 1
+        return ended.out.splitlines()[-1].partition("NOT WHOLE: ")[2]
+
+    for number in range(len(lines) - 1):
+        assert await problem(gzip.compress(b"".join(lines[:number] + lines[number + 1 :])))
+    swapped = [*lines[:2], lines[3], lines[2], *lines[4:]]
+    assert await problem(gzip.compress(b"".join(swapped)))
+    assert "column" in await problem(gzip.compress(whole.replace(b'"acme"', b'"emca"', 1)))
+    assert "its end is missing" in await problem(path.read_bytes()[:-30])
+    assert await problem(gzip.compress(b"".join(lines[:-1])))
+    assert "no gzip file" in await problem(b"not gzip")
+    assert await problem(gzip.compress(b""))
+    assert await problem(gzip.compress(whole), key=SigningKey.generate().public_key)
 
 
 async def test_a_dropped_month_is_gone_and_all_that_was_said_of_it_stays(stack: Stack) -> None:

@@ -180,6 +180,7 @@ _ledger.command("rebuild", epilog=EXIT_CODES_HELP)(ledger.rebuild)
 _ledger.command("reconcile", epilog=EXIT_CODES_HELP)(ledger.reconcile)
 _ledger.command("months", epilog=EXIT_CODES_HELP)(months.months)
 _ledger.command("export", epilog=EXIT_CODES_HELP)(months.export)
+_ledger.command("check-export", epilog=EXIT_CODES_HELP)(months.check_export)
 _ledger.command("drop", epilog=EXIT_CODES_HELP)(months.drop)
 _ledger.command("restored", epilog=EXIT_CODES_HELP)(months.restored)
 

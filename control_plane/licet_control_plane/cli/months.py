@@ -1,4 +1,4 @@
-"""``licet ledger months|export|drop|restored``."""
+"""``licet ledger months|export|check-export|drop|restored``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOption
-from licet_control_plane.cli.context import server_target
-from licet_control_plane.cli.failure import EXIT_USAGE, CliError
+from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOption, bad
+from licet_control_plane.cli.context import Target, server_target
+from licet_control_plane.cli.failure import EXIT_NO, EXIT_USAGE, CliError
 from licet_control_plane.cli.output import emit_json, note, say, table
 
 _NUMBERS: Final = ("events", "exported", "dropped")
@@ -67,6 +67,60 @@ def export(
     note(
         f"keep it where you keep your books; then `licet ledger drop --month {month}` may remove them from the database"
     )
+
+
+def check_export(
+    files: Annotated[list[Path], typer.Argument(help="What `licet ledger export` wrote.", metavar="FILE…")],
+    public_key: Annotated[
+        list[str] | None,
+        typer.Option("--public-key", help="Whose signature counts, ed25519:…; may be repeated. Else the server's."),
+    ] = None,
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Check exports that were kept: every event of a file is as it was signed, and none is missing.
+
+    With --public-key no server is asked: the file and the key are enough. Exits with 1 when a file is not whole.
+
+    \b
+    Examples:
+      licet ledger check-export ledger-2026-05.jsonl.gz
+      licet ledger check-export books/*.gz --public-key ed25519:…
+    """
+    from dataclasses import asdict
+
+    from licet.wire.signing import Verifier
+    from licet_control_plane.cli.export_file import NotWhole, check_kept
+
+    try:
+        verifier = Verifier(public_key or _trusted(server_target(server, api_key)))
+    except ValueError as error:
+        raise bad(f"--public-key: {error}.", "give the text of public-key.txt") from error
+    results: list[dict[str, Any]] = []
+    for path in files:
+        try:
+            kept = check_kept(path, verifier)
+            results.append({"file": str(path), "ok": True, **asdict(kept)})
+        except NotWhole as problem:
+            results.append({"file": str(path), "ok": False, "problem": str(problem)})
+        except OSError as error:
+            raise bad(f"{path} cannot be read: {error.strerror}.", "name a file that can be") from error
+    if as_json:
+        emit_json({"ok": all(one["ok"] for one in results), "items": results})
+    else:
+        for one in results:
+            whole = f"{one['month']}: {one['events']:,} events of {one['logs']:,} logs, as signed" if one["ok"] else ""
+            say(f"{one['file']}: {whole or 'NOT WHOLE: ' + one['problem']}")
+    if not all(one["ok"] for one in results):
+        raise typer.Exit(EXIT_NO)
+
+
+def _trusted(target: Target) -> list[str]:
+    from licet_control_plane.cli.rest import ControlPlane
+
+    with ControlPlane(target) as control_plane:
+        return [str(item["public_key"]) for item in control_plane.get("/v1/signing-keys")["items"]]
 
 
 def drop(
