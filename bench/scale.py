@@ -26,10 +26,12 @@ from licet.domain.catalog import (
 from licet.wire.documents import chunk_catalog, digest_of
 from licet_control_plane.core.documents import validate
 from licet_control_plane.core.documents.writing import write_files
-from licet_sidecar.core.engine import Decision, Engine, Tenant
+from licet_sidecar.core.decision import Decision
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.rulebook import Rulebook
+from licet_sidecar.core.tenant import Tenant
 from licet_sidecar.entry import GC_THRESHOLDS
 from licet_sidecar.services.slices import in_slices
 from licet_sidecar.services.unpacking import Unpacking

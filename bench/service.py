@@ -33,10 +33,11 @@ from licet.wire.signing import SigningKey, Verifier
 from licet_sidecar.adapters.log_records import EVENT, frame
 from licet_sidecar.adapters.usage_log import LogHeader, UsageLog
 from licet_sidecar.clock import SystemClock
-from licet_sidecar.core.engine import Engine, Tenant
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.core.rulebook import Rulebook
+from licet_sidecar.core.tenant import Tenant
 from licet_sidecar.services.approval import ApprovalService
 from licet_sidecar.services.durability import DurabilityGate
 from licet_sidecar.services.idempotency import RecentAnswers

@@ -24,11 +24,12 @@ from licet_control_plane.core import fleet
 from licet_control_plane.core.contents import Contents, Expected, Found, assess
 from licet_control_plane.core.publishing import COPYING, Restore, Write, contiguous, is_repeat, restoring
 from licet_sidecar.core import following
-from licet_sidecar.core.engine import Engine, Tenant
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.following import Bundle, Following, Inconsistent, SignedHead, Unchecked
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.sync import Change
+from licet_sidecar.core.tenant import Tenant
 
 DEPLOYMENT: Final = "d" * 32
 TENANTS: Final = ("a", "b", "c", "d")

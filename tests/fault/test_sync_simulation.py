@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import pytest
 
-from licet_sidecar.core.engine import Engine, Tenant
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.following import Bundle, Following
+from licet_sidecar.core.tenant import Tenant
 from tests.fault.sync_simulation import Rule, SyncSimulation, Violation
 from tests.support.seeds import batches
 

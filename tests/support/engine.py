@@ -7,10 +7,12 @@ from typing import Any
 
 from licet.domain.approvals import Override
 from licet.domain.catalog import Catalog, License
-from licet_sidecar.core.engine import Decision, Engine, Tenant
+from licet_sidecar.core.decision import Decision
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import Lease, LeaseBook
 from licet_sidecar.core.rulebook import Rulebook
+from licet_sidecar.core.tenant import Tenant
 from tests.support.fake_clock import START_US
 
 NOW_US = START_US

@@ -82,6 +82,11 @@ class World:
         self._licenses[tenant] = License(tenant, plan, **fields)
         return self._marked(self.publisher.license(self._licenses[tenant]))
 
+    def quota(self, key: str) -> tuple[int, int]:
+        """(sum, used) of the only quota of a limit."""
+        (found,) = [one for (_, name), one in self.registers.contents.quotas.items() if name.startswith(f"{key}:")]
+        return found.sum, found.used
+
     def advance(self, seconds: float) -> None:
         """Here and in Redis."""
         self.clock.advance(seconds)

@@ -15,10 +15,12 @@ from typing import Any, Final
 from licet.domain.catalog import Catalog, License
 from licet.domain.entitlements import entitlements_of, limits_of
 from licet_sidecar.bootstrap import UPKEEP_S
-from licet_sidecar.core.engine import Decision, Engine, LeaseWait, Tenant
+from licet_sidecar.core.decision import Decision, LeaseWait
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.rulebook import Rulebook
+from licet_sidecar.core.tenant import Tenant
 from licet_sidecar.ports import LeaseStore
 from licet_sidecar.services.leasing import LeasingService
 from licet_sidecar.services.link import LinkState

@@ -21,7 +21,7 @@ from licet.domain.catalog import (
 )
 from licet.domain.flags import Flag
 from licet.domain.ids import LimitKey
-from licet_sidecar.core.engine import Decision, LeaseWait
+from licet_sidecar.core.decision import Decision, LeaseWait
 from licet_sidecar.core.inquiry import Inquiry
 from tests.support.engine import NOW_US, STALENESS_US_MAX
 

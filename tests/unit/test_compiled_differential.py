@@ -37,7 +37,8 @@ from licet.domain.ids import LimitKey
 from licet.domain.windows import Period
 from licet_control_plane.core.documents import SourceFile, Validated, validate
 from licet_control_plane.core.documents.writing import write_files
-from licet_sidecar.core.engine import Engine, LeaseWait
+from licet_sidecar.core.decision import LeaseWait
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry
 from tests.support.engine import BOOT_MS, NOW_S, NOW_US, engine_with, grant
 from tests.support.slow_evaluator import CONDITIONS, Answer, said, slow, slow_entitlements

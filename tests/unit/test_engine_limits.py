@@ -26,7 +26,8 @@ from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import Anchor, Period
 from licet.wire.names import scope_digest
 from licet.wire.registers import Pair
-from licet_sidecar.core.engine import BucketWait, Engine, LeaseWait
+from licet_sidecar.core.decision import BucketWait, LeaseWait
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import Lease, LeaseBook, RateShare
 from licet_sidecar.core.rulebook import Rulebook
 from tests.support.engine import (

@@ -28,14 +28,8 @@ from licet.domain.flags import bucket_of, includes
 from licet.domain.money import NANOS, Price
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import Period
-from licet_sidecar.core.engine import (
-    ABSENT_MS,
-    ABSENT_TENANTS_MAX,
-    BOUND_ACTIONS_MAX,
-    Engine,
-    LeaseWait,
-    LoadWait,
-)
+from licet_sidecar.core.decision import LeaseWait, LoadWait
+from licet_sidecar.core.engine import ABSENT_MS, ABSENT_TENANTS_MAX, BOUND_ACTIONS_MAX, Engine
 from licet_sidecar.core.inquiry import InvalidInquiry, TimestampUs
 from tests.support.engine import (
     BOOT_MS,

@@ -22,7 +22,7 @@ from licet.domain.catalog import (
     RuleEffect,
 )
 from licet.domain.outcomes import Effect, Reason
-from licet_sidecar.core.engine import Decision
+from licet_sidecar.core.decision import Decision
 from licet_sidecar.core.inquiry import TimestampUs
 from tests.support.engine import NOW_US, decided, engine_with, inquiry
 from tests.support.published import catalog

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from licet.domain.outcomes import Effect
-from licet_sidecar.core.engine import Decision
+from licet_sidecar.core.decision import Decision
 from licet_sidecar.core.explanation import StepName, deciding_step, explain
 from tests.support.engine import BOOT_MS, NOW_US, STALENESS_US_MAX, engine_with
 from tests.unit.test_engine_differential import draw_catalog, draw_inquiry, draw_license, put_leases

@@ -34,7 +34,7 @@ from licet.domain.flags import (
 from licet.domain.outcomes import Effect, Reason
 from licet.v1 import approval_pb2 as pb
 from licet.wire.documents import catalog_of_chunks, chunk_catalog, digest_of
-from licet_sidecar.core.engine import Decision
+from licet_sidecar.core.decision import Decision
 from licet_sidecar.core.explanation import explain
 from licet_sidecar.services.answers import Answers
 from licet_sidecar.services.link import LinkState

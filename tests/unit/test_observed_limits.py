@@ -56,12 +56,6 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return made
 
 
-def quota(world: World, key: str) -> tuple[int, int]:
-    """(sum, used) of the only quota of a limit."""
-    (found,) = [one for (_, name), one in world.registers.contents.quotas.items() if name.startswith(f"{key}:")]
-    return found.sum, found.used
-
-
 async def told(world: World, sidecar: FakeSidecar) -> None:
     for _ in range(3):
         await sidecar.upkeep()
@@ -87,8 +81,8 @@ async def test_what_a_limit_would_have_denied_is_counted_in_all_limits_and_owed_
         assert [(one.effect, one.flags & FLAG_OBSERVED) for one in events[1:]] == [(Effect.DENIED, FLAG_OBSERVED)] * 2
         assert [one.cost_nanos for one in events[1:]] == [0, 0]
         await told(world, sidecar)
-        assert quota(world, MONTH) == (14, 14)
-        assert quota(world, "reports:year")[1] == 14
+        assert world.quota(MONTH) == (14, 14)
+        assert world.quota("reports:year")[1] == 14
 
 
 async def test_it_binds_once_it_is_enforced(world: World) -> None:
@@ -109,7 +103,7 @@ async def test_it_is_known_after_a_kill_and_by_others(world: World) -> None:
     async with running(world, incarnation=2) as after, running(world, sidecar="6" * 32) as other:
         assert after.used() == 100
         await told(world, after)
-        assert quota(world, MONTH) == (50, 50)
+        assert world.quota(MONTH) == (50, 50)
         assert observed(await other.check(action="reports", quantity=1)) == EXHAUSTED
 
 
@@ -119,7 +113,7 @@ async def test_a_limit_that_asks_people_counts_too_and_asks_nobody(world: World)
         assert observed(answer) == (pb.REASON_APPROVAL_REQUIRED, "PENDING")
         assert answer.access_request_id == ""
         await told(world, sidecar)
-        assert quota(world, "asked:day") == (9, 9)
+        assert world.quota("asked:day") == (9, 9)
 
 
 async def test_a_rate_that_is_exceeded_keeps_being_so(world: World) -> None:
@@ -152,7 +146,7 @@ async def test_a_reservation_is_counted_by_what_it_used(world: World) -> None:
         assert committed.committed == {"reports": 60}
         assert {units for _, units in sidecar.events()[-1].spends} == {60}
         await told(world, sidecar)
-        assert quota(world, MONTH) == (60, 60)
+        assert world.quota(MONTH) == (60, 60)
 
 
 async def test_what_is_not_logged_is_not_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,4 +169,4 @@ async def test_without_redis_it_is_counted_later(world: World) -> None:
         assert observed(answer) == (pb.REASON_DEGRADED_DENY, "DENIED")
         sidecar.link.succeeded()
         await told(world, sidecar)
-        assert quota(world, MONTH) == (4, 4)
+        assert world.quota(MONTH) == (4, 4)

@@ -64,12 +64,6 @@ async def sidecar(world: World) -> AsyncIterator[FakeSidecar]:
         yield made
 
 
-def quota(world: World, key: str) -> tuple[int, int]:
-    """(sum, used) of the only quota of a limit."""
-    (found,) = [one for (_, name), one in world.registers.contents.quotas.items() if name.startswith(f"{key}:")]
-    return found.sum, found.used
-
-
 async def told(world: World, sidecar: FakeSidecar) -> None:
     for _ in range(3):
         await sidecar.upkeep()
@@ -91,7 +85,7 @@ async def test_a_limit_in_shadow_records_what_it_would_have_said_and_counts_on(
     ]
     assert [[units for _, units in event.spends] for event in sidecar.events()] == [[2, 2], [2, 2], [7, 7], [50, 50]]
     await told(world, sidecar)
-    assert quota(world, "tried:month")[1] == quota(world, "tried:day")[1] == 61
+    assert world.quota("tried:month")[1] == world.quota("tried:day")[1] == 61
 
 
 async def test_it_never_makes_a_check_wait_not_even_the_first(sidecar: FakeSidecar, world: World) -> None:
@@ -103,7 +97,7 @@ async def test_it_never_makes_a_check_wait_not_even_the_first(sidecar: FakeSidec
     assert sidecar.tally.lease_waits == calls
     sidecar.link.succeeded()
     await told(world, sidecar)
-    assert quota(world, "tried:month")[1] == 4
+    assert world.quota("tried:month")[1] == 4
 
 
 async def test_it_knows_what_others_used_once_it_heard(world: World) -> None:
@@ -133,7 +127,7 @@ async def test_enforced_limits_beside_it_still_bind_and_a_denial_counts_nothing(
     assert (denied.reason, denied.rule) == (pb.REASON_QUOTA_EXHAUSTED, "both:year")
     assert sidecar.events()[-1].spends == []
     await told(world, sidecar)
-    assert quota(world, "both:month")[1] == 90
+    assert world.quota("both:month")[1] == 90
 
 
 async def test_a_rate_in_shadow_never_limits(sidecar: FakeSidecar, world: World) -> None:
@@ -156,14 +150,14 @@ async def test_a_reservation_is_counted_when_it_is_used(sidecar: FakeSidecar, wo
     assert [event.spends for event in sidecar.events()[:-1]] == [[], [], []]
     assert {units for _, units in sidecar.events()[-1].spends} == {7}
     await told(world, sidecar)
-    assert quota(world, "tried:month")[1] == 7
+    assert world.quota("tried:month")[1] == 7
 
 
 async def test_a_peek_counts_nothing(sidecar: FakeSidecar, world: World) -> None:
     await sidecar.check(action="tried", quantity=20, mode=pb.MODE_PEEK)
     await sidecar.check(action="tried", quantity=1)
     await told(world, sidecar)
-    assert quota(world, "tried:month")[1] == 1
+    assert world.quota("tried:month")[1] == 1
 
 
 async def test_a_limit_that_is_off_is_not_even_counted(world: World) -> None:

@@ -15,11 +15,13 @@ from licet.domain.catalog import Catalog, License
 from licet.domain.entitlements import RATE_SCALE
 from licet.domain.ids import UNITS_MAX
 from licet.domain.outcomes import Effect
-from licet_sidecar.core.engine import BoundLimit, Decision, Engine, LeaseWait, Tenant, bind_action, scope_of
+from licet_sidecar.core.decision import Decision, LeaseWait
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import TOKENS_EACH, Kind, Lease, LeaseBook, RateShare
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.rules import Traced, trace_rules
+from licet_sidecar.core.tenant import BoundLimit, Tenant, bind_action, scope_of
 
 _FOREVER_MS: Final = 2**62
 _OTHERS_MAX: Final = 64

@@ -17,21 +17,15 @@ from licet.domain.approvals import OVERRIDE_PREFIX, Override, OverrideEffect, Re
 from licet.domain.catalog import AttributeValue, License, RuleEffect
 from licet.domain.outcomes import Effect, Reason
 from licet_sidecar.core.access_requests import key_for
-from licet_sidecar.core.engine import (
-    BoundLimit,
-    Decision,
-    Engine,
-    Tenant,
-    bind_action,
-    license_problem,
-    prepare,
-    scope_of,
-)
+from licet_sidecar.core.decision import Decision
+from licet_sidecar.core.denials import license_problem
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.flags import BoundFlag, Standing, Verdict, described, judge, standing_of
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import Lease
 from licet_sidecar.core.rulebook import BoundAction
 from licet_sidecar.core.rules import Traced, bindings_of, trace_rules
+from licet_sidecar.core.tenant import BoundLimit, Tenant, bind_action, prepare, scope_of
 
 
 class StepName(StrEnum):

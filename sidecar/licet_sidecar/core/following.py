@@ -30,10 +30,11 @@ from licet.wire import documents
 from licet.wire.documents import Head
 from licet.wire.registers import Pair
 from licet.wire.signing import Statement
-from licet_sidecar.core.engine import Engine, Tenant
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import NO_PAIR
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.sync import Change, Changes, HeadVerdict, SyncState
+from licet_sidecar.core.tenant import Tenant
 
 CATCH_UP_READS_MAX: Final = 50
 RESYNC: Final = "resync"

@@ -23,7 +23,8 @@ from licet_sidecar.adapters.log_records import EVENT, frame
 from licet_sidecar.adapters.usage_log import UsageLog, UsageLogError
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.access_requests import NO_REQUESTS, key_for
-from licet_sidecar.core.engine import Decision, Engine
+from licet_sidecar.core.decision import Decision
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers

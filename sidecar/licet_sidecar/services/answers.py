@@ -16,7 +16,8 @@ from licet.domain.flags import VALUE_KEY, VARIANT_KEY, Variant
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import FOREVER_S
 from licet.v1 import approval_pb2 as pb
-from licet_sidecar.core.engine import Decision, Engine
+from licet_sidecar.core.decision import Decision
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import TOKENS_EACH, Kind, Lease, RateShare, Terms
 from licet_sidecar.services.link import LinkState
 

@@ -26,10 +26,12 @@ from licet_sidecar.adapters.usage_log import (
     UsageLogError,
 )
 from licet_sidecar.clock import Clock
-from licet_sidecar.core.engine import BucketWait, Decision, Engine, LeaseWait, LoadWait, Wait, prepare
+from licet_sidecar.core.decision import BucketWait, Decision, LeaseWait, LoadWait, Wait
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
 from licet_sidecar.core.leases import Lease, LeaseBook, RateShare
 from licet_sidecar.core.reservations import ReservationBook
+from licet_sidecar.core.tenant import prepare
 from licet_sidecar.ports import LinkDown
 from licet_sidecar.services.answers import Answers, varint
 from licet_sidecar.services.durability import DurabilityGate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from licet.domain.outcomes import Effect
 from licet.wire import usage
-from licet_sidecar.core.engine import Decision
+from licet_sidecar.core.decision import Decision
 
 
 def flags_of(decision: Decision) -> int:

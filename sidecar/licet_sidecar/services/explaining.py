@@ -17,12 +17,14 @@ from licet.domain.flags import OFF
 from licet.domain.outcomes import Effect
 from licet.v1 import approval_pb2 as pb
 from licet_sidecar.clock import Clock
-from licet_sidecar.core.engine import BoundLimit, Decision, Engine, LeaseWait, LoadWait, Tenant, prepare, scope_of
+from licet_sidecar.core.decision import Decision, LeaseWait, LoadWait
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.explanation import LimitSeen, Step, deciding_step, explain, judged_flags
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
 from licet_sidecar.core.leases import Lease
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.rules import Traced
+from licet_sidecar.core.tenant import BoundLimit, Tenant, prepare, scope_of
 from licet_sidecar.ports import LinkDown, LinkRefused
 from licet_sidecar.services.answers import Answers, quota_state, remaining_of
 from licet_sidecar.services.approval import DEADLINE_SLACK_S, WAIT_S_MAX, Answer, ApprovalService, Malformed

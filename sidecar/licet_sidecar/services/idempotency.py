@@ -26,9 +26,9 @@ from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
 from licet.wire.envelope import EnvelopeError
 from licet_sidecar.adapters.usage_log import Segment, UsageLog
-from licet_sidecar.core.engine import prepare
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.rulebook import Rulebook
+from licet_sidecar.core.tenant import prepare
 from licet_sidecar.services.answer_index import AnswerIndex
 from licet_sidecar.services.tally import Tally
 

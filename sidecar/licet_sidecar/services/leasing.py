@@ -15,7 +15,8 @@ from typing import Final
 from licet.wire.registers import Pair
 from licet_sidecar.adapters.usage_log import UsageLog, UsageLogError, lease_record
 from licet_sidecar.clock import Clock
-from licet_sidecar.core.engine import Engine, LeaseWait
+from licet_sidecar.core.decision import LeaseWait
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.leases import (
     PREFETCH_S,
     Kind,

@@ -6,7 +6,7 @@ from licet.v1 import approval_pb2 as pb
 from licet.wire import usage
 from licet.wire.usage import EventKind
 from licet_sidecar.adapters.usage_log import Recovered, reservation_record
-from licet_sidecar.core.engine import Decision
+from licet_sidecar.core.decision import Decision
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.leases import Lease, LeaseBook
 from licet_sidecar.core.reservations import Outcome, ReservationBook, ReservationState, from_wire, orphaned, to_wire

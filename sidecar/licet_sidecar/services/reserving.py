@@ -33,7 +33,8 @@ from licet_sidecar.adapters.usage_log import (
     reservation_record,
 )
 from licet_sidecar.clock import Clock
-from licet_sidecar.core.engine import Decision, Engine, LeaseWait, Wait, add_cost
+from licet_sidecar.core.decision import Decision, LeaseWait, Wait, add_cost
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
 from licet_sidecar.core.leases import Lease
 from licet_sidecar.core.reservations import (

@@ -26,7 +26,8 @@ from licet_sidecar.adapters.usage_log import (
     seat_record,
 )
 from licet_sidecar.clock import Clock
-from licet_sidecar.core.engine import Decision, Engine
+from licet_sidecar.core.decision import Decision
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry
 from licet_sidecar.core.seats import (
     RENEW_MS,

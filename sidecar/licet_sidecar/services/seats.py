@@ -20,7 +20,8 @@ from licet.wire import usage
 from licet.wire.usage import EventKind
 from licet_sidecar.adapters.usage_log import UsageLog, UsageLogError
 from licet_sidecar.clock import Clock
-from licet_sidecar.core.engine import Decision, Engine, LoadWait
+from licet_sidecar.core.decision import Decision, LoadWait
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
 from licet_sidecar.core.seats import Ending, Result, Seat, SeatAsk, SeatBook, Verb, Who, holder_digest, split_seat_id
 from licet_sidecar.ports import LinkDown, LinkRefused

@@ -23,10 +23,11 @@ from licet_sidecar.adapters.state_directory import StateDirectory, StateDirector
 from licet_sidecar.adapters.usage_log import UsageLog, UsageLogError, floor_record
 from licet_sidecar.clock import Clock
 from licet_sidecar.core import following
-from licet_sidecar.core.engine import Engine, Tenant
+from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.following import MALFORMED, Bundle, Following, Inconsistent, SignedHead, Snapshot, Unchecked
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.sync import Change, HeadVerdict, SyncState
+from licet_sidecar.core.tenant import Tenant
 from licet_sidecar.logs import Logger
 from licet_sidecar.ports import LinkDown, LinkRefused, PulseReport, SecondRoute, StateSource
 from licet_sidecar.services.link import LinkState
