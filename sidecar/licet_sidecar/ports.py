@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from licet.wire.registers import Pair
-from licet_sidecar.core.leases import SettleAnswer, SettleCall
 from licet_sidecar.core.seats import SeatAnswer, SeatCall
+from licet_sidecar.core.settling import SettleAnswer, SettleCall
 from licet_sidecar.core.sync import Change
 
 

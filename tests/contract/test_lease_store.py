@@ -14,7 +14,8 @@ import pytest
 from licet.domain.ids import LimitKey
 from licet.domain.windows import FOREVER_S
 from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Pair
-from licet_sidecar.core.leases import Ask, Granted, Kind, Lease, RateShare, SettleAnswer, SettleCall, Status, Terms
+from licet_sidecar.core.lease import Kind, Lease, RateShare, Terms
+from licet_sidecar.core.settling import Ask, Granted, SettleAnswer, SettleCall, Status
 from licet_sidecar.ports import CallRefused
 from tests.support.control_plane import WAIT_S_MAX
 from tests.support.lease_backends import TENANT, Backend, FakeBackend, RealBackend, real_backend

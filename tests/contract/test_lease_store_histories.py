@@ -15,7 +15,8 @@ import pytest
 from licet.domain.ids import LimitKey
 from licet.domain.windows import FOREVER_S
 from licet.wire.registers import Mark, Pair
-from licet_sidecar.core.leases import Ask, Kind, Lease, RateShare, SettleAnswer, SettleCall, Terms
+from licet_sidecar.core.lease import Kind, Lease, RateShare, Terms
+from licet_sidecar.core.settling import Ask, SettleAnswer, SettleCall
 from tests.support.lease_backends import TENANT, Backend, FakeBackend, Quota, RealBackend, real_backend
 from tests.support.valkey import ValkeyProcess
 

@@ -13,7 +13,7 @@ from licet.domain.windows import FOREVER_S
 from licet.wire.registers import QUOTA_KEPT_S, WINDOW_GRACE_S, Marker, Pair
 from licet_control_plane.core.reclaim import SILENT_S_MIN, TOMBSTONE_KEPT_S, Holding
 from licet_control_plane.publisher.registers import RedisRegisters, Seal, Sealed, SealStatus
-from licet_sidecar.core.leases import Status
+from licet_sidecar.core.settling import Status
 from tests.contract.test_lease_store import Caller, ask, month, opened
 from tests.support.lease_backends import TENANT, real_backend
 from tests.support.registers import LONG_AGO_MS, NAMES, add_markers, look, make_mark, make_quota, register

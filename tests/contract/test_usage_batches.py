@@ -53,7 +53,7 @@ from licet_sidecar.adapters.usage_log import (
     floor_record,
     lease_record,
 )
-from licet_sidecar.core.leases import Lease, Terms
+from licet_sidecar.core.lease import Lease, Terms
 from tests.support.published import KEY, Signer, limit
 from tests.support.usage import batch, event, packed
 

@@ -32,7 +32,9 @@ from licet_control_plane.core.learning import (
 )
 from licet_control_plane.core.reclaim import HolderState
 from licet_control_plane.publisher.marks import quotas_to_keep
-from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, Status, TenantLeases, Terms
+from licet_sidecar.core.lease import Lease, Terms
+from licet_sidecar.core.leases import LeaseBook, TenantLeases
+from licet_sidecar.core.settling import Outcome, SettleAnswer, SettleCall, Status
 from tests.support.fake_lease_store import OPEN, Contents, FakeMark, FakeQuota, FakeRegisters, Rule
 
 TENANT: Final = "acme"

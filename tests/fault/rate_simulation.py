@@ -20,17 +20,9 @@ from licet.domain.entitlements import RATE_SCALE
 from licet.domain.ids import LimitKey
 from licet.domain.windows import FOREVER_S
 from licet.wire.registers import Pair
-from licet_sidecar.core.leases import (
-    TOKENS_EACH,
-    Kind,
-    LeaseBook,
-    Outcome,
-    RateShare,
-    SettleAnswer,
-    SettleCall,
-    TenantLeases,
-    Terms,
-)
+from licet_sidecar.core.lease import TOKENS_EACH, Kind, RateShare, Terms
+from licet_sidecar.core.leases import LeaseBook, TenantLeases
+from licet_sidecar.core.settling import Outcome, SettleAnswer, SettleCall
 from tests.support.fake_lease_store import FakeRegisters, Rule
 
 TENANT: Final = "acme"

@@ -14,7 +14,7 @@ from typing import Final
 from licet.domain.catalog import seats_key
 from licet.domain.ids import LimitKey
 from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, Pair
-from licet_sidecar.core.leases import NO_PAIR
+from licet_sidecar.core.lease import NO_PAIR
 from licet_sidecar.core.seats import (
     Ending,
     Result,

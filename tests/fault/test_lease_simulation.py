@@ -15,7 +15,9 @@ import pytest
 from licet.wire.registers import Pair
 from licet_control_plane.core.learning import WAIT_S_MAX, corrections
 from licet_control_plane.core.reclaim import HolderState
-from licet_sidecar.core.leases import Lease, LeaseBook, Outcome, SettleAnswer, SettleCall, TenantLeases, Terms
+from licet_sidecar.core.lease import Lease, Terms
+from licet_sidecar.core.leases import LeaseBook, TenantLeases
+from licet_sidecar.core.settling import Outcome, SettleAnswer, SettleCall
 from tests.fault.lease_simulation import LIMITS, START_MS, TENANT, Faults, Violation, World, registers_of
 from tests.support.fake_lease_store import FakeRegisters, Rule
 from tests.support.seeds import batches

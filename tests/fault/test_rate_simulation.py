@@ -6,7 +6,9 @@ from typing import Final
 
 import pytest
 
-from licet_sidecar.core.leases import TOKENS_EACH, Ask, Granted, Lease, LeaseBook, RateShare, Terms
+from licet_sidecar.core.lease import TOKENS_EACH, Lease, RateShare, Terms
+from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.core.settling import Ask, Granted
 from tests.fault.rate_simulation import RateWorld, Violation
 from tests.support.fake_lease_store import Rule
 from tests.support.seeds import batches

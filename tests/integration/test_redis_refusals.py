@@ -25,7 +25,8 @@ from licet_sidecar.adapters.redis_lease_store import RedisLeaseStore
 from licet_sidecar.adapters.redis_link import connect
 from licet_sidecar.adapters.redis_state_source import RedisStateSource
 from licet_sidecar.adapters.redis_usage_sink import RedisUsageSink
-from licet_sidecar.core.leases import Ask, Lease, SettleAnswer, SettleCall, Status, Terms
+from licet_sidecar.core.lease import Lease, Terms
+from licet_sidecar.core.settling import Ask, SettleAnswer, SettleCall, Status
 from licet_sidecar.ports import CallRefused, LinkDown, LinkRefused, Unconfirmed
 from tests.support.control_plane import NAMES, deployment, until
 from tests.support.lease_backends import TENANT, RealBackend, real_backend

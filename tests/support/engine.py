@@ -10,7 +10,8 @@ from licet.domain.catalog import Catalog, License
 from licet_sidecar.core.decision import Decision
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry
-from licet_sidecar.core.leases import Lease, LeaseBook
+from licet_sidecar.core.lease import Lease
+from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.tenant import Tenant
 from tests.support.fake_clock import START_US

@@ -18,7 +18,9 @@ from typing import Final
 
 from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, WINDOW_GRACE_S, Marker, Pair
 from licet_control_plane.publisher.marks import KeptQuota
-from licet_sidecar.core.leases import Ask, Granted, Kind, LeaseBook, SettleAnswer, SettleCall, Status
+from licet_sidecar.core.lease import Kind
+from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.core.settling import Ask, Granted, SettleAnswer, SettleCall, Status
 from licet_sidecar.ports import CallRefused
 
 UNITS_MAX: Final = 2**53 - 1

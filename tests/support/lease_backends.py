@@ -29,7 +29,8 @@ from licet.wire.registers import (
 )
 from licet_control_plane.publisher.marks import Fill, KeptQuota, Opening, RedisMarks, Release
 from licet_sidecar.adapters.redis_lease_store import RedisLeaseStore
-from licet_sidecar.core.leases import Lease, LeaseBook
+from licet_sidecar.core.lease import Lease
+from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.ports import LeaseStore
 from tests.support.fake_lease_store import FakeLeaseStore, FakeRegisters
 from tests.support.valkey import ValkeyProcess

@@ -33,7 +33,7 @@ from licet.domain.windows import Period, window_at
 from licet.v1 import approval_pb2 as pb
 from licet.wire.usage import FLAG_DEGRADED, FLAG_OBSERVED, FLAG_STALE, pack_event
 from licet_sidecar.core.decision import Decision
-from licet_sidecar.core.leases import Lease, Terms
+from licet_sidecar.core.lease import Lease, Terms
 from licet_sidecar.services.answers import Answers, varint
 from licet_sidecar.services.approval import Malformed, NotReady
 from licet_sidecar.services.link import LinkState

@@ -14,7 +14,8 @@ from licet.domain.catalog import Catalog, Limit, OnExceeded, rate_key
 from licet.domain.ids import LimitKey
 from licet.domain.windows import FOREVER_S, Period
 from licet.v1 import approval_pb2 as pb
-from licet_sidecar.core.leases import Kind, LeaseBook, RateShare, Terms
+from licet_sidecar.core.lease import Kind, RateShare, Terms
+from licet_sidecar.core.leases import LeaseBook
 from tests.support.published import catalog, limit
 from tests.support.sidecar import FakeSidecar, World, hurried, running
 

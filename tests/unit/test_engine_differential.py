@@ -32,7 +32,8 @@ from licet.domain.flags import RolloutStep, Target, Variant
 from licet.domain.windows import Period, window_at
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry
-from licet_sidecar.core.leases import LeaseBook, Terms
+from licet_sidecar.core.lease import Terms
+from licet_sidecar.core.leases import LeaseBook
 from tests.support.engine import BOOT_MS, NOW_S, NOW_US, STALENESS_US_MAX, engine_with, grant
 from tests.support.published import limit
 from tests.support.slow_evaluator import CONDITIONS, said, slow

@@ -28,7 +28,8 @@ from licet.wire.names import scope_digest
 from licet.wire.registers import Pair
 from licet_sidecar.core.decision import BucketWait, LeaseWait
 from licet_sidecar.core.engine import Engine
-from licet_sidecar.core.leases import Lease, LeaseBook, RateShare
+from licet_sidecar.core.lease import Lease, RateShare
+from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.rulebook import Rulebook
 from tests.support.engine import (
     BOOT_MS,

@@ -6,19 +6,9 @@ import pytest
 
 from licet.domain.ids import LimitKey
 from licet.wire.registers import WINDOW_GRACE_S, Pair
-from licet_sidecar.core.leases import (
-    QUOTAS_PER_BULK_CALL_MAX,
-    QUOTAS_PER_CALL_MAX,
-    Granted,
-    Lease,
-    LeaseBook,
-    Outcome,
-    SettleAnswer,
-    SettleCall,
-    Status,
-    TenantLeases,
-    Terms,
-)
+from licet_sidecar.core.lease import Lease, Terms
+from licet_sidecar.core.leases import QUOTAS_PER_BULK_CALL_MAX, QUOTAS_PER_CALL_MAX, LeaseBook, TenantLeases
+from licet_sidecar.core.settling import Granted, Outcome, SettleAnswer, SettleCall, Status
 
 TENANT = "acme"
 CALLS = LimitKey("calls:minute")

@@ -13,7 +13,8 @@ from licet.domain.ids import LimitKey
 from licet.domain.windows import Period, window_at
 from licet.v1 import approval_pb2 as pb
 from licet.wire.registers import Pair
-from licet_sidecar.core.leases import HOLD_MS, QUOTAS_PER_BULK_CALL_MAX, Lease, Terms
+from licet_sidecar.core.lease import HOLD_MS, Lease, Terms
+from licet_sidecar.core.leases import QUOTAS_PER_BULK_CALL_MAX
 from licet_sidecar.services import leasing
 from licet_sidecar.services.approval import WAIT_S_MAX
 from tests.support.published import catalog, limit

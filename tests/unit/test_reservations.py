@@ -9,7 +9,7 @@ from licet.domain.ids import LimitKey
 from licet.domain.money import NANOS, Price
 from licet_sidecar.core import reservations
 from licet_sidecar.core.inquiry import Inquiry, TimestampUs
-from licet_sidecar.core.leases import Lease, Terms
+from licet_sidecar.core.lease import Lease, Terms
 from licet_sidecar.core.reservations import (
     OUTCOME_KEPT_MS,
     Hold,

@@ -33,7 +33,7 @@ from licet.domain.windows import Period, window_at
 from licet.v1 import approval_pb2 as pb
 from licet.wire.usage import FLAG_EXPIRED, FLAG_OBSERVED, EventKind
 from licet_sidecar.core import reservations
-from licet_sidecar.core.leases import HOLD_MS
+from licet_sidecar.core.lease import HOLD_MS
 from licet_sidecar.services.approval import Malformed, NotReady
 from tests.support.published import catalog, limit
 from tests.support.sidecar import FakeSidecar, LinkDown, World, ask, hurried, running, until

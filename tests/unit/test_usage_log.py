@@ -31,7 +31,7 @@ from licet_sidecar.adapters.usage_log import (
     lease_record,
     reservation_record,
 )
-from licet_sidecar.core.leases import Lease, Terms
+from licet_sidecar.core.lease import Lease, Terms
 from tests.support.usage import event, packed
 
 ME = "a" * 32

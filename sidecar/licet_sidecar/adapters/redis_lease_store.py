@@ -12,7 +12,8 @@ from licet.wire.names import RedisNames
 from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, QUOTA_KEPT_S, WINDOW_GRACE_S, Pair
 from licet_sidecar.adapters.redis_link import decoded, failure_of_call, translated, without_password
 from licet_sidecar.adapters.redis_script import Script
-from licet_sidecar.core.leases import Granted, LeaseBook, SettleAnswer, SettleCall, Status
+from licet_sidecar.core.leases import LeaseBook
+from licet_sidecar.core.settling import Granted, SettleAnswer, SettleCall, Status
 from licet_sidecar.ports import CallRefused, LinkDown, Unconfirmed
 
 CALLS_PER_PIPELINE_MAX: Final = 512

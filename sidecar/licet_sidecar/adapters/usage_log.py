@@ -53,7 +53,7 @@ from licet_sidecar.adapters.log_records import (
     readable,
     records,
 )
-from licet_sidecar.core.leases import Lease, Terms
+from licet_sidecar.core.lease import Lease, Terms
 from licet_sidecar.core.reservations import held_in
 
 SEGMENT_BYTES: Final = 16 * 1024 * 1024

@@ -10,7 +10,7 @@ from licet.domain.catalog import AttributeValue
 from licet.domain.flags import Variant
 from licet.domain.money import AMOUNT_NANOS_MAX, Price
 from licet.domain.outcomes import Effect, Reason
-from licet_sidecar.core.leases import Lease, RateShare
+from licet_sidecar.core.lease import Lease, RateShare
 
 _NOTHING: Final[dict[str, Any]] = {}
 

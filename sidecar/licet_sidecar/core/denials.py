@@ -14,7 +14,7 @@ from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import FOREVER_S, Window
 from licet_sidecar.core.decision import Decision
 from licet_sidecar.core.inquiry import Inquiry
-from licet_sidecar.core.leases import TOKENS_EACH, Lease, RateShare
+from licet_sidecar.core.lease import TOKENS_EACH, Lease, RateShare
 from licet_sidecar.core.rulebook import BoundAction, Rulebook
 from licet_sidecar.core.rules import approval_wanted
 from licet_sidecar.core.tenant import BoundLimit, prepare

@@ -23,7 +23,8 @@ from licet_sidecar.core.access_requests import RequestBook, key_for
 from licet_sidecar.core.decision import BucketWait, Decision, LeaseWait, LoadWait, Variants, Wait, add_cost
 from licet_sidecar.core.flags import denial_message, judge, retry_after_s, standing_of
 from licet_sidecar.core.inquiry import Inquiry
-from licet_sidecar.core.leases import TOKENS_EACH, Kind, Lease, LeaseBook, RateShare, TenantLeases
+from licet_sidecar.core.lease import TOKENS_EACH, Kind, Lease, RateShare
+from licet_sidecar.core.leases import LeaseBook, TenantLeases
 from licet_sidecar.core.rulebook import BoundAction, Rulebook
 from licet_sidecar.core.rules import approval_wanted, bindings_of, rule_on
 from licet_sidecar.core.tenant import BoundLimit, Tenant, TenantAction, bind_action, prepare, scope_of

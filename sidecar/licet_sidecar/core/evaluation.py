@@ -18,7 +18,8 @@ from licet.domain.outcomes import Effect
 from licet_sidecar.core.decision import Decision, LeaseWait
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry
-from licet_sidecar.core.leases import TOKENS_EACH, Kind, Lease, LeaseBook, RateShare
+from licet_sidecar.core.lease import TOKENS_EACH, Kind, Lease, RateShare
+from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.rules import Traced, trace_rules
 from licet_sidecar.core.tenant import BoundLimit, Tenant, bind_action, scope_of

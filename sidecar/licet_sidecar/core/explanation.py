@@ -22,7 +22,7 @@ from licet_sidecar.core.denials import license_problem
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.flags import BoundFlag, Standing, Verdict, described, judge, standing_of
 from licet_sidecar.core.inquiry import Inquiry
-from licet_sidecar.core.leases import Lease
+from licet_sidecar.core.lease import Lease
 from licet_sidecar.core.rulebook import BoundAction
 from licet_sidecar.core.rules import Traced, bindings_of, trace_rules
 from licet_sidecar.core.tenant import BoundLimit, Tenant, bind_action, prepare, scope_of

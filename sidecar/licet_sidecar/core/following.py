@@ -31,7 +31,7 @@ from licet.wire.documents import Head
 from licet.wire.registers import Pair
 from licet.wire.signing import Statement
 from licet_sidecar.core.engine import Engine
-from licet_sidecar.core.leases import NO_PAIR
+from licet_sidecar.core.lease import NO_PAIR
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.sync import Change, Changes, HeadVerdict, SyncState
 from licet_sidecar.core.tenant import Tenant

@@ -32,7 +32,7 @@ from licet.domain.ids import NAME_CHARS_MAX, LimitKey
 from licet.domain.money import Price
 from licet.wire.registers import quota_name
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, TimestampUs, check_units, meter_units
-from licet_sidecar.core.leases import Lease, Terms
+from licet_sidecar.core.lease import Lease, Terms
 
 EXPIRES_AFTER_S_MIN: Final = 1
 EXPIRES_AFTER_S_MAX: Final = 7 * 86_400

@@ -27,7 +27,7 @@ from typing import Final, NamedTuple
 
 from licet.domain.ids import NAME_CHARS_MAX, NAME_PATTERN
 from licet.wire.registers import HOLD_MARGIN_S, HOLD_S, Pair
-from licet_sidecar.core.leases import NO_PAIR
+from licet_sidecar.core.lease import NO_PAIR
 
 HOLD_MS: Final = HOLD_S * 1_000
 KEPT_MS: Final = (HOLD_S + HOLD_MARGIN_S) * 1_000

@@ -25,7 +25,8 @@ from licet_sidecar.core.access_requests import NO_REQUESTS, TenantRequests, key_
 from licet_sidecar.core.decision import Decision, Prices, Variants
 from licet_sidecar.core.flags import BoundFlag, Standing, denial_message, judge, standing_of
 from licet_sidecar.core.inquiry import Inquiry, check_units, declared_context, meter_units
-from licet_sidecar.core.leases import Kind, Lease, TenantLeases, Terms
+from licet_sidecar.core.lease import Kind, Lease, Terms
+from licet_sidecar.core.leases import TenantLeases
 from licet_sidecar.core.rulebook import BoundAction, Rulebook
 
 _NEVER_US: Final = 2**63

@@ -18,7 +18,7 @@ from licet.domain.windows import FOREVER_S
 from licet.v1 import approval_pb2 as pb
 from licet_sidecar.core.decision import Decision
 from licet_sidecar.core.engine import Engine
-from licet_sidecar.core.leases import TOKENS_EACH, Kind, Lease, RateShare, Terms
+from licet_sidecar.core.lease import TOKENS_EACH, Kind, Lease, RateShare, Terms
 from licet_sidecar.services.link import LinkState
 
 _DECISION_ID_TAG: Final = b"\x0a\x20"  # field 1, 32 bytes

@@ -29,7 +29,8 @@ from licet_sidecar.clock import Clock
 from licet_sidecar.core.decision import BucketWait, Decision, LeaseWait, LoadWait, Wait
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
-from licet_sidecar.core.leases import Lease, LeaseBook, RateShare
+from licet_sidecar.core.lease import Lease, RateShare
+from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import ReservationBook
 from licet_sidecar.core.tenant import prepare
 from licet_sidecar.ports import LinkDown

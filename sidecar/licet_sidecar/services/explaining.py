@@ -21,7 +21,7 @@ from licet_sidecar.core.decision import Decision, LeaseWait, LoadWait
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.explanation import LimitSeen, Step, deciding_step, explain, judged_flags
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
-from licet_sidecar.core.leases import Lease
+from licet_sidecar.core.lease import Lease
 from licet_sidecar.core.rulebook import Rulebook
 from licet_sidecar.core.rules import Traced
 from licet_sidecar.core.tenant import BoundLimit, Tenant, prepare, scope_of

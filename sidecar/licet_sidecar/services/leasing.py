@@ -17,17 +17,9 @@ from licet_sidecar.adapters.usage_log import UsageLog, UsageLogError, lease_reco
 from licet_sidecar.clock import Clock
 from licet_sidecar.core.decision import LeaseWait
 from licet_sidecar.core.engine import Engine
-from licet_sidecar.core.leases import (
-    PREFETCH_S,
-    Kind,
-    Lease,
-    LeaseBook,
-    Outcome,
-    SettleAnswer,
-    SettleCall,
-    Status,
-    TenantLeases,
-)
+from licet_sidecar.core.lease import Kind, Lease
+from licet_sidecar.core.leases import PREFETCH_S, LeaseBook, TenantLeases
+from licet_sidecar.core.settling import Outcome, SettleAnswer, SettleCall, Status
 from licet_sidecar.logs import Logger
 from licet_sidecar.ports import CallRefused, LeaseStore, LinkDown, LinkRefused, Unconfirmed
 from licet_sidecar.services.link import LinkState

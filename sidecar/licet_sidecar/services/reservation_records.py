@@ -8,7 +8,8 @@ from licet.wire.usage import EventKind
 from licet_sidecar.adapters.usage_log import Recovered, reservation_record
 from licet_sidecar.core.decision import Decision
 from licet_sidecar.core.inquiry import Inquiry
-from licet_sidecar.core.leases import Lease, LeaseBook
+from licet_sidecar.core.lease import Lease
+from licet_sidecar.core.leases import LeaseBook
 from licet_sidecar.core.reservations import Outcome, ReservationBook, ReservationState, from_wire, orphaned, to_wire
 from licet_sidecar.services.events import flags_of, spends_of
 from licet_sidecar.services.idempotency import answer_of

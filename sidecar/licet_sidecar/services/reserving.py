@@ -36,7 +36,7 @@ from licet_sidecar.clock import Clock
 from licet_sidecar.core.decision import Decision, LeaseWait, Wait, add_cost
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry
-from licet_sidecar.core.leases import Lease
+from licet_sidecar.core.lease import Lease
 from licet_sidecar.core.reservations import (
     EXPIRES_AFTER_S_MAX,
     EXPIRES_AFTER_S_MIN,
