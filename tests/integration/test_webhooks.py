@@ -292,6 +292,23 @@ async def test_nothing_is_sent_within_the_network_unless_that_is_allowed(hooks: 
     assert sender.counts.failures == 1
 
 
+@pytest.mark.parametrize("url", ["https://a..b/", f"https://{'a' * 64}.example/", "https://.example/"])
+async def test_an_address_that_nothing_can_be_made_of_is_in_nobodys_way(
+    hooks: Hooks, receiver: Receiver, url: str
+) -> None:
+    bad = webhooks.Webhook("wh_bad", url, ("license.created",), (), "", 0, "an older version")
+    await hooks.running.plane.database.write(webhooks.add, bad)
+    await hooks.create(receiver)
+    await hooks.license()
+    await taken(receiver, 1)
+
+    async def failed() -> dict[str, Any] | None:
+        (delivery,) = (await hooks.get("wh_bad/deliveries"))["items"]
+        return delivery if delivery["state"] == "failed" else None
+
+    assert (await until(failed))["error"]
+
+
 async def test_a_webhook_that_cannot_be_is_refused(hooks: Hooks, receiver: Receiver) -> None:
     for body, says in (
         ({"url": "https://example.com/", "events": ["license.expird"]}, "license.expired"),

@@ -126,6 +126,11 @@ def checked_url(url: str, *, private: bool) -> str:
         raise ChangeInvalid(
             "url", "it has a user, a fragment or blanks", "Leave them out: requests are signed, see the secret."
         )
+    try:
+        host.encode("idna")  # as looking it up does
+    except UnicodeError as error:
+        fix = "Separate its labels, of 1 to 63 characters, by single dots."
+        raise ChangeInvalid("url", f"{host[:100]!r} is no name of a machine", fix) from error
     is_loopback = host == "localhost"
     try:
         address = ip_address(host)
