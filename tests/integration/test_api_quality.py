@@ -110,6 +110,21 @@ async def test_an_answer_is_kept_for_its_caller_who_must_still_be_admitted_and_h
     assert await api.running.plane.database.read(kept) == ["k", "k"]
 
 
+async def test_an_answer_that_holds_the_secret_of_a_webhook_is_not_kept_and_the_webhook_is_made_once(api: Api) -> None:
+    body, headers = {"url": "https://example.com/"}, {"Idempotency-Key": "k"}
+    made = await api.client.post("/v1/webhooks", json=body, headers=headers)
+    again = await api.client.post("/v1/webhooks", json=body, headers=headers)
+    assert (again.status_code, again.json()["type"]) == (409, "urn:licet:problem:idempotency-lost")
+    assert made.json()["secret"] not in again.text
+    assert len((await api.client.get("/v1/webhooks")).json()["items"]) == 1
+
+    def kept(connection: Connection) -> bytes:
+        return connection.scalars(select(idempotency_keys.c.body)).one()
+
+    assert b"whsec" not in await api.running.plane.database.read(kept)
+    assert (await api.client.post("/v1/webhooks", json={**body, "url": "-"}, headers={"Idempotency-Key": "l"})).is_error
+
+
 async def test_that_a_key_is_used_for_the_first_time_is_not_taken_for_its_change(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:

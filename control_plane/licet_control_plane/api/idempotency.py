@@ -44,6 +44,8 @@ NOT_LOOKED_AT: Final = frozenset(
 )
 """POSTs that change nothing, or say by themselves which they are: a key is not looked at. Their answers can be long.
 Nor of one that makes an API key, which has a name to be unique by: its answer is nowhere to be kept."""
+SECRET: Final = frozenset({"/v1/webhooks"})
+"""POSTs that are done once, and whose answers hold a secret, which is nowhere to be kept."""
 _NOT_KEPT: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
 
 
@@ -98,6 +100,8 @@ class Idempotency:
                 await self._app(scope, _again(body), sent)
         finally:
             answer = sent.answer()
+            if answer is not None and scope["path"] in SECRET and answer.status < HTTPStatus.BAD_REQUEST:
+                answer = _without_secret()
             if answer is None:
                 await write(idempotency.forget, caller, key)
             else:
@@ -136,6 +140,16 @@ def _answered(found: Answer | Standing) -> Response:
         "Read what it changed; do not send it with a new key.",
         kind="idempotency-lost",
     )
+
+
+def _without_secret() -> Answer:
+    told = response(
+        409,
+        "The request with this Idempotency-Key was done; its answer held a secret, which is shown once.",
+        "If you do not have the secret, take away what was made, and make it again with a new key.",
+        kind="idempotency-lost",
+    )
+    return Answer(told.status_code, {"content-type": told.headers["content-type"]}, bytes(told.body))
 
 
 class _Sent:
