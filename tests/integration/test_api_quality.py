@@ -194,6 +194,22 @@ async def test_keys_are_forgotten_after_a_day_and_the_oldest_make_room(
     assert await database.read(left) == ["3", "4", "9"]
 
 
+async def test_large_answers_make_room_before_there_are_too_many_keys(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = api.running.plane.database
+    monkeypatch.setattr(idempotency, "BYTES_MAX", 25)
+    for number in range(5):
+        await database.write(idempotency.begin, "c", f"{number}", "r", now_us=number)
+        await database.write(idempotency.keep, "c", f"{number}", idempotency.Answer(200, {}, b"x" * 10))
+    await database.write(idempotency.begin, "c", "5", "r", now_us=5)
+
+    def left(connection: Connection) -> list[str]:
+        return list(connection.scalars(select(idempotency_keys.c.key).order_by(idempotency_keys.c.key)))
+
+    assert await database.read(left) == ["3", "4", "5"]
+
+
 @pytest.mark.parametrize("key", ["", "x" * 256, "a\tb"])
 async def test_a_key_that_cannot_be_one_is_refused(api: Api, key: str) -> None:
     refused = await api.renew(key)

@@ -22,7 +22,9 @@ KEPT_S: Final = 86_400
 RUNNING_S_MAX: Final = 60
 """A request that has not committed after so long is not running any more: whoever ran it died."""
 KEYS_MAX: Final = 10_000
-"""Of one caller, one every nine seconds for a day. Then the oldest make room: some 20 MB."""
+"""Of one caller, one every nine seconds for a day. Then the oldest make room."""
+BYTES_MAX: Final = 32 * 1024 * 1024
+"""Of answers of one caller: more than as many keys of usual ones take. Without it they could be gigabytes."""
 
 _US: Final = 1_000_000
 
@@ -93,8 +95,17 @@ def forget(connection: Connection, caller: str, key: str) -> None:
 
 def _make_room(connection: Connection, caller: str) -> None:
     mine = idempotency_keys.c.caller == caller
-    count = connection.scalar(select(func.count()).select_from(idempotency_keys).where(mine)) or 0
-    if count < KEYS_MAX:
+    size = func.coalesce(func.length(idempotency_keys.c.body), 0)
+    sums = select(func.count(), func.coalesce(func.sum(size), 0)).where(mine)
+    count, total = connection.execute(sums).one()
+    if count < KEYS_MAX and total <= BYTES_MAX:
         return
-    oldest = select(idempotency_keys.c.key).where(mine).order_by(idempotency_keys.c.at).limit(count - KEYS_MAX + 1)
+    oldest = []
+    for key, answer_bytes in connection.execute(
+        select(idempotency_keys.c.key, size).where(mine).order_by(idempotency_keys.c.at)
+    ):
+        if count < KEYS_MAX and total <= BYTES_MAX:
+            break
+        oldest.append(key)
+        count, total = count - 1, total - answer_bytes
     connection.execute(delete(idempotency_keys).where(mine, idempotency_keys.c.key.in_(oldest)))
