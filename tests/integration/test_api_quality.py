@@ -125,6 +125,26 @@ async def test_an_answer_that_holds_the_secret_of_a_webhook_is_not_kept_and_the_
     assert (await api.client.post("/v1/webhooks", json={**body, "url": "-"}, headers={"Idempotency-Key": "l"})).is_error
 
 
+async def test_an_answer_is_kept_before_anybody_has_it(api: Api) -> None:
+    """Else a client that has it, and asks again, could be told that it is being done, or was lost."""
+    app = make_app(api.running.plane)
+    kept_before_sent: list[Any] = []
+
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                with api.running.plane.database.engine.connect() as connection:
+                    kept_before_sent.append(connection.scalar(select(idempotency_keys.c.status)))
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    headers = {**api.client.headers, "Idempotency-Key": "k"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(watched), base_url="http://licet") as client:
+        assert (await client.post("/v1/licenses/acme/renew", json={}, headers=headers)).status_code == 200
+    assert kept_before_sent == [200]
+
+
 async def test_that_a_key_is_used_for_the_first_time_is_not_taken_for_its_change(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:

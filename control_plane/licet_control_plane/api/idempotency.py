@@ -9,10 +9,12 @@ too fast (429) is not kept: it may be sent again. See ``store/idempotency.py`` f
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
 from typing import Final
 
+import structlog
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,6 +26,8 @@ from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.store import idempotency
 from licet_control_plane.store.database import DatabaseUnavailable, with_each_commit
 from licet_control_plane.store.idempotency import Answer, Standing
+
+log: Final = structlog.get_logger(__name__)
 
 HEADER: Final = "idempotency-key"
 REPLAYED: Final = "idempotency-replayed"
@@ -94,18 +98,22 @@ class Idempotency:
         if found is not Standing.NEW:
             await _answered(found)(scope, receive, send)
             return
-        sent = _Sent(send)
+
+        async def keep(answer: Answer) -> None:
+            if scope["path"] in SECRET and answer.status < HTTPStatus.BAD_REQUEST:
+                answer = _without_secret()
+            try:
+                await write(idempotency.keep, caller, key, answer)
+            except DatabaseUnavailable as error:  # it was done all the same, and is answered
+                log.warning("an answer could not be kept", reason=str(error))
+
+        sent = _Sent(send, keep)
         try:
             with with_each_commit(partial(idempotency.commit, caller=caller, key=key)):
                 await self._app(scope, _again(body), sent)
         finally:
-            answer = sent.answer()
-            if answer is not None and scope["path"] in SECRET and answer.status < HTTPStatus.BAD_REQUEST:
-                answer = _without_secret()
-            if answer is None:
+            if not sent.is_kept:
                 await write(idempotency.forget, caller, key)
-            else:
-                await write(idempotency.keep, caller, key, answer)
 
 
 def _is_change(path: str) -> bool:
@@ -153,14 +161,15 @@ def _without_secret() -> Answer:
 
 
 class _Sent:
-    """Passes an answer on, and remembers it."""
+    """Passes an answer on, and has it kept first: whoever has it finds it again, whatever dies then."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, keep: Callable[[Answer], Awaitable[None]]) -> None:
+        self.is_kept = False
         self._send = send
+        self._keep = keep
         self._status = 0
         self._headers: dict[str, str] = {}
         self._body = bytearray()
-        self._done = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -170,14 +179,16 @@ class _Sent:
         elif message["type"] == "http.response.body":
             if len(self._body) <= ANSWER_BYTES_MAX:
                 self._body += message.get("body", b"")
-            self._done = not message.get("more_body", False)
+            if not message.get("more_body", False) and self._is_to_be_kept():
+                with with_each_commit(None):
+                    await self._keep(Answer(self._status, self._headers, bytes(self._body)))
+                self.is_kept = True
         await self._send(message)
 
-    def answer(self) -> Answer | None:
-        """What is to be kept; ``None`` when the request may be sent again."""
-        if not self._done or self._status >= HTTPStatus.INTERNAL_SERVER_ERROR or self._status in _NOT_KEPT:
-            return None
-        return Answer(self._status, self._headers, bytes(self._body)) if len(self._body) <= ANSWER_BYTES_MAX else None
+    def _is_to_be_kept(self) -> bool:
+        """Or else the request may be sent again."""
+        is_answer = self._status < HTTPStatus.INTERNAL_SERVER_ERROR and self._status not in _NOT_KEPT
+        return is_answer and len(self._body) <= ANSWER_BYTES_MAX
 
 
 async def _body(receive: Receive) -> bytes | None:
