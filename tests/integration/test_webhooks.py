@@ -19,6 +19,7 @@ from sqlalchemy import Connection, select
 
 from licet.domain.windows import Period, window_at
 from licet.wire.names import usage_shard
+from licet_control_plane import quota_watcher
 from licet_control_plane.api.app import make_app
 from licet_control_plane.core import webhook_events
 from licet_control_plane.license_keeper import LicenseKeeper
@@ -257,6 +258,28 @@ async def test_thresholds_of_a_quota_are_told_once_for_each_window(hooks: Hooks,
     assert [(event["data"]["percent"], event["data"]["used"]) for event in events] == [(50, 85), (80, 85), (100, 101)]
     assert events[0]["data"]["limit"] == "reports:monthly"
     assert events[0]["data"]["amount"] == 100
+
+
+async def test_a_threshold_that_late_usage_reaches_is_told(hooks: Hooks, receiver: Receiver) -> None:
+    """Usage that sidecars kept while nobody drained: its hours are over when it comes, its window is not."""
+    await hooks.create(receiver, events=["quota.threshold"])
+    await hooks.license()
+    plane, now_s = hooks.running.plane, int(time.time())
+    window = window_at(Period.MONTH, now_s)
+    quota, at_s = f"reports:monthly:{window.start}", window.start + 60
+    now_s = at_s + 86_400
+    watcher = QuotaWatcher(plane.database, plane.catalogs, now_s=lambda: now_s)
+    await watcher.look()
+    one = batch(1, 1, at_us=at_s * 1_000_000, units={"reports": 90}, spends=[(quota, 90)])
+    await hooks.running.redis.xadd(NAMES.usage(usage_shard(one.sidecar)), {"b": one.pack()})
+
+    async def drained() -> bool:
+        return plane.drain.events >= 1
+
+    await until(drained)
+    now_s += int(quota_watcher.ALL_EVERY_S)
+    await watcher.look()
+    assert [event["data"]["percent"] for event in await taken(receiver, 1)] == [80]
 
 
 async def test_the_end_of_a_term_is_announced_once_and_said_once(hooks: Hooks, receiver: Receiver) -> None:
