@@ -236,6 +236,18 @@ async def test_a_key_that_cannot_be_one_is_refused(api: Api, key: str) -> None:
     assert (refused.status_code, refused.json()["type"]) == (400, "urn:licet:problem:idempotency-key")
 
 
+async def test_a_key_that_is_written_otherwise_is_the_same_caller(api: Api) -> None:
+    app, left = make_app(api.running.plane), []
+    key = api.client.headers["authorization"].partition(" ")[2]
+    for number, spelled in enumerate(("Bearer ", "bearer ", "BEARER ", "Bearer   ")):
+        transport = httpx.ASGITransport(app, client=(f"192.0.2.{number}", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://licet") as client:
+            headers = {"Authorization": f"{spelled}{key}"}
+            answers = await asyncio.gather(*(client.get("/v1/licenses", headers=headers) for _ in range(30)))
+            left.append(min(int(answer.headers["ratelimit"].split("r=")[1].split(";")[0]) for answer in answers))
+    assert left[-1] == 0  # each address alone would have ten of its forty left
+
+
 async def test_what_the_caller_has_already_is_not_sent_again(api: Api) -> None:
     for path in ("/v1/licenses/acme", "/v1/plans/pro", "/v1/bundles/current"):
         first = await api.client.get(path)
