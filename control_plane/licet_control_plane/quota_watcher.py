@@ -9,7 +9,7 @@ has nothing to be used up. Any number of control planes may run it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import structlog
@@ -33,6 +33,8 @@ TENANTS_MAX: Final = 200
 """Of one look, some 100 ms of reading; the next goes on behind them."""
 ALL_EVERY_S: Final = 600.0
 """How long after an outage late usage is noticed. 100,000 tenants are looked at in less than a minute."""
+NOTICES_MAX: Final = 100
+"""Of one transaction, some 50 ms: a limit of each subject can be reached by thousands at once, and others write too."""
 _HOUR_S: Final = 3_600
 
 log: Final = structlog.get_logger(__name__)
@@ -83,8 +85,9 @@ class QuotaWatcher:
         else:
             tenants = await self._database.read(_with_usage, now_s, self._after)
         for tenant in tenants:
-            if await self._database.read(_reached, tenant, catalog, percents, now_s):
-                await self._database.write(_announce, tenant, catalog, percents, now_s)
+            reached = await self._database.read(_reached, tenant, catalog, percents, now_s)
+            for first in range(0, len(reached), NOTICES_MAX):
+                await self._database.write(_announce, tenant, reached[first : first + NOTICES_MAX], now_s)
         self._after = tenants[-1] if len(tenants) == TENANTS_MAX else ""
         return bool(self._after)
 
@@ -106,8 +109,9 @@ def _with_usage(connection: Connection, now_s: int, after: str) -> list[str]:
     return list(connection.scalars(query.distinct().order_by(rollups.c.tenant).limit(TENANTS_MAX)))
 
 
-def _announce(connection: Connection, tenant: str, catalog: Catalog, percents: frozenset[int], now_s: int) -> None:
-    for quota, percent, ends_s, data in _reached(connection, tenant, catalog, percents, now_s):
+def _announce(connection: Connection, tenant: str, reached: Sequence[Reached], now_s: int) -> None:
+    # What somebody else told meanwhile is not told again.
+    for quota, percent, ends_s, data in reached:
         webhooks.announce_threshold(connection, tenant, quota, percent, ends_s, data, now_us=now_s * 1_000_000)
 
 
@@ -134,6 +138,7 @@ def _reached(
         .where(register_spend.c.tenant == tenant, register_spend.c.window_start.in_(starts))
         .group_by(register_spend.c.quota)
     )
+    told = webhooks.told_of(connection, tenant, now_s=now_s)
     reached: list[Reached] = []
     for quota, total in rows:
         name, _, start = quota.rpartition(":")
@@ -150,10 +155,8 @@ def _reached(
             "amount": shown_amount(limit.amount, key),
             "window": _window(window),
         }
-        told = webhooks.told_of(connection, tenant, quota)
-        reached += [
-            (quota, percent, window.end, data) for percent in crossed(int(total), limit.amount, percents - told)
-        ]
+        untold = percents - told.get(quota, set())
+        reached += [(quota, percent, window.end, data) for percent in crossed(int(total), limit.amount, untold)]
     return reached
 
 

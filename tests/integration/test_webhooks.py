@@ -15,7 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, insert, select
+from sqlalchemy import event as sql_event
 
 from licet.domain.windows import Period, window_at
 from licet.wire.names import usage_shard
@@ -27,7 +28,7 @@ from licet_control_plane.quota_watcher import QuotaWatcher
 from licet_control_plane.sink import webhook_sender
 from licet_control_plane.sink.webhook_sender import WebhookSender
 from licet_control_plane.store import webhooks
-from licet_control_plane.store.schema import audit
+from licet_control_plane.store.schema import audit, register_spend
 from tests.support.control_plane import NAMES, Deployment, deployment, until
 from tests.support.http_receiver import Received, Receiver
 from tests.support.usage import batch
@@ -280,6 +281,43 @@ async def test_a_threshold_that_late_usage_reaches_is_told(hooks: Hooks, receive
     now_s += int(quota_watcher.ALL_EVERY_S)
     await watcher.look()
     assert [event["data"]["percent"] for event in await taken(receiver, 1)] == [80]
+
+
+async def test_limits_that_many_subjects_reach_at_once_are_told_in_small_transactions_and_looked_at_in_one(
+    hooks: Hooks, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await hooks.create(receiver, events=["quota.threshold"])
+    await hooks.license()
+    plane, now_s = hooks.running.plane, int(time.time())
+    start = window_at(Period.MONTH, now_s).start
+    spent = {"tenant": "acme", "sidecar": "a", "window_start": start, "units": 85, "observed": 0}
+    rows = [{**spent, "quota": f"reports:monthly@{number:016x}:{start}"} for number in range(300)]
+
+    def spend(connection: Connection) -> None:
+        connection.execute(insert(register_spend), rows)
+
+    await plane.database.write(spend)
+    told: list[int] = []
+
+    def counted(connection: Connection, tenant: str, reached: list[Any], now_s: int) -> None:
+        told.append(len(reached))
+        announce(connection, tenant, reached, now_s)
+
+    announce = quota_watcher._announce
+    monkeypatch.setattr(quota_watcher, "_announce", counted)
+    watcher = QuotaWatcher(plane.database, plane.catalogs, now_s=lambda: now_s)
+    await watcher.look()
+    assert max(told) == quota_watcher.NOTICES_MAX
+    asked: list[str] = []
+
+    def noted(*arguments: Any) -> None:
+        asked.append(str(arguments[2]))
+
+    sql_event.listen(plane.database.engine, "before_cursor_execute", noted)
+    watcher = QuotaWatcher(plane.database, plane.catalogs, now_s=lambda: now_s)
+    await watcher.look()
+    assert sum("quota_notices" in statement for statement in asked if statement.startswith("SELECT")) <= 3
+    assert len((await hooks.get(f"{made['id']}/deliveries?limit=1000"))["items"]) == 300
 
 
 async def test_the_end_of_a_term_is_announced_once_and_said_once(hooks: Hooks, receiver: Receiver) -> None:

@@ -164,10 +164,13 @@ def announce_threshold(
     return True
 
 
-def told_of(connection: Connection, tenant: str, quota: str) -> frozenset[int]:
-    """The percentages of a quota that were told."""
-    mine = (quota_notices.c.tenant == tenant, quota_notices.c.quota == quota)
-    return frozenset(connection.scalars(select(quota_notices.c.percent).where(*mine)))
+def told_of(connection: Connection, tenant: str, *, now_s: int) -> dict[str, set[int]]:
+    """The percentages that were told of a tenant's quotas whose windows are open."""
+    told: dict[str, set[int]] = {}
+    open_ones = (quota_notices.c.tenant == tenant, quota_notices.c.ends_s > now_s)
+    for quota, percent in connection.execute(select(quota_notices.c.quota, quota_notices.c.percent).where(*open_ones)):
+        told.setdefault(quota, set()).add(percent)
+    return told
 
 
 def thresholds_wanted(connection: Connection) -> frozenset[int]:
