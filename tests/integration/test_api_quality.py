@@ -13,6 +13,7 @@ from sqlalchemy import Connection, select, update
 
 from licet_control_plane.api.app import make_app
 from licet_control_plane.store import idempotency, licenses
+from licet_control_plane.store.database import DatabaseUnavailable
 from licet_control_plane.store.schema import idempotency_keys
 from tests.support.control_plane import Deployment, deployment
 from tests.support.valkey import ValkeyProcess
@@ -188,6 +189,20 @@ async def test_after_a_crash_a_request_is_done_again_only_if_it_had_not_come_to_
         assert again.json()["type"] == "urn:licet:problem:idempotency-lost"
 
 
+async def test_a_request_that_took_so_long_that_it_was_begun_once_more_changes_nothing(api: Api) -> None:
+    database, key = api.running.plane.database, ("c", "k")
+    later = idempotency.RUNNING_S_MAX * 1_000_000
+    for now_us in (0, later):
+        assert await database.write(idempotency.begin, *key, "r", now_us=now_us) is idempotency.Standing.NEW
+    with pytest.raises(DatabaseUnavailable, match="too long"):
+        await database.write(idempotency.commit, *key, begun_us=0)
+    await database.write(idempotency.forget, *key, begun_us=0)
+    await database.write(idempotency.commit, *key, begun_us=later)
+    answer = idempotency.Answer(200, {}, b"done")
+    await database.write(idempotency.keep, *key, answer, begun_us=later)
+    assert await database.write(idempotency.begin, *key, "r", now_us=later + 1) == answer
+
+
 async def test_the_commit_is_noted_in_the_transaction_that_makes_the_change(api: Api) -> None:
     await api.renew("k")
 
@@ -219,9 +234,10 @@ async def test_large_answers_make_room_before_there_are_too_many_keys(
 ) -> None:
     database = api.running.plane.database
     monkeypatch.setattr(idempotency, "BYTES_MAX", 25)
+    answer = idempotency.Answer(200, {}, b"x" * 10)
     for number in range(5):
         await database.write(idempotency.begin, "c", f"{number}", "r", now_us=number)
-        await database.write(idempotency.keep, "c", f"{number}", idempotency.Answer(200, {}, b"x" * 10))
+        await database.write(idempotency.keep, "c", f"{number}", answer, begun_us=number)
     await database.write(idempotency.begin, "c", "5", "r", now_us=5)
 
     def left(connection: Connection) -> list[str]:

@@ -103,17 +103,17 @@ class Idempotency:
             if scope["path"] in SECRET and answer.status < HTTPStatus.BAD_REQUEST:
                 answer = _without_secret()
             try:
-                await write(idempotency.keep, caller, key, answer)
+                await write(idempotency.keep, caller, key, answer, begun_us=now_us)
             except DatabaseUnavailable as error:  # it was done all the same, and is answered
                 log.warning("an answer could not be kept", reason=str(error))
 
         sent = _Sent(send, keep)
         try:
-            with with_each_commit(partial(idempotency.commit, caller=caller, key=key)):
+            with with_each_commit(partial(idempotency.commit, caller=caller, key=key, begun_us=now_us)):
                 await self._app(scope, _again(body), sent)
         finally:
             if not sent.is_kept:
-                await write(idempotency.forget, caller, key)
+                await write(idempotency.forget, caller, key, begun_us=now_us)
 
 
 def _is_change(path: str) -> bool:

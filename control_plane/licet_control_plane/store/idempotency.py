@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, select, update
 
-from licet_control_plane.store.database import upsert
+from licet_control_plane.store.database import DatabaseUnavailable, upsert
 from licet_control_plane.store.schema import idempotency_keys
 
 KEPT_S: Final = 86_400
@@ -74,23 +74,33 @@ def begin(connection: Connection, caller: str, key: str, request: str, *, now_us
     return Standing.NEW
 
 
-def commit(connection: Connection, caller: str, key: str) -> None:
-    """Say that the request's change is there, in the transaction that makes it."""
-    mine = (idempotency_keys.c.caller == caller, idempotency_keys.c.key == key)
-    connection.execute(update(idempotency_keys).where(*mine).values(committed=True))
+def commit(connection: Connection, caller: str, key: str, *, begun_us: int) -> None:
+    """Say that the request's change is there, in the transaction that makes it. ``begun_us``: the ``now_us`` of its
+    ``begin``.
+
+    Raises:
+        DatabaseUnavailable: whoever began it took so long that it was begun once more; or its key had to make room.
+    """
+    begun = update(idempotency_keys).where(*_begun(caller, key, begun_us)).values(committed=True)
+    if connection.execute(begun).rowcount != 1:
+        raise DatabaseUnavailable("the request took too long, and is being done by another with its key")
 
 
-def keep(connection: Connection, caller: str, key: str, answer: Answer) -> None:
+def keep(connection: Connection, caller: str, key: str, answer: Answer, *, begun_us: int) -> None:
     """Keep the answer for whoever asks again."""
-    mine = (idempotency_keys.c.caller == caller, idempotency_keys.c.key == key)
     values = {"status": answer.status, "headers": json.dumps(answer.headers), "body": answer.body}
-    connection.execute(update(idempotency_keys).where(*mine).values(**values))
+    connection.execute(update(idempotency_keys).where(*_begun(caller, key, begun_us)).values(**values))
 
 
-def forget(connection: Connection, caller: str, key: str) -> None:
+def forget(connection: Connection, caller: str, key: str, *, begun_us: int) -> None:
     """The request was not done: it may be sent again."""
-    mine = (idempotency_keys.c.caller == caller, idempotency_keys.c.key == key)
-    connection.execute(delete(idempotency_keys).where(*mine, idempotency_keys.c.committed.is_(False)))
+    begun = _begun(caller, key, begun_us)
+    connection.execute(delete(idempotency_keys).where(*begun, idempotency_keys.c.committed.is_(False)))
+
+
+def _begun(caller: str, key: str, begun_us: int) -> tuple[ColumnElement[bool], ...]:
+    keys = idempotency_keys.c
+    return keys.caller == caller, keys.key == key, keys.at == begun_us
 
 
 def _make_room(connection: Connection, caller: str) -> None:
