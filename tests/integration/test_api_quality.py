@@ -38,8 +38,8 @@ class Api:
 
 
 @pytest.fixture
-async def api(tmp_path: Path, valkey_process: ValkeyProcess) -> AsyncIterator[Api]:
-    async with deployment(tmp_path / "state", valkey_process.url, api_rate=20.0) as running:
+async def api(tmp_path: Path, valkey_process: ValkeyProcess, database_url: str) -> AsyncIterator[Api]:
+    async with deployment(tmp_path / "state", valkey_process.url, database_url=database_url, api_rate=20.0) as running:
         transport = httpx.ASGITransport(make_app(running.plane), raise_app_exceptions=False)
         headers = {"Authorization": f"Bearer {running.admin_key}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://licet", headers=headers) as client:

@@ -66,10 +66,13 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture
-async def hooks(tmp_path: Path, valkey_process: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hooks]:
+async def hooks(
+    tmp_path: Path, valkey_process: ValkeyProcess, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Hooks]:
     monkeypatch.setattr(webhook_sender, "LOOK_S", 0.02)
     monkeypatch.setattr(webhook_events, "BACKOFF_S", (0.01, 0.01, 0.01))
-    async with deployment(tmp_path / "state", valkey_process.url, webhooks_private=True, api_rate=0.0) as running:
+    settings = {"webhooks_private": True, "api_rate": 0.0}
+    async with deployment(tmp_path / "state", valkey_process.url, database_url=database_url, **settings) as running:
         transport = httpx.ASGITransport(make_app(running.plane))
         headers = {"Authorization": f"Bearer {running.admin_key}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://licet", headers=headers) as client:

@@ -60,8 +60,10 @@ def begin(connection: Connection, caller: str, key: str, request: str, *, now_us
         _make_room(connection, caller)
         values = {"caller": caller, "key": key, "request": request, "at": now_us, "committed": False}
         # Another control plane may have begun it since the line above.
-        begun = connection.execute(upsert(connection, idempotency_keys).values(**values).on_conflict_do_nothing())
-        return Standing.NEW if begun.rowcount == 1 else Standing.RUNNING
+        # (What it returns says so: of an insert PostgreSQL's driver does not count the rows.)
+        statement = upsert(connection, idempotency_keys).values(**values).on_conflict_do_nothing()
+        begun = connection.execute(statement.returning(idempotency_keys.c.key)).first()
+        return Standing.RUNNING if begun is None else Standing.NEW
     if row.request != request:
         return Standing.OTHER
     if row.status is not None:

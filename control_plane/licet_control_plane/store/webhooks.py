@@ -158,7 +158,8 @@ def announce_threshold(
     """Tell that a percentage of a quota was reached, unless that was told of this window. Whether it was."""
     values = {"tenant": tenant, "quota": quota, "percent": percent, "ends_s": ends_s}
     statement = upsert(connection, quota_notices).values(**values).on_conflict_do_nothing()
-    if connection.execute(statement).rowcount != 1:
+    # Of an insert PostgreSQL's driver does not count the rows, but it says what it returns.
+    if connection.execute(statement.returning(quota_notices.c.percent)).first() is None:
         return False
     announce(connection, THRESHOLD, tenant, {**data, "percent": percent}, now_us=now_us)
     return True
