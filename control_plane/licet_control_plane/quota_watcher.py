@@ -1,14 +1,15 @@
 """Says when a quota reaches a percentage that a webhook wants to know of, once for each window.
 
 It goes by what the ledger has: the sums that are written with the events. So it is as late as usage is drained, some
-seconds, and says nothing that is not on the bill. Looked at are tenants with usage in this hour or the last, and limits
-in units and money; a rate has nothing to be used up. Any number of control planes may run it.
+seconds, and says nothing that is not on the bill. Looked at are tenants with usage in this hour or the last, and now
+and then all: usage that was kept while nobody drained is of hours that are over. And limits in units and money; a rate
+has nothing to be used up. Any number of control planes may run it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import structlog
@@ -24,11 +25,16 @@ from licet_control_plane.core.webhook_events import crossed, instant_of
 from licet_control_plane.redis_link import backoff_s
 from licet_control_plane.store import licenses, webhooks
 from licet_control_plane.store.database import Database, DatabaseUnavailable
+from licet_control_plane.store.schema import licenses as licenses_table
 from licet_control_plane.store.schema import register_spend, rollups
 
 LOOK_S: Final = 5.0
 TENANTS_MAX: Final = 200
 """Of one look, some 100 ms of reading; the next goes on behind them."""
+ALL_EVERY_S: Final = 600.0
+"""How long after an outage late usage is noticed. 100,000 tenants are looked at in less than a minute."""
+NOTICES_MAX: Final = 100
+"""Of one transaction, some 50 ms: a limit of each subject can be reached by thousands at once, and others write too."""
 _HOUR_S: Final = 3_600
 
 log: Final = structlog.get_logger(__name__)
@@ -42,6 +48,8 @@ class QuotaWatcher:
         self._catalogs = catalogs
         self._now_s = now_s
         self._after = ""
+        self._looks_at_all = False
+        self._all_at_s = -ALL_EVERY_S
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -69,10 +77,17 @@ class QuotaWatcher:
             return False
         now_s = int(self._now_s())
         catalog = await self._catalogs.current()
-        tenants = await self._database.read(_tenants, now_s, self._after)
+        if not self._after:
+            self._looks_at_all = now_s - self._all_at_s >= ALL_EVERY_S
+            self._all_at_s = now_s if self._looks_at_all else self._all_at_s
+        if self._looks_at_all:
+            tenants = await self._database.read(_licensed, self._after)
+        else:
+            tenants = await self._database.read(_with_usage, now_s, self._after)
         for tenant in tenants:
-            if await self._database.read(_reached, tenant, catalog, percents, now_s):
-                await self._database.write(_announce, tenant, catalog, percents, now_s)
+            reached = await self._database.read(_reached, tenant, catalog, percents, now_s)
+            for first in range(0, len(reached), NOTICES_MAX):
+                await self._database.write(_announce, tenant, reached[first : first + NOTICES_MAX], now_s)
         self._after = tenants[-1] if len(tenants) == TENANTS_MAX else ""
         return bool(self._after)
 
@@ -81,15 +96,22 @@ Reached = tuple[str, int, int, dict[str, Any]]
 """A quota, the percentage, the end of its window in seconds, and what is told of it."""
 
 
-def _tenants(connection: Connection, now_s: int, after: str) -> list[str]:
+def _licensed(connection: Connection, after: str) -> list[str]:
+    """All tenants, by name."""
+    query = select(licenses_table.c.tenant).where(licenses_table.c.tenant > after)
+    return list(connection.scalars(query.order_by(licenses_table.c.tenant).limit(TENANTS_MAX)))
+
+
+def _with_usage(connection: Connection, now_s: int, after: str) -> list[str]:
     """Tenants with usage lately, by name."""
     since = now_s - now_s % _HOUR_S - _HOUR_S
     query = select(rollups.c.tenant).where(rollups.c.hour >= since, rollups.c.tenant > after)
     return list(connection.scalars(query.distinct().order_by(rollups.c.tenant).limit(TENANTS_MAX)))
 
 
-def _announce(connection: Connection, tenant: str, catalog: Catalog, percents: frozenset[int], now_s: int) -> None:
-    for quota, percent, ends_s, data in _reached(connection, tenant, catalog, percents, now_s):
+def _announce(connection: Connection, tenant: str, reached: Sequence[Reached], now_s: int) -> None:
+    # What somebody else told meanwhile is not told again.
+    for quota, percent, ends_s, data in reached:
         webhooks.announce_threshold(connection, tenant, quota, percent, ends_s, data, now_us=now_s * 1_000_000)
 
 
@@ -116,6 +138,7 @@ def _reached(
         .where(register_spend.c.tenant == tenant, register_spend.c.window_start.in_(starts))
         .group_by(register_spend.c.quota)
     )
+    told = webhooks.told_of(connection, tenant, now_s=now_s)
     reached: list[Reached] = []
     for quota, total in rows:
         name, _, start = quota.rpartition(":")
@@ -132,10 +155,8 @@ def _reached(
             "amount": shown_amount(limit.amount, key),
             "window": _window(window),
         }
-        told = webhooks.told_of(connection, tenant, quota)
-        reached += [
-            (quota, percent, window.end, data) for percent in crossed(int(total), limit.amount, percents - told)
-        ]
+        untold = percents - told.get(quota, set())
+        reached += [(quota, percent, window.end, data) for percent in crossed(int(total), limit.amount, untold)]
     return reached
 
 

@@ -116,6 +116,15 @@ async def test_a_key_of_one_tenant_reaches_nothing_of_another_nor_what_they_shar
         assert summary.json()["items"] == []
 
 
+async def test_a_row_without_a_tenant_is_not_taken_for_the_callers_own(site: Site) -> None:
+    await site.ask("POST", "/v1/bundles", documents=[{"path": "a.yaml", "content": BUNDLE}])
+    await site.ask("POST", "/v1/licenses", tenant="acme", plan="pro", grace_s=60)
+    key = await site.key("operator", "acme")
+    refused = await site.ask("POST", "/v1/licenses/import", key=key, licenses=[{"tenant": "", "plan": "pro"}])
+    assert (refused.status_code, refused.json()["errors"][0]["path"]) == (422, "licenses.0.tenant")
+    assert (await site.ask("GET", "/v1/licenses/acme")).json()["grace_s"] == 60
+
+
 async def test_a_revoked_key_and_one_that_expired_open_nothing_from_the_next_request_on(
     site: Site, tmp_path: Path
 ) -> None:

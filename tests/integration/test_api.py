@@ -323,6 +323,7 @@ async def test_a_grant_of_a_budget_is_money_and_gets_a_name(api: Api) -> None:
         ({"expires_after_s": None, "expires_at": "2020-01-01"}, "ends before it starts"),
         ({"expires_after_s": None, "starts_at": "2019-01-01", "expires_at": "2020-01-01"}, "has ended already"),
         ({"expires_after_s": None, "expires_at": "soon"}, "is not an instant"),
+        ({"expires_after_s": None, "expires_at": "9999-12-31T23:59:59-01:00"}, "is not an instant"),
         ({"id": "a:b"}, "cannot name a grant"),
         ({"colour": "red"}, "colour"),
     ],

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, select, update
 
 from licet_control_plane.api.app import make_app
 from licet_control_plane.store import idempotency, licenses
+from licet_control_plane.store.database import DatabaseUnavailable
 from licet_control_plane.store.schema import idempotency_keys
 from tests.support.control_plane import Deployment, deployment
 from tests.support.valkey import ValkeyProcess
@@ -37,8 +38,8 @@ class Api:
 
 
 @pytest.fixture
-async def api(tmp_path: Path, valkey_process: ValkeyProcess) -> AsyncIterator[Api]:
-    async with deployment(tmp_path / "state", valkey_process.url, api_rate=20.0) as running:
+async def api(tmp_path: Path, valkey_process: ValkeyProcess, database_url: str) -> AsyncIterator[Api]:
+    async with deployment(tmp_path / "state", valkey_process.url, database_url=database_url, api_rate=20.0) as running:
         transport = httpx.ASGITransport(make_app(running.plane), raise_app_exceptions=False)
         headers = {"Authorization": f"Bearer {running.admin_key}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://licet", headers=headers) as client:
@@ -110,6 +111,41 @@ async def test_an_answer_is_kept_for_its_caller_who_must_still_be_admitted_and_h
     assert await api.running.plane.database.read(kept) == ["k", "k"]
 
 
+async def test_an_answer_that_holds_the_secret_of_a_webhook_is_not_kept_and_the_webhook_is_made_once(api: Api) -> None:
+    body, headers = {"url": "https://example.com/"}, {"Idempotency-Key": "k"}
+    made = await api.client.post("/v1/webhooks", json=body, headers=headers)
+    again = await api.client.post("/v1/webhooks", json=body, headers=headers)
+    assert (again.status_code, again.json()["type"]) == (409, "urn:licet:problem:idempotency-lost")
+    assert made.json()["secret"] not in again.text
+    assert len((await api.client.get("/v1/webhooks")).json()["items"]) == 1
+
+    def kept(connection: Connection) -> bytes:
+        return connection.scalars(select(idempotency_keys.c.body)).one()
+
+    assert b"whsec" not in await api.running.plane.database.read(kept)
+    assert (await api.client.post("/v1/webhooks", json={**body, "url": "-"}, headers={"Idempotency-Key": "l"})).is_error
+
+
+async def test_an_answer_is_kept_before_anybody_has_it(api: Api) -> None:
+    """Else a client that has it, and asks again, could be told that it is being done, or was lost."""
+    app = make_app(api.running.plane)
+    kept_before_sent: list[Any] = []
+
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                with api.running.plane.database.engine.connect() as connection:
+                    kept_before_sent.append(connection.scalar(select(idempotency_keys.c.status)))
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    headers = {**api.client.headers, "Idempotency-Key": "k"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(watched), base_url="http://licet") as client:
+        assert (await client.post("/v1/licenses/acme/renew", json={}, headers=headers)).status_code == 200
+    assert kept_before_sent == [200]
+
+
 async def test_that_a_key_is_used_for_the_first_time_is_not_taken_for_its_change(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +189,20 @@ async def test_after_a_crash_a_request_is_done_again_only_if_it_had_not_come_to_
         assert again.json()["type"] == "urn:licet:problem:idempotency-lost"
 
 
+async def test_a_request_that_took_so_long_that_it_was_begun_once_more_changes_nothing(api: Api) -> None:
+    database, key = api.running.plane.database, ("c", "k")
+    later = idempotency.RUNNING_S_MAX * 1_000_000
+    for now_us in (0, later):
+        assert await database.write(idempotency.begin, *key, "r", now_us=now_us) is idempotency.Standing.NEW
+    with pytest.raises(DatabaseUnavailable, match="too long"):
+        await database.write(idempotency.commit, *key, begun_us=0)
+    await database.write(idempotency.forget, *key, begun_us=0)
+    await database.write(idempotency.commit, *key, begun_us=later)
+    answer = idempotency.Answer(200, {}, b"done")
+    await database.write(idempotency.keep, *key, answer, begun_us=later)
+    assert await database.write(idempotency.begin, *key, "r", now_us=later + 1) == answer
+
+
 async def test_the_commit_is_noted_in_the_transaction_that_makes_the_change(api: Api) -> None:
     await api.renew("k")
 
@@ -179,10 +229,39 @@ async def test_keys_are_forgotten_after_a_day_and_the_oldest_make_room(
     assert await database.read(left) == ["3", "4", "9"]
 
 
+async def test_large_answers_make_room_before_there_are_too_many_keys(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = api.running.plane.database
+    monkeypatch.setattr(idempotency, "BYTES_MAX", 25)
+    answer = idempotency.Answer(200, {}, b"x" * 10)
+    for number in range(5):
+        await database.write(idempotency.begin, "c", f"{number}", "r", now_us=number)
+        await database.write(idempotency.keep, "c", f"{number}", answer, begun_us=number)
+    await database.write(idempotency.begin, "c", "5", "r", now_us=5)
+
+    def left(connection: Connection) -> list[str]:
+        return list(connection.scalars(select(idempotency_keys.c.key).order_by(idempotency_keys.c.key)))
+
+    assert await database.read(left) == ["3", "4", "5"]
+
+
 @pytest.mark.parametrize("key", ["", "x" * 256, "a\tb"])
 async def test_a_key_that_cannot_be_one_is_refused(api: Api, key: str) -> None:
     refused = await api.renew(key)
     assert (refused.status_code, refused.json()["type"]) == (400, "urn:licet:problem:idempotency-key")
+
+
+async def test_a_key_that_is_written_otherwise_is_the_same_caller(api: Api) -> None:
+    app, left = make_app(api.running.plane), []
+    key = api.client.headers["authorization"].partition(" ")[2]
+    for number, spelled in enumerate(("Bearer ", "bearer ", "BEARER ", "Bearer   ")):
+        transport = httpx.ASGITransport(app, client=(f"192.0.2.{number}", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://licet") as client:
+            headers = {"Authorization": f"{spelled}{key}"}
+            answers = await asyncio.gather(*(client.get("/v1/licenses", headers=headers) for _ in range(30)))
+            left.append(min(int(answer.headers["ratelimit"].split("r=")[1].split(";")[0]) for answer in answers))
+    assert left[-1] == 0  # each address alone would have ten of its forty left
 
 
 async def test_what_the_caller_has_already_is_not_sent_again(api: Api) -> None:

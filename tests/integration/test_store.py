@@ -18,7 +18,17 @@ from licet.domain.ids import LimitKey
 from licet.wire.signing import Statement
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.core.subject_keys import LedgerKey
-from licet_control_plane.store import ledger, licenses, marks, meta, publisher_lease, revisions
+from licet_control_plane.core.webhook_events import THRESHOLD
+from licet_control_plane.store import (
+    idempotency,
+    ledger,
+    licenses,
+    marks,
+    meta,
+    publisher_lease,
+    revisions,
+    webhooks,
+)
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.store.schema import events, metadata, ranges, rollups
 from licet_control_plane.store.schema import licenses as licenses_table
@@ -260,3 +270,19 @@ def test_sums_of_what_was_asked_in_vain_end_at_the_largest_number(database: Data
         database.write_now(ledger.record, 0, [asked], keys=KEYS, now_us=1)
     assert database.read_now(lambda connection: connection.execute(select(rollups.c.units)).scalar_one()) == 2**63 - 1
     assert verification_of(database, KEYS.ledger_key).rollups_match
+
+
+def test_a_key_is_begun_by_the_first_alone(database: Database) -> None:
+    begun = [database.write_now(idempotency.begin, "caller", "key", "request", now_us=1) for _ in range(2)]
+    assert begun == [idempotency.Standing.NEW, idempotency.Standing.RUNNING]
+
+
+def test_a_threshold_is_told_by_the_first_alone(database: Database) -> None:
+    hook = webhooks.Webhook("wh_1", "https://example.com/", (THRESHOLD,), (80,), "", 1, "test")
+    database.write_now(webhooks.add, hook)
+    told = [
+        database.write_now(webhooks.announce_threshold, "acme", "reports:monthly:0", 80, 10, {}, now_us=1)
+        for _ in range(2)
+    ]
+    assert told == [True, False]
+    assert len(database.write_now(webhooks.deliveries, "wh_1", before=0, limit=10)) == 1

@@ -15,10 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, insert, select
+from sqlalchemy import event as sql_event
 
 from licet.domain.windows import Period, window_at
 from licet.wire.names import usage_shard
+from licet_control_plane import quota_watcher
 from licet_control_plane.api.app import make_app
 from licet_control_plane.core import webhook_events
 from licet_control_plane.license_keeper import LicenseKeeper
@@ -26,7 +28,7 @@ from licet_control_plane.quota_watcher import QuotaWatcher
 from licet_control_plane.sink import webhook_sender
 from licet_control_plane.sink.webhook_sender import WebhookSender
 from licet_control_plane.store import webhooks
-from licet_control_plane.store.schema import audit
+from licet_control_plane.store.schema import audit, register_spend
 from tests.support.control_plane import NAMES, Deployment, deployment, until
 from tests.support.http_receiver import Received, Receiver
 from tests.support.usage import batch
@@ -64,10 +66,13 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture
-async def hooks(tmp_path: Path, valkey_process: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hooks]:
+async def hooks(
+    tmp_path: Path, valkey_process: ValkeyProcess, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Hooks]:
     monkeypatch.setattr(webhook_sender, "LOOK_S", 0.02)
     monkeypatch.setattr(webhook_events, "BACKOFF_S", (0.01, 0.01, 0.01))
-    async with deployment(tmp_path / "state", valkey_process.url, webhooks_private=True, api_rate=0.0) as running:
+    settings = {"webhooks_private": True, "api_rate": 0.0}
+    async with deployment(tmp_path / "state", valkey_process.url, database_url=database_url, **settings) as running:
         transport = httpx.ASGITransport(make_app(running.plane))
         headers = {"Authorization": f"Bearer {running.admin_key}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://licet", headers=headers) as client:
@@ -259,6 +264,65 @@ async def test_thresholds_of_a_quota_are_told_once_for_each_window(hooks: Hooks,
     assert events[0]["data"]["amount"] == 100
 
 
+async def test_a_threshold_that_late_usage_reaches_is_told(hooks: Hooks, receiver: Receiver) -> None:
+    """Usage that sidecars kept while nobody drained: its hours are over when it comes, its window is not."""
+    await hooks.create(receiver, events=["quota.threshold"])
+    await hooks.license()
+    plane, now_s = hooks.running.plane, int(time.time())
+    window = window_at(Period.MONTH, now_s)
+    quota, at_s = f"reports:monthly:{window.start}", window.start + 60
+    now_s = at_s + 86_400
+    watcher = QuotaWatcher(plane.database, plane.catalogs, now_s=lambda: now_s)
+    await watcher.look()
+    one = batch(1, 1, at_us=at_s * 1_000_000, units={"reports": 90}, spends=[(quota, 90)])
+    await hooks.running.redis.xadd(NAMES.usage(usage_shard(one.sidecar)), {"b": one.pack()})
+
+    async def drained() -> bool:
+        return plane.drain.events >= 1
+
+    await until(drained)
+    now_s += int(quota_watcher.ALL_EVERY_S)
+    await watcher.look()
+    assert [event["data"]["percent"] for event in await taken(receiver, 1)] == [80]
+
+
+async def test_limits_that_many_subjects_reach_at_once_are_told_in_small_transactions_and_looked_at_in_one(
+    hooks: Hooks, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await hooks.create(receiver, events=["quota.threshold"])
+    await hooks.license()
+    plane, now_s = hooks.running.plane, int(time.time())
+    start = window_at(Period.MONTH, now_s).start
+    spent = {"tenant": "acme", "sidecar": "a", "window_start": start, "units": 85, "observed": 0}
+    rows = [{**spent, "quota": f"reports:monthly@{number:016x}:{start}"} for number in range(300)]
+
+    def spend(connection: Connection) -> None:
+        connection.execute(insert(register_spend), rows)
+
+    await plane.database.write(spend)
+    told: list[int] = []
+
+    def counted(connection: Connection, tenant: str, reached: list[Any], now_s: int) -> None:
+        told.append(len(reached))
+        announce(connection, tenant, reached, now_s)
+
+    announce = quota_watcher._announce
+    monkeypatch.setattr(quota_watcher, "_announce", counted)
+    watcher = QuotaWatcher(plane.database, plane.catalogs, now_s=lambda: now_s)
+    await watcher.look()
+    assert max(told) == quota_watcher.NOTICES_MAX
+    asked: list[str] = []
+
+    def noted(*arguments: Any) -> None:
+        asked.append(str(arguments[2]))
+
+    sql_event.listen(plane.database.engine, "before_cursor_execute", noted)
+    watcher = QuotaWatcher(plane.database, plane.catalogs, now_s=lambda: now_s)
+    await watcher.look()
+    assert sum("quota_notices" in statement for statement in asked if statement.startswith("SELECT")) <= 3
+    assert len((await hooks.get(f"{made['id']}/deliveries?limit=1000"))["items"]) == 300
+
+
 async def test_the_end_of_a_term_is_announced_once_and_said_once(hooks: Hooks, receiver: Receiver) -> None:
     made = await hooks.create(receiver, events=["license.expiring", "license.expired"])
     now_s = int(time.time())
@@ -290,6 +354,23 @@ async def test_nothing_is_sent_within_the_network_unless_that_is_allowed(hooks: 
     assert not await sender._send(webhook, message)
     assert receiver.received == []
     assert sender.counts.failures == 1
+
+
+@pytest.mark.parametrize("url", ["https://a..b/", f"https://{'a' * 64}.example/", "https://.example/"])
+async def test_an_address_that_nothing_can_be_made_of_is_in_nobodys_way(
+    hooks: Hooks, receiver: Receiver, url: str
+) -> None:
+    bad = webhooks.Webhook("wh_bad", url, ("license.created",), (), "", 0, "an older version")
+    await hooks.running.plane.database.write(webhooks.add, bad)
+    await hooks.create(receiver)
+    await hooks.license()
+    await taken(receiver, 1)
+
+    async def failed() -> dict[str, Any] | None:
+        (delivery,) = (await hooks.get("wh_bad/deliveries"))["items"]
+        return delivery if delivery["state"] == "failed" else None
+
+    assert (await until(failed))["error"]
 
 
 async def test_a_webhook_that_cannot_be_is_refused(hooks: Hooks, receiver: Receiver) -> None:

@@ -65,6 +65,7 @@ def test_both_forms_say_the_same(path: str, text: str) -> None:
         ("a.csv", 'tenant,plan\n"a\nb",pro\nacme,pro,more\n', 2, "cannot name a tenant"),
         ("a.csv", 'tenant,plan\n"a\nb",pro\nacme,pro,more\n', 4, "3 cells under 2 columns"),
         ("a.csv", 'tenant,plan\nacme,"pro\n', 2, "not CSV"),
+        ("a.csv", "tenant,plan,ends_at\nacme,pro,9999-12-31T23:59:59-01:00\n", 2, "is not a date"),
         ("a.csv", "tenant,plan,auto_renew\nacme,pro,maybe\n", 2, "not true or false"),
         ("a.csv", "tenant,plan,addons\nacme,pro,extra=-1\n", 2, "is not a whole number"),
         ("a.csv", "tenant,plan,addons\nacme,pro,extra\n", 2, "is not a name"),

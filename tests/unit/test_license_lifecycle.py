@@ -152,6 +152,32 @@ def test_a_canceled_license_changes_only_once_it_is_brought_back() -> None:
     assert (back.plan, back.status) == ("small", LicenseStatus.ACTIVE)
 
 
+def test_a_license_that_ended_too_long_ago_does_not_renew_itself_up_to_today() -> None:
+    daily = {"ends_s": START, "period": Period.DAY, "auto": True}
+    new = License("acme", "pro")
+    assert with_fields(new, daily, START + 120 * 86_400 - 1).renewal
+    with pytest.raises(ChangeInvalid, match="more than 120 times"):
+        with_fields(new, daily, START + 120 * 86_400)
+    by_hand = with_fields(new, {**daily, "auto": False}, START + 400 * 86_400)
+    with pytest.raises(ChangeInvalid, match="more than 120 times"):
+        with_fields(by_hand, {"auto": True}, START + 400 * 86_400)
+    # What nobody renewed while all control planes were away can still be changed.
+    away = with_fields(new, daily, START)
+    assert with_fields(away, {"plan": "big"}, START + 400 * 86_400).plan == "big"
+
+
+def test_a_grace_that_would_end_after_the_calendar_is_refused() -> None:
+    late = at("9998-12-25")
+    with pytest.raises(ChangeInvalid, match="9998"):
+        with_fields(License("acme", "pro"), {"ends_s": late, "grace_s": 366 * 86_400}, START)
+    with pytest.raises(ChangeInvalid, match="9998"):
+        with_fields(replace(TERM, ends_s=at("9999-12-31"), grace_s=0), {"grace_s": 86_400}, START)
+    daily = with_renewal(replace(TERM, ends_s=late, grace_s=5 * 86_400), Period.DAY, auto=True)
+    with pytest.raises(ChangeInvalid, match="9998"):
+        renewed(daily, START, periods=2)
+    assert with_fields(License("acme", "pro"), {"ends_s": at("9999-12-31")}, START).ends_s == at("9999-12-31")
+
+
 def test_canceling_at_the_end_stops_renewals_and_grace_and_can_be_taken_back() -> None:
     ends = moved(MONTHLY, Move.CANCEL_AT_END, START)
     assert (ends.stops_s, stage_of(ends, END)) == (END, Stage.EXPIRED)

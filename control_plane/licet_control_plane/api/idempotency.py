@@ -9,10 +9,12 @@ too fast (429) is not kept: it may be sent again. See ``store/idempotency.py`` f
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
 from typing import Final
 
+import structlog
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,6 +26,8 @@ from licet_control_plane.control_plane import ControlPlane
 from licet_control_plane.store import idempotency
 from licet_control_plane.store.database import DatabaseUnavailable, with_each_commit
 from licet_control_plane.store.idempotency import Answer, Standing
+
+log: Final = structlog.get_logger(__name__)
 
 HEADER: Final = "idempotency-key"
 REPLAYED: Final = "idempotency-replayed"
@@ -44,6 +48,8 @@ NOT_LOOKED_AT: Final = frozenset(
 )
 """POSTs that change nothing, or say by themselves which they are: a key is not looked at. Their answers can be long.
 Nor of one that makes an API key, which has a name to be unique by: its answer is nowhere to be kept."""
+SECRET: Final = frozenset({"/v1/webhooks"})
+"""POSTs that are done once, and whose answers hold a secret, which is nowhere to be kept."""
 _NOT_KEPT: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
 
 
@@ -92,16 +98,22 @@ class Idempotency:
         if found is not Standing.NEW:
             await _answered(found)(scope, receive, send)
             return
-        sent = _Sent(send)
+
+        async def keep(answer: Answer) -> None:
+            if scope["path"] in SECRET and answer.status < HTTPStatus.BAD_REQUEST:
+                answer = _without_secret()
+            try:
+                await write(idempotency.keep, caller, key, answer, begun_us=now_us)
+            except DatabaseUnavailable as error:  # it was done all the same, and is answered
+                log.warning("an answer could not be kept", reason=str(error))
+
+        sent = _Sent(send, keep)
         try:
-            with with_each_commit(partial(idempotency.commit, caller=caller, key=key)):
+            with with_each_commit(partial(idempotency.commit, caller=caller, key=key, begun_us=now_us)):
                 await self._app(scope, _again(body), sent)
         finally:
-            answer = sent.answer()
-            if answer is None:
-                await write(idempotency.forget, caller, key)
-            else:
-                await write(idempotency.keep, caller, key, answer)
+            if not sent.is_kept:
+                await write(idempotency.forget, caller, key, begun_us=now_us)
 
 
 def _is_change(path: str) -> bool:
@@ -138,15 +150,26 @@ def _answered(found: Answer | Standing) -> Response:
     )
 
 
-class _Sent:
-    """Passes an answer on, and remembers it."""
+def _without_secret() -> Answer:
+    told = response(
+        409,
+        "The request with this Idempotency-Key was done; its answer held a secret, which is shown once.",
+        "If you do not have the secret, take away what was made, and make it again with a new key.",
+        kind="idempotency-lost",
+    )
+    return Answer(told.status_code, {"content-type": told.headers["content-type"]}, bytes(told.body))
 
-    def __init__(self, send: Send) -> None:
+
+class _Sent:
+    """Passes an answer on, and has it kept first: whoever has it finds it again, whatever dies then."""
+
+    def __init__(self, send: Send, keep: Callable[[Answer], Awaitable[None]]) -> None:
+        self.is_kept = False
         self._send = send
+        self._keep = keep
         self._status = 0
         self._headers: dict[str, str] = {}
         self._body = bytearray()
-        self._done = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -156,14 +179,16 @@ class _Sent:
         elif message["type"] == "http.response.body":
             if len(self._body) <= ANSWER_BYTES_MAX:
                 self._body += message.get("body", b"")
-            self._done = not message.get("more_body", False)
+            if not message.get("more_body", False) and self._is_to_be_kept():
+                with with_each_commit(None):
+                    await self._keep(Answer(self._status, self._headers, bytes(self._body)))
+                self.is_kept = True
         await self._send(message)
 
-    def answer(self) -> Answer | None:
-        """What is to be kept; ``None`` when the request may be sent again."""
-        if not self._done or self._status >= HTTPStatus.INTERNAL_SERVER_ERROR or self._status in _NOT_KEPT:
-            return None
-        return Answer(self._status, self._headers, bytes(self._body)) if len(self._body) <= ANSWER_BYTES_MAX else None
+    def _is_to_be_kept(self) -> bool:
+        """Or else the request may be sent again."""
+        is_answer = self._status < HTTPStatus.INTERNAL_SERVER_ERROR and self._status not in _NOT_KEPT
+        return is_answer and len(self._body) <= ANSWER_BYTES_MAX
 
 
 async def _body(receive: Receive) -> bytes | None:

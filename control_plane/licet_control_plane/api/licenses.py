@@ -189,7 +189,9 @@ async def import_licenses(
 ) -> dict[str, Any]:
     """Make many licenses what the body says, all or none: each as ``PUT /v1/licenses/{tenant}`` would."""
     plane = plane_of(request)
-    rows = [(caller.confine(row.tenant), row.fields()) for row in body.licenses]
+    for row in body.licenses:
+        caller.confine(row.tenant)
+    rows = [(row.tenant, row.fields()) for row in body.licenses]
     try:
         imported = await plane.changes.import_licenses(rows, dry_run=body.dry_run, by=caller.name)
     except ImportRefused as refused:

@@ -61,7 +61,8 @@ class RateLimit:
         if scope["type"] != "http" or not path.startswith("/v1/") or path.startswith(NOT_COUNTED):
             await self._app(scope, receive, send)
             return
-        credential = Headers(scope=scope).get("authorization", "")
+        # As ``auth`` reads it: written in other ways it is the same, or each would be one more that is not known yet.
+        credential = Headers(scope=scope).get("authorization", "").partition(" ")[2].strip()
         key = hashlib.sha256(credential.encode()).hexdigest()
         # A made-up key must not get a bucket of its own.
         caller = self._admitted.get(key) or str((scope.get("client") or ("",))[0])

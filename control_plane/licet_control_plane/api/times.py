@@ -40,9 +40,9 @@ def parse_us(text: str, name: str) -> int:
         raise _not_a_time(text, name)
     try:
         at = datetime.fromisoformat(text)
-    except ValueError as error:
+        at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise _not_a_time(text, name) from error
-    at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     if at.year < 1970:
         raise _not_a_time(text, name)
     return int((at.replace(microsecond=0) - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()) * _US + at.microsecond

@@ -230,7 +230,7 @@ def renewed(license_: License, now_s: float, periods: int = 1) -> License:
             "renewed by so little the license would still have ended",
             "Give more periods, or another end with ends_at.",
         )
-    return replace(license_, ends_s=ends_s, cancels=False)
+    return _with_end_of_grace(replace(license_, ends_s=ends_s, cancels=False))
 
 
 def renewed_by_itself(license_: License) -> License:
@@ -240,7 +240,7 @@ def renewed_by_itself(license_: License) -> License:
         ChangeInvalid: the term would end after the year 9998.
     """
     assert license_.renewal is not None
-    return replace(license_, ends_s=_next_end(license_.renewal, license_.ends_s))
+    return _with_end_of_grace(replace(license_, ends_s=_next_end(license_.renewal, license_.ends_s)))
 
 
 def with_fields(license_: License, fields: Mapping[str, Any], now_s: float) -> License:
@@ -259,7 +259,9 @@ def with_fields(license_: License, fields: Mapping[str, Any], now_s: float) -> L
         changed = replace(changed, planned=None)
     if not 0 <= changed.grace_s <= GRACE_S_MAX:
         raise ChangeInvalid("grace_s", f"a grace of {changed.grace_s} s", f"Give 0 to {GRACE_S_MAX}: up to a year.")
-    changed = _with_renewal_fields(license_, changed, fields)
+    changed = _with_end_of_grace(_with_renewal_fields(license_, changed, fields))
+    if (changed.renewal, changed.ends_s) != (license_.renewal, license_.ends_s):
+        _check_catching_up(changed, now_s)
     if changed != license_:
         check_move(license_, Move.CHANGE, now_s)
     return move_to(changed, status, now_s)
@@ -380,6 +382,40 @@ def _next_end(renewal: Renewal, ends_s: int) -> int:
     if following >= FOREVER_S:
         raise ChangeInvalid("ends_at", "the term would end after the year 9998", "Leave the end out: it never ends.")
     return following
+
+
+def _check_catching_up(license_: License, now_s: float) -> None:
+    """Each period that passed is a renewal of its own, with its revision and its line in the audit trail.
+
+    Raises:
+        ChangeInvalid: one that renews itself ended so long ago that it would be more than ``PERIODS_MAX`` of them.
+    """
+    if not (license_.renewal and license_.renewal.auto):
+        return
+    ends_s = license_.ends_s
+    for _ in range(PERIODS_MAX):
+        if ends_s > now_s:
+            return
+        ends_s = _next_end(license_.renewal, ends_s)
+    if ends_s <= now_s:
+        raise ChangeInvalid(
+            "ends_at",
+            f"the license would have to renew itself more than {PERIODS_MAX} times to reach today",
+            "Give it a later end.",
+        )
+
+
+def _with_end_of_grace(license_: License) -> License:
+    """The license, whose grace ends at an instant that can be said.
+
+    Raises:
+        ChangeInvalid: it does not.
+    """
+    if license_.stops_s > license_.ends_s and license_.stops_s >= FOREVER_S:
+        raise ChangeInvalid(
+            "grace_s", "the grace would end after the year 9998", "Leave the end out: then it never ends."
+        )
+    return license_
 
 
 def _is_boundary(period: Period, anchor_s: int, at_s: int) -> bool:

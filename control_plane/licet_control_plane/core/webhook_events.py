@@ -40,6 +40,11 @@ URL_CHARACTERS_MAX: Final = 2_000
 BACKOFF_S: Final = (5, 60, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
 """Between attempts: at once, and over some three days. Then it is given up, and can be delivered again by hand."""
 _NAT64: Final = IPv6Network("64:ff9b::/96")
+_OF_CLOUDS: Final = frozenset(
+    ip_address(one) for one in ("fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")
+)
+"""Where machines of AWS (IPv6), Alibaba, Azure and Oracle get their credentials or settings; not link-local, as the
+usual 169.254.169.254 is, and that of Azure not even private."""
 
 
 def change_type(old: License | None, new: License, action: str) -> str:
@@ -104,7 +109,7 @@ def may_connect(address: str, *, private: bool) -> bool:
         if found in _NAT64:
             inner = IPv4Address(int(found) & 0xFFFF_FFFF)
         found = inner or found
-    if found.is_multicast or found.is_unspecified or found.is_link_local:
+    if found.is_multicast or found.is_unspecified or found.is_link_local or found in _OF_CLOUDS:
         return False  # also where clouds keep their credentials
     return private or found.is_global
 
@@ -126,6 +131,11 @@ def checked_url(url: str, *, private: bool) -> str:
         raise ChangeInvalid(
             "url", "it has a user, a fragment or blanks", "Leave them out: requests are signed, see the secret."
         )
+    try:
+        host.encode("idna")  # as looking it up does
+    except UnicodeError as error:
+        fix = "Separate its labels, of 1 to 63 characters, by single dots."
+        raise ChangeInvalid("url", f"{host[:100]!r} is no name of a machine", fix) from error
     is_loopback = host == "localhost"
     try:
         address = ip_address(host)

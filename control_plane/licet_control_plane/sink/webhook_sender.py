@@ -180,6 +180,9 @@ class WebhookSender:
             error = f"{type(failure).__name__}: {failure}"
         except (TimeoutError, ssl.SSLError, OSError) as failure:
             error = f"{type(failure).__name__}: {failure}" if str(failure) else f"nothing within {REQUEST_S_MAX:g} s"
+        except Exception as failure:  # supervised: whatever an address or its answer does is in nobody else's way
+            log.exception("a webhook could not be sent to", webhook=webhook.id)
+            error = f"{type(failure).__name__}: {failure}"
         now_us = int(self._now_s() * _US)
         attempts = message.attempts + 1
         if status is not None and HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, select, update
 
-from licet_control_plane.store.database import upsert
+from licet_control_plane.store.database import DatabaseUnavailable, upsert
 from licet_control_plane.store.schema import idempotency_keys
 
 KEPT_S: Final = 86_400
@@ -22,7 +22,9 @@ KEPT_S: Final = 86_400
 RUNNING_S_MAX: Final = 60
 """A request that has not committed after so long is not running any more: whoever ran it died."""
 KEYS_MAX: Final = 10_000
-"""Of one caller, one every nine seconds for a day. Then the oldest make room: some 20 MB."""
+"""Of one caller, one every nine seconds for a day. Then the oldest make room."""
+BYTES_MAX: Final = 32 * 1024 * 1024
+"""Of answers of one caller: more than as many keys of usual ones take. Without it they could be gigabytes."""
 
 _US: Final = 1_000_000
 
@@ -58,8 +60,10 @@ def begin(connection: Connection, caller: str, key: str, request: str, *, now_us
         _make_room(connection, caller)
         values = {"caller": caller, "key": key, "request": request, "at": now_us, "committed": False}
         # Another control plane may have begun it since the line above.
-        begun = connection.execute(upsert(connection, idempotency_keys).values(**values).on_conflict_do_nothing())
-        return Standing.NEW if begun.rowcount == 1 else Standing.RUNNING
+        # (What it returns says so: of an insert PostgreSQL's driver does not count the rows.)
+        statement = upsert(connection, idempotency_keys).values(**values).on_conflict_do_nothing()
+        begun = connection.execute(statement.returning(idempotency_keys.c.key)).first()
+        return Standing.RUNNING if begun is None else Standing.NEW
     if row.request != request:
         return Standing.OTHER
     if row.status is not None:
@@ -72,29 +76,48 @@ def begin(connection: Connection, caller: str, key: str, request: str, *, now_us
     return Standing.NEW
 
 
-def commit(connection: Connection, caller: str, key: str) -> None:
-    """Say that the request's change is there, in the transaction that makes it."""
-    mine = (idempotency_keys.c.caller == caller, idempotency_keys.c.key == key)
-    connection.execute(update(idempotency_keys).where(*mine).values(committed=True))
+def commit(connection: Connection, caller: str, key: str, *, begun_us: int) -> None:
+    """Say that the request's change is there, in the transaction that makes it. ``begun_us``: the ``now_us`` of its
+    ``begin``.
+
+    Raises:
+        DatabaseUnavailable: whoever began it took so long that it was begun once more; or its key had to make room.
+    """
+    begun = update(idempotency_keys).where(*_begun(caller, key, begun_us)).values(committed=True)
+    if connection.execute(begun).rowcount != 1:
+        raise DatabaseUnavailable("the request took too long, and is being done by another with its key")
 
 
-def keep(connection: Connection, caller: str, key: str, answer: Answer) -> None:
+def keep(connection: Connection, caller: str, key: str, answer: Answer, *, begun_us: int) -> None:
     """Keep the answer for whoever asks again."""
-    mine = (idempotency_keys.c.caller == caller, idempotency_keys.c.key == key)
     values = {"status": answer.status, "headers": json.dumps(answer.headers), "body": answer.body}
-    connection.execute(update(idempotency_keys).where(*mine).values(**values))
+    connection.execute(update(idempotency_keys).where(*_begun(caller, key, begun_us)).values(**values))
 
 
-def forget(connection: Connection, caller: str, key: str) -> None:
+def forget(connection: Connection, caller: str, key: str, *, begun_us: int) -> None:
     """The request was not done: it may be sent again."""
-    mine = (idempotency_keys.c.caller == caller, idempotency_keys.c.key == key)
-    connection.execute(delete(idempotency_keys).where(*mine, idempotency_keys.c.committed.is_(False)))
+    begun = _begun(caller, key, begun_us)
+    connection.execute(delete(idempotency_keys).where(*begun, idempotency_keys.c.committed.is_(False)))
+
+
+def _begun(caller: str, key: str, begun_us: int) -> tuple[ColumnElement[bool], ...]:
+    keys = idempotency_keys.c
+    return keys.caller == caller, keys.key == key, keys.at == begun_us
 
 
 def _make_room(connection: Connection, caller: str) -> None:
     mine = idempotency_keys.c.caller == caller
-    count = connection.scalar(select(func.count()).select_from(idempotency_keys).where(mine)) or 0
-    if count < KEYS_MAX:
+    size = func.coalesce(func.length(idempotency_keys.c.body), 0)
+    sums = select(func.count(), func.coalesce(func.sum(size), 0)).where(mine)
+    count, total = connection.execute(sums).one()
+    if count < KEYS_MAX and total <= BYTES_MAX:
         return
-    oldest = select(idempotency_keys.c.key).where(mine).order_by(idempotency_keys.c.at).limit(count - KEYS_MAX + 1)
+    oldest = []
+    for key, answer_bytes in connection.execute(
+        select(idempotency_keys.c.key, size).where(mine).order_by(idempotency_keys.c.at)
+    ):
+        if count < KEYS_MAX and total <= BYTES_MAX:
+            break
+        oldest.append(key)
+        count, total = count - 1, total - answer_bytes
     connection.execute(delete(idempotency_keys).where(mine, idempotency_keys.c.key.in_(oldest)))

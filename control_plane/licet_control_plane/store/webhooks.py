@@ -158,16 +158,20 @@ def announce_threshold(
     """Tell that a percentage of a quota was reached, unless that was told of this window. Whether it was."""
     values = {"tenant": tenant, "quota": quota, "percent": percent, "ends_s": ends_s}
     statement = upsert(connection, quota_notices).values(**values).on_conflict_do_nothing()
-    if connection.execute(statement).rowcount != 1:
+    # Of an insert PostgreSQL's driver does not count the rows, but it says what it returns.
+    if connection.execute(statement.returning(quota_notices.c.percent)).first() is None:
         return False
     announce(connection, THRESHOLD, tenant, {**data, "percent": percent}, now_us=now_us)
     return True
 
 
-def told_of(connection: Connection, tenant: str, quota: str) -> frozenset[int]:
-    """The percentages of a quota that were told."""
-    mine = (quota_notices.c.tenant == tenant, quota_notices.c.quota == quota)
-    return frozenset(connection.scalars(select(quota_notices.c.percent).where(*mine)))
+def told_of(connection: Connection, tenant: str, *, now_s: int) -> dict[str, set[int]]:
+    """The percentages that were told of a tenant's quotas whose windows are open."""
+    told: dict[str, set[int]] = {}
+    open_ones = (quota_notices.c.tenant == tenant, quota_notices.c.ends_s > now_s)
+    for quota, percent in connection.execute(select(quota_notices.c.quota, quota_notices.c.percent).where(*open_ones)):
+        told.setdefault(quota, set()).add(percent)
+    return told
 
 
 def thresholds_wanted(connection: Connection) -> frozenset[int]:

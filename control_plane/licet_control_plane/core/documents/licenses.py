@@ -45,13 +45,13 @@ def _instant(value: Any) -> str:
     """As the API takes it."""
     try:
         at = datetime.fromisoformat(value)
-    except (TypeError, ValueError):
+        at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):
         at = None
     if at is None or at.year not in _YEARS or at.microsecond:
         raise refused(
             f"{value!r} is not a date", "Write a date such as 2027-01-31, or an instant such as 2027-01-31T18:00:00Z."
         )
-    at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     return at.isoformat().replace("+00:00", "Z")
 
 
