@@ -18,6 +18,7 @@ from licet.domain.approvals import TEXT_CHARS_MAX, RequestState
 from licet_control_plane.access_desk import RequestUnknown, principal
 from licet_control_plane.api.amounts import Amount
 from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of, v1_router
+from licet_control_plane.api.fields import Count, Instant, Revision, Tenant, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.core import access_requests as core
@@ -61,7 +62,64 @@ class Reason(BaseModel):
     reason: Annotated[str, Field(min_length=1, max_length=TEXT_CHARS_MAX)]
 
 
-@router.get("")
+class SubjectView(BaseModel):
+    """Who asked; all empty once the subject was erased."""
+
+    type: str = said("Such as user")
+    id: str = said("As the service calls them")
+    on_behalf_of: str = said("For whom they act; empty for themselves")
+
+
+class ResourceView(BaseModel):
+    """What it is about; empty for nothing in particular."""
+
+    type: str = said("Such as report")
+    id: str = said("As the service calls it")
+
+
+class StageView(BaseModel):
+    """The stage of its chain that a request is in."""
+
+    number: Annotated[int, said("From 1", minimum=1)]
+    of: Annotated[int, said("How many stages there are", minimum=1)]
+    approvers: list[str] = said("user:…, group:… or role:…; empty for whoever may decide at all")
+    need: Annotated[int, said("How many different people must say yes", minimum=1)]
+    approved_by: list[str] = said("Who did, in this stage")
+
+
+class AccessRequestView(BaseModel):
+    """An access request."""
+
+    id: str = said("32 characters")
+    tenant: Tenant
+    subject: SubjectView
+    action: str = said("What it is asked for")
+    rule: str = said("What wants an approval: policy/rule, or the key of a limit")
+    units_asked: dict[str, Count] = said("By feature")
+    resource: ResourceView
+    justification: str = said("Of whoever asks")
+    state: RequestState = said("Approved also when the approval has ended since: see `live`")
+    live: bool = said("The approval is in force")
+    asked_at: Instant
+    expires_at: Annotated[Instant, said("When it expires unless it is decided")]
+    chain: str = said("The approval chain; empty for none")
+    stage: StageView | None = said("Who decides now; null when nothing is pending")
+    decided_by: str = said("Whose decision ended it; empty for nobody's")
+    decided_at: Instant | None = said("When that was; null for never")
+    reason: str = said("What whoever decided says")
+    ends_at: Instant | None = said("The first instant after the approval; null for none")
+    units: Amount | None = said("What the approval is for in all: units, money for a budget; null for any number")
+    revision: Annotated[Revision, said("Of the license that last told sidecars of it")]
+
+
+class AccessRequestPage(BaseModel):
+    """Access requests, the last asked first."""
+
+    items: list[AccessRequestView] = said("The last asked first")
+    next_cursor: str | None = said("The `cursor` of the next page; null on the last")
+
+
+@router.get("", response_model=AccessRequestPage)
 async def list_requests(
     request: Request,
     tenant: TenantAsked,
@@ -87,7 +145,7 @@ async def list_requests(
     }
 
 
-@router.get("/{request_id}")
+@router.get("/{request_id}", response_model=AccessRequestView)
 async def get_request(request: Request, request_id: str) -> dict[str, Any]:
     """One request."""
     plane = plane_of(request)
@@ -98,7 +156,7 @@ async def get_request(request: Request, request_id: str) -> dict[str, Any]:
     return described(found, int(plane.now_s() * 1_000_000))
 
 
-@router.post("/{request_id}/approve")
+@router.post("/{request_id}/approve", response_model=AccessRequestView)
 async def approve(
     request: Request, request_id: str, body: Approval, caller: Annotated[Caller, Depends(authenticate)]
 ) -> dict[str, Any]:
@@ -109,7 +167,7 @@ async def approve(
     return described(made, int(plane.now_s() * 1_000_000))
 
 
-@router.post("/{request_id}/deny")
+@router.post("/{request_id}/deny", response_model=AccessRequestView)
 async def deny(
     request: Request, request_id: str, body: Reason, caller: Annotated[Caller, Depends(authenticate)]
 ) -> dict[str, Any]:
@@ -120,7 +178,7 @@ async def deny(
     return described(made, int(plane.now_s() * 1_000_000))
 
 
-@router.post("/{request_id}/revoke")
+@router.post("/{request_id}/revoke", response_model=AccessRequestView)
 async def revoke(
     request: Request, request_id: str, body: Reason, caller: Annotated[Caller, Depends(authenticate)]
 ) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import Query, Request
+from pydantic import BaseModel
 
 from licet_control_plane.api.auth import TenantAsked, plane_of, v1_router
+from licet_control_plane.api.fields import Count, Units, said
 from licet_control_plane.api.times import parse_us
 from licet_control_plane.store import ledger_reports
 
@@ -17,7 +19,18 @@ From = Annotated[str, Query(alias="from")]
 To = Annotated[str, Query()]
 
 
-@router.get("/usage/tally")
+class TallyView(BaseModel):
+    """What became of one workload."""
+
+    events: Count
+    approved: Count
+    denied: dict[str, Count] = said("By reason")
+    pending: Count
+    units_approved: Units
+    units_by_feature: dict[str, Units] = said("Of approved events")
+
+
+@router.get("/usage/tally", response_model=TallyView)
 async def usage_tally(
     request: Request, tenant: TenantAsked, idempotency_prefix: str = "", from_: From = "", to: To = ""
 ) -> dict[str, Any]:

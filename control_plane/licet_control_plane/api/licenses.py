@@ -14,6 +14,8 @@ from licet.domain.windows import Period
 from licet_control_plane.api import grants
 from licet_control_plane.api.amounts import Amount
 from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of, v1_router
+from licet_control_plane.api.fields import Count, Instant, Revision, Tenant, said
+from licet_control_plane.api.grants import GrantView
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, format_us, parse_s
 from licet_control_plane.changes import OUTCOMES, ImportRefused, LicenseUnknown
@@ -107,49 +109,56 @@ class LicensesToImport(BaseModel):
 class LicenseImported(BaseModel):
     """What became of one. With ``dry_run`` ``revision`` is one that it does not get."""
 
-    tenant: str
-    outcome: Literal["created", "changed", "unchanged"]
-    revision: int
+    tenant: Tenant
+    outcome: Literal["created", "changed", "unchanged"] = said("What became of it, or would")
+    revision: Annotated[Revision, said("Of the license now")]
 
 
 class LicensesImported(BaseModel):
     """All of them, how many were what, and the newest revision."""
 
-    items: list[LicenseImported]
-    created: int
-    changed: int
-    unchanged: int
-    revision: int
-    dry_run: bool
+    items: list[LicenseImported] = said("In the order in which they were sent")
+    created: Count
+    changed: Count
+    unchanged: Count
+    revision: Annotated[Revision, said("The newest of them")]
+    dry_run: bool = said("Nothing was changed")
+
+
+class PlannedView(BaseModel):
+    """A change of plan that is to come."""
+
+    plan: str = said("The plan that it will have")
+    at: Instant
 
 
 class LicenseView(BaseModel):
     """A license. ``stage`` follows from its status, its term and the clock; ``revision`` published it."""
 
-    tenant: str
-    plan: str
-    status: LicenseStatus
-    stage: Stage
-    starts_at: str | None
-    ends_at: str | None
-    grace_s: int
-    grace_ends_at: str | None
-    renewal_period: str | None
-    auto_renew: bool
-    cancels: bool
-    planned: dict[str, Any] | None
-    addons: dict[str, int]
-    overrides: dict[str, Amount]
-    grants: list[dict[str, Any]]
-    revision: int
-    updated_at: str
+    tenant: Tenant
+    plan: str = said("The name of its plan")
+    status: LicenseStatus = said("As it was set")
+    stage: Stage = said("Where it is in its life, by the clock of the server")
+    starts_at: Instant | None = said("When the term begins; null for always")
+    ends_at: Instant | None = said("When the term ends, exclusive; null for never")
+    grace_s: int = said("Seconds after the end in which it goes on answering", minimum=0, maximum=GRACE_S_MAX)
+    grace_ends_at: Instant | None = said("When it stops answering; null without grace")
+    renewal_period: Literal["day", "week", "month", "year"] | None = said("By which it is renewed; null for none")
+    auto_renew: bool = said("It is renewed by itself, an hour before its end")
+    cancels: bool = said("It ends with its term, without renewal and grace")
+    planned: PlannedView | None = said("A change of plan that is to come; null for none")
+    addons: dict[str, Annotated[Count, said("How often it is held")]] = said("Add-on plans by name")
+    overrides: dict[str, Amount] = said("Amounts of limits by key instead of the plan's: units, or money for a budget")
+    grants: list[GrantView] = said("With those that ended lately")
+    revision: Revision
+    updated_at: Annotated[Instant, said("When it was last changed")]
 
 
 class LicensePage(BaseModel):
     """Licenses by tenant. ``next`` is the ``after`` of the next page, ``null`` on the last."""
 
-    items: list[LicenseView]
-    next: str | None
+    items: list[LicenseView] = said("By tenant")
+    next: str | None = said("The `after` of the next page; null on the last")
 
 
 @router.post("", status_code=201, response_model=LicenseView)

@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 
 from licet.wire.signing import VerificationError, Verifier
 from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.fields import Count, Generation, Instant, MonthName, Sha256, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.control_plane import ControlPlane
@@ -30,6 +31,7 @@ from licet_control_plane.store.schema import events
 
 router = v1_router(tag="months")
 
+GZIP: Final = "application/gzip"
 FORMAT: Final = "licet-ledger-month/1"
 PAGE_ROWS: Final = 5_000
 DROP_S_MAX: Final = 5.0
@@ -37,7 +39,48 @@ DROP_S_MAX: Final = 5.0
 _GZIP: Final = 16 + zlib.MAX_WBITS
 
 
-@router.get("/ledger/months")
+class MonthView(BaseModel):
+    """A month of the ledger."""
+
+    month: MonthName
+    events: Annotated[Count, said("In the ledger")]
+    closed: bool = said("It ended more than 7 days ago")
+    exported_at: Instant | None = said("When the newest export arrived; null for none")
+    exported: Annotated[Count, said("Events of the newest export")]
+    sha256: Sha256 | None = said("Of the newest export; null for none")
+    dropped: Annotated[Count, said("Events that left the ledger")]
+    dropped_at: Instant | None = said("When the last did; null for none")
+
+
+class MonthList(BaseModel):
+    """Every month with events, or that had them."""
+
+    items: list[MonthView] = said("The newest first")
+
+
+class ConfirmedExport(BaseModel):
+    """An export that arrived."""
+
+    month: MonthName
+    events: Count
+    sha256: Annotated[Sha256, said("Of its lines but the last")]
+
+
+class DroppedMonth(BaseModel):
+    """A month of which something left the ledger."""
+
+    month: MonthName
+    done: bool = said("Nothing is left to be dropped; if not, ask again")
+    events: Annotated[Count, said("That this request dropped; once it is done, that were dropped in all")]
+
+
+class RestoredLedger(BaseModel):
+    """The ledger after a restore."""
+
+    ledger_generation: Generation
+
+
+@router.get("/ledger/months", response_model=MonthList)
 async def list_months(request: Request) -> dict[str, Any]:
     """Every month with events, or that had them, newest first."""
     plane = plane_of(request)
@@ -59,7 +102,7 @@ async def list_months(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/ledger/months/{month}/export")
+@router.get("/ledger/months/{month}/export", response_class=StreamingResponse, responses={200: {"content": {GZIP: {}}}})
 async def export_month(request: Request, month: str) -> StreamingResponse:
     """A closed month as gzipped JSON Lines: a header, the logs, the events, and a signed end, to be posted back.
 
@@ -71,7 +114,7 @@ async def export_month(request: Request, month: str) -> StreamingResponse:
         raise _refused(MonthRefused(f"{wanted} is not closed", "A month is closed 7 days after its end (UTC)."))
     return StreamingResponse(
         _compressed(_lines(plane, wanted)),
-        media_type="application/gzip",
+        media_type=GZIP,
         headers={"Content-Disposition": f'attachment; filename="ledger-{wanted}.jsonl.gz"'},
     )
 
@@ -84,7 +127,7 @@ class ExportEnd(BaseModel):
     signed: str
 
 
-@router.post("/ledger/months/{month}/exports")
+@router.post("/ledger/months/{month}/exports", response_model=ConfirmedExport)
 async def confirm_export(
     request: Request, month: str, body: ExportEnd, caller: Annotated[Caller, Depends(authenticate)]
 ) -> dict[str, Any]:
@@ -104,7 +147,7 @@ async def confirm_export(
     return {"month": str(wanted), "events": export.events, "sha256": export.sha256}
 
 
-@router.post("/ledger/months/{month}/drop")
+@router.post("/ledger/months/{month}/drop", response_model=DroppedMonth)
 async def drop_month(request: Request, month: str, caller: Annotated[Caller, Depends(authenticate)]) -> dict[str, Any]:
     """Drop what the newest export of a closed month holds. Ask again until it is ``done``; each answer says how many
     events this request dropped."""
@@ -128,7 +171,7 @@ async def drop_month(request: Request, month: str, caller: Annotated[Caller, Dep
     return {"month": str(wanted), "done": True, "events": total}
 
 
-@router.post("/ledger/restored")
+@router.post("/ledger/restored", response_model=RestoredLedger)
 async def ledger_restored(request: Request, caller: Annotated[Caller, Depends(authenticate)]) -> dict[str, Any]:
     """The database was restored from a backup: sidecars send again what they hold, and declare the rest lost."""
     plane = plane_of(request)

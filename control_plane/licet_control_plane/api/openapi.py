@@ -98,6 +98,7 @@ def _complete(found: dict[str, Any]) -> dict[str, Any]:
         for method, operation in item.items():
             assert operation["operationId"] not in ids, f"two operations are called {operation['operationId']}"
             ids.add(operation["operationId"])
+            _only_models(operation["responses"])
             operation["responses"].pop("422", None)
             if not path.startswith("/v1/"):
                 continue
@@ -109,6 +110,15 @@ def _complete(found: dict[str, Any]) -> dict[str, Any]:
             if method == "post":
                 operation.setdefault("parameters", []).append(_IDEMPOTENCY_KEY)
     return found
+
+
+def _only_models(responses: dict[str, Any]) -> None:
+    """Of what is not JSON, FastAPI says that it is a string, beside the model that describes it."""
+    for answer in responses.values():
+        for content in answer.get("content", {}).values():
+            schema = content.get("schema", {})
+            if "$ref" in schema:
+                content["schema"] = {"$ref": schema["$ref"]}
 
 
 _IDEMPOTENCY_KEY: Final = {

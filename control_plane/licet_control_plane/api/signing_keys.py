@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict
 
 from licet.wire.signing import SigningKey, key_id_of
 from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.fields import Count, Instant, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.audit_keeper import HeadUnreadable
@@ -33,7 +34,28 @@ class Forced(BaseModel):
     force: bool = False
 
 
-@router.get("")
+class SigningKeyView(BaseModel):
+    """A key that signs, signed, or will sign what is published."""
+
+    id: str = said("A digest of the public key")
+    public_key: str = said("ed25519: and base64, as sidecars are given it")
+    state: Literal["next", "active", "previous", "retired"] = said("Only the active one signs")
+    created_at: Instant
+    activated_at: Instant | None = said("Since when it signs; null for never")
+    resigned_at: Instant | None = said("When all that is published was signed with it; null while it is not")
+    retired_at: Instant | None = said("When its private half was destroyed; null for never")
+    trusted_by: Annotated[Count, said("How many live sidecars trust it")]
+    not_trusted_by: Annotated[Count, said("How many live sidecars do not")]
+
+
+class SigningKeyList(BaseModel):
+    """Every key there ever was."""
+
+    items: list[SigningKeyView] = said("In the order in which they were made")
+    trust: list[str] = said("The public keys that sidecars should have now")
+
+
+@router.get("", response_model=SigningKeyList)
 async def list_signing_keys(request: Request) -> dict[str, Any]:
     """Every key there ever was, and ``trust``: the public keys that sidecars should have now."""
     plane = plane_of(request)
@@ -41,7 +63,7 @@ async def list_signing_keys(request: Request) -> dict[str, Any]:
     return {"items": [_described(plane, one) for one in plane.key.stored], "trust": plane.key.trusted}
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, response_model=SigningKeyView)
 async def generate_signing_key(request: Request, caller: Annotated[Caller, Depends(authenticate)]) -> dict[str, Any]:
     """Make the next key. Nothing is signed with it yet: sidecars are to be given its public half first."""
     plane = plane_of(request)
@@ -55,7 +77,7 @@ async def generate_signing_key(request: Request, caller: Annotated[Caller, Depen
     return _described(plane, made)
 
 
-@router.post("/rotate")
+@router.post("/rotate", response_model=SigningKeyView)
 async def rotate_signing_keys(
     request: Request, body: Forced, caller: Annotated[Caller, Depends(authenticate)]
 ) -> dict[str, Any]:
@@ -77,7 +99,7 @@ async def rotate_signing_keys(
     return _described(plane, active)
 
 
-@router.post("/{key}/retire")
+@router.post("/{key}/retire", response_model=SigningKeyView)
 async def retire_signing_key(
     request: Request, key: str, body: Forced, caller: Annotated[Caller, Depends(authenticate)]
 ) -> dict[str, Any]:

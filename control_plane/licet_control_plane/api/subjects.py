@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Request
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
 from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
-from licet_control_plane.api.proof import JSON_LINES
+from licet_control_plane.api.events import EventView
+from licet_control_plane.api.fields import Count, Tenant, said, sometimes
+from licet_control_plane.api.json_lines import JsonLines, lines_of
 from licet_control_plane.archive.files import ArchiveDamaged, ArchiveUnavailable
 from licet_control_plane.archive.follower import Archive
 from licet_control_plane.core.event_view import event_json
@@ -38,8 +39,23 @@ class SubjectName(BaseModel):
     id: Annotated[str, Field(min_length=1, max_length=NAME_CHARS_MAX)]
 
 
-@router.post("/tenants/{tenant}/subjects/export")
-async def export_subject(request: Request, tenant: str, body: SubjectName) -> StreamingResponse:
+class ExportedEvent(EventView):
+    """An event about somebody."""
+
+    conflict: bool = said("It came again under a number that was recorded otherwise, and is in no sum")
+
+
+class ErasedView(BaseModel):
+    """What was destroyed."""
+
+    tenant: Tenant
+    subjects: list[int] = said("Numbers under which the ledger knew them")
+    events: Annotated[Count, said("That said who it was")]
+    archive: str = sometimes("`erased`, or `waits:` and why; left out without an archive")
+
+
+@router.post("/tenants/{tenant}/subjects/export", response_class=JsonLines, responses=lines_of(ExportedEvent))
+async def export_subject(request: Request, tenant: str, body: SubjectName) -> JsonLines:
     """Every event about somebody, those in which others acted on their behalf included, as JSON Lines by time."""
     plane = plane_of(request)
 
@@ -56,10 +72,10 @@ async def export_subject(request: Request, tenant: str, body: SubjectName) -> St
             if after is None:
                 return
 
-    return StreamingResponse(lines(), media_type=JSON_LINES)
+    return JsonLines(lines())
 
 
-@router.post("/tenants/{tenant}/subjects/erase")
+@router.post("/tenants/{tenant}/subjects/erase", response_model=ErasedView, response_model_exclude_unset=True)
 async def erase_subject(
     request: Request, tenant: str, body: SubjectName, caller: Annotated[Caller, Depends(authenticate)]
 ) -> dict[str, Any]:
