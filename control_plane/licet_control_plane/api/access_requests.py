@@ -7,8 +7,6 @@ same person saying the same again gets the same answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Query, Request
@@ -22,7 +20,7 @@ from licet_control_plane.api.fields import Count, Instant, Revision, Tenant, sai
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.core import access_requests as core
-from licet_control_plane.core.access_requests import AccessRequest, NotAllowed, NotPossible, Principal, Terms
+from licet_control_plane.core.access_requests import AccessRequest, Terms
 from licet_control_plane.store import access_requests as store
 from licet_control_plane.store.access_requests import Cursor, StoredRequest
 
@@ -119,6 +117,41 @@ class AccessRequestPage(BaseModel):
     next_cursor: str | None = said("The `cursor` of the next page; null on the last")
 
 
+def known_id(request_id: str) -> str:
+    """The id in an address.
+
+    Raises:
+        RequestUnknown: nothing can have it.
+    """
+    if not _ID.fullmatch(request_id):
+        raise RequestUnknown(request_id)
+    return request_id
+
+
+class DecidedCase:
+    """What every decision has: the request it is about, and who decides. A dependency of routes with
+    ``{request_id}``."""
+
+    def __init__(
+        self,
+        request: Request,
+        request_id: Annotated[str, Depends(known_id)],
+        caller: Annotated[Caller, Depends(authenticate)],
+    ) -> None:
+        plane = plane_of(request)
+        self.desk = plane.access_desk
+        self.id = request_id
+        self.by = principal(caller.name, caller.role.value, plane.config.approver_groups)
+        self._now_s = plane.now_s
+
+    def answer(self, made: StoredRequest) -> dict[str, Any]:
+        """The request as it is now."""
+        return described(made, int(self._now_s() * 1_000_000))
+
+
+Case = Annotated[DecidedCase, Depends()]
+
+
 @router.get("", response_model=AccessRequestPage)
 async def list_requests(
     request: Request,
@@ -146,47 +179,31 @@ async def list_requests(
 
 
 @router.get("/{request_id}", response_model=AccessRequestView)
-async def get_request(request: Request, request_id: str) -> dict[str, Any]:
+async def get_request(request: Request, request_id: Annotated[str, Depends(known_id)]) -> dict[str, Any]:
     """One request."""
     plane = plane_of(request)
-    with _as_problems(request_id):
-        found = await plane.database.read(store.get, request_id)
-        if found is None:
-            raise RequestUnknown(request_id)
+    found = await plane.database.read(store.get, request_id)
+    if found is None:
+        raise RequestUnknown(request_id)
     return described(found, int(plane.now_s() * 1_000_000))
 
 
 @router.post("/{request_id}/approve", response_model=AccessRequestView)
-async def approve(
-    request: Request, request_id: str, body: Approval, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def approve(body: Approval, case: Case) -> dict[str, Any]:
     """Say yes. Nobody approves their own request."""
-    plane = plane_of(request)
-    with _as_problems(request_id):
-        made = await plane.access_desk.approve(request_id, _principal(request, caller), body.terms(), body.reason)
-    return described(made, int(plane.now_s() * 1_000_000))
+    return case.answer(await case.desk.approve(case.id, case.by, body.terms(), body.reason))
 
 
 @router.post("/{request_id}/deny", response_model=AccessRequestView)
-async def deny(
-    request: Request, request_id: str, body: Reason, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def deny(body: Reason, case: Case) -> dict[str, Any]:
     """Say no: one is enough."""
-    plane = plane_of(request)
-    with _as_problems(request_id):
-        made = await plane.access_desk.deny(request_id, _principal(request, caller), body.reason)
-    return described(made, int(plane.now_s() * 1_000_000))
+    return case.answer(await case.desk.deny(case.id, case.by, body.reason))
 
 
 @router.post("/{request_id}/revoke", response_model=AccessRequestView)
-async def revoke(
-    request: Request, request_id: str, body: Reason, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def revoke(body: Reason, case: Case) -> dict[str, Any]:
     """Take an approval back. What was used under it stays used."""
-    plane = plane_of(request)
-    with _as_problems(request_id):
-        made = await plane.access_desk.revoke(request_id, _principal(request, caller), body.reason)
-    return described(made, int(plane.now_s() * 1_000_000))
+    return case.answer(await case.desk.revoke(case.id, case.by, body.reason))
 
 
 def described(stored: StoredRequest, now_us: int) -> dict[str, Any]:
@@ -227,10 +244,6 @@ def _stage(one: AccessRequest) -> dict[str, Any]:
     }
 
 
-def _principal(request: Request, caller: Caller) -> Principal:
-    return principal(caller.name, caller.role.value, plane_of(request).config.approver_groups)
-
-
 def _cursor(text: str) -> Cursor | None:
     if not text:
         return None
@@ -238,19 +251,3 @@ def _cursor(text: str) -> Cursor | None:
     if not _DIGITS.fullmatch(at) or not _ID.fullmatch(id_):
         raise Problem(422, f"cursor: {text!r} is not one.", "Use the next_cursor of the page before.")
     return Cursor(int(at), id_)
-
-
-@contextmanager
-def _as_problems(request_id: str) -> Iterator[None]:
-    try:
-        if not _ID.fullmatch(request_id):
-            raise RequestUnknown(request_id)
-        yield
-    except RequestUnknown as error:
-        raise Problem(
-            404, f"There is no access request {str(error)!r}.", "GET /v1/access-requests lists them."
-        ) from error
-    except NotAllowed as error:
-        raise Problem(403, f"{error}.", error.fix) from error
-    except NotPossible as error:
-        raise Problem(409, f"{error}.", error.fix) from error

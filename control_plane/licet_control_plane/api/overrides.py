@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from licet.domain.approvals import OverrideEffect
 from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
 from licet_control_plane.api.fields import By, Instant, Revision, said
-from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.override_desk import OverrideAsked, OverrideUnknown
 from licet_control_plane.store import overrides
@@ -98,12 +97,9 @@ async def clear_override(
 ) -> dict[str, Any]:
     """End an override now."""
     plane = plane_of(request)
-    try:
-        if not _ID.fullmatch(override_id):
-            raise OverrideUnknown(override_id)
-        stored, revision = await plane.override_desk.clear(override_id, by=caller.name)
-    except OverrideUnknown as error:
-        raise Problem(404, f"There is no override {override_id!r}.", "GET /v1/overrides lists them.") from error
+    if not _ID.fullmatch(override_id):
+        raise OverrideUnknown(override_id)
+    stored, revision = await plane.override_desk.clear(override_id, by=caller.name)
     return {**described(stored, int(plane.now_s() * 1_000_000)), "revision": revision}
 
 
