@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from licet.domain.approvals import TEXT_CHARS_MAX, RequestState
 from licet_control_plane.access_desk import RequestUnknown, principal
 from licet_control_plane.api.amounts import Amount
-from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, TenantAsked, plane_of, v1_router
 from licet_control_plane.api.fields import Count, Instant, Revision, Tenant, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
@@ -136,17 +136,17 @@ class DecidedCase:
         self,
         request: Request,
         request_id: Annotated[str, Depends(known_id)],
-        caller: Annotated[Caller, Depends(authenticate)],
+        caller: CallerAsked,
     ) -> None:
         plane = plane_of(request)
         self.desk = plane.access_desk
         self.id = request_id
         self.by = principal(caller.name, caller.role.value, plane.config.approver_groups)
-        self._now_s = plane.now_s
+        self._now_us = plane.now_us
 
     def answer(self, made: StoredRequest) -> dict[str, Any]:
         """The request as it is now."""
-        return described(made, int(self._now_s() * 1_000_000))
+        return described(made, self._now_us())
 
 
 Case = Annotated[DecidedCase, Depends()]
@@ -162,7 +162,7 @@ async def list_requests(
 ) -> dict[str, Any]:
     """Requests, the last asked first; of one tenant, or in one state."""
     plane = plane_of(request)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     found = await plane.database.read(
         store.page,
         tenant=tenant,
@@ -185,7 +185,7 @@ async def get_request(request: Request, request_id: Annotated[str, Depends(known
     found = await plane.database.read(store.get, request_id)
     if found is None:
         raise RequestUnknown(request_id)
-    return described(found, int(plane.now_s() * 1_000_000))
+    return described(found, plane.now_us())
 
 
 @router.post("/{request_id}/approve", response_model=AccessRequestView)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Request
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from licet.domain.ids import TENANT_PATTERN
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, storable, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, storable, v1_router
 from licet_control_plane.api.fields import Instant, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us, parse_us
@@ -62,12 +62,10 @@ class KeyList(BaseModel):
 
 
 @router.post("", status_code=201, response_model=CreatedKey)
-async def create_key(
-    request: Request, body: NewKey, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def create_key(request: Request, body: NewKey, caller: CallerAsked) -> dict[str, Any]:
     """Make a key. ``key`` is in this answer and in no other: only its hash is kept."""
     plane = plane_of(request)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     if body.tenant and not TENANT_PATTERN.fullmatch(body.tenant):
         raise Problem(422, f"tenant: {body.tenant!r} cannot name a tenant.", "Look at the spelling.")
     if body.tenant and body.role is Role.SIDECAR:
@@ -96,15 +94,15 @@ async def create_key(
 async def list_keys(request: Request) -> dict[str, Any]:
     """Every key there ever was, without its text: revoked and expired ones stay, as the audit trail names them."""
     plane = plane_of(request)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     return {"items": [_described(key, now_us) for key in await plane.database.read(access.keys)]}
 
 
 @router.delete("/{key}", response_model=KeyView)
-async def revoke_key(request: Request, key: str, caller: Annotated[Caller, Depends(authenticate)]) -> dict[str, Any]:
+async def revoke_key(request: Request, key: str, caller: CallerAsked) -> dict[str, Any]:
     """Revoke a key, by its id or its name: the next request with it is refused, by every control plane."""
     plane = plane_of(request)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     try:
         revoked = await plane.database.write(access.revoke_key, storable(key, "key"), by=caller.name, now_us=now_us)
     except KeyUnknown as error:

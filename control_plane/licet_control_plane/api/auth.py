@@ -174,6 +174,7 @@ def storable(text: str, name: str) -> str:
     return text
 
 
+CallerAsked = Annotated[Caller, Depends(authenticate)]
 TenantAsked = Annotated[str, Depends(tenant_asked)]
 
 
@@ -234,7 +235,7 @@ async def _found(plane: ControlPlane, credential: str) -> Caller | None:
         return await _bearer(plane.issuer, credential)
     if is_mistyped(credential):
         return None
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     key = await plane.database.read(access.find, credential, now_us=now_us)
     if key is None:
         return None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Query, Request, Response
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
 from licet.domain.catalog import Catalog
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
 from licet_control_plane.api.bundles import (
     DocumentFile,
     DocumentName,
@@ -178,7 +178,7 @@ async def rollback(
     response: Response,
     revision: int,
     body: Rollback,
-    caller: Annotated[Caller, Depends(authenticate)],
+    caller: CallerAsked,
 ) -> dict[str, Any]:
     """Publish the content of an older bundle as a new revision, in the mode it had; revisions only grow.
 

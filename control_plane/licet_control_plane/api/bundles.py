@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Request, Response
+from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from licet.domain.catalog import Catalog
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
 from licet_control_plane.api.fields import Generation, Instant, Revision, Sha256, SidecarId, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
@@ -111,9 +111,7 @@ class RolloutView(BaseModel):
 
 
 @router.post("/bundles", response_model=PushedView, responses={201: {"model": PushedView}})
-async def push_bundle(
-    request: Request, response: Response, push: BundlePush, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def push_bundle(request: Request, response: Response, push: BundlePush, caller: CallerAsked) -> dict[str, Any]:
     """Validate a bundle as a whole and publish it; 201 for a new revision, 200 when it is the current one already."""
     files = [(file.path, file.content) for file in push.documents]
     catalog, warnings = await validated(files)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Request, Response
+from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, StrictInt
 
 from licet.domain.catalog import Grant
 from licet_control_plane.api.amounts import Amount
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
 from licet_control_plane.api.fields import Instant, Revision, Tenant, said
 from licet_control_plane.api.times import format_s, parse_s
 from licet_control_plane.changes import LicenseUnknown
@@ -86,7 +86,7 @@ class RevokedGrant(BaseModel):
 
 @router.post("", status_code=201, response_model=AddedGrant, responses={200: {"model": AddedGrant}})
 async def add_grant(
-    request: Request, response: Response, tenant: str, body: NewGrant, caller: Annotated[Caller, Depends(authenticate)]
+    request: Request, response: Response, tenant: str, body: NewGrant, caller: CallerAsked
 ) -> dict[str, Any]:
     """Add a grant; 200 when it is there already, by its ``id``."""
     plane = plane_of(request)
@@ -108,9 +108,7 @@ async def list_grants(request: Request, tenant: str) -> dict[str, Any]:
 
 
 @router.delete("/{grant_id}", response_model=RevokedGrant)
-async def revoke_grant(
-    request: Request, tenant: str, grant_id: str, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def revoke_grant(request: Request, tenant: str, grant_id: str, caller: CallerAsked) -> dict[str, Any]:
     """Take a grant away. What was used of it stays used."""
     stored = await plane_of(request).changes.revoke_grant(tenant, grant_id, by=caller.name)
     return {"tenant": tenant, "id": grant_id, "revision": stored.revision}

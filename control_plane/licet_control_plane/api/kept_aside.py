@@ -7,14 +7,14 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Query, Request
+from fastapi import Query, Request
 from pydantic import BaseModel
 from sqlalchemy import Row
 
 from licet.domain.outcomes import Effect, Reason
 from licet.wire.envelope import EnvelopeError
 from licet.wire.usage import UsageBatch, UsageEvent, unpack_event
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
 from licet_control_plane.api.fields import Count, Instant, LogId, Seq, said, sometimes
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
@@ -148,9 +148,7 @@ async def get_dead_letter(request: Request, number: int, raw: bool = False) -> d
 
 
 @router.post("/usage/dead-letters/{number}/retry", response_model=RetriedLetter)
-async def retry_dead_letter(
-    request: Request, number: int, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def retry_dead_letter(request: Request, number: int, caller: CallerAsked) -> dict[str, Any]:
     """Record it now, by the same transaction as what comes by the stream."""
     plane = plane_of(request)
     row = await _waiting(request, number)
@@ -174,9 +172,7 @@ async def retry_dead_letter(
 
 
 @router.delete("/usage/dead-letters/{number}", response_model=DroppedLetter)
-async def drop_dead_letter(
-    request: Request, number: int, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def drop_dead_letter(request: Request, number: int, caller: CallerAsked) -> dict[str, Any]:
     """Give it up: its bytes are discarded, its digest and reason stay; its events are declared lost."""
     plane = plane_of(request)
     row = await _waiting(request, number)

@@ -13,7 +13,7 @@ from licet.domain.catalog import License, LicenseStatus
 from licet.domain.windows import Period
 from licet_control_plane.api import grants
 from licet_control_plane.api.amounts import Amount
-from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, TenantAsked, plane_of, v1_router
 from licet_control_plane.api.fields import Count, Instant, Revision, Tenant, said
 from licet_control_plane.api.grants import GrantView
 from licet_control_plane.api.problems import Problem
@@ -173,7 +173,7 @@ class LicenseEdit:
         request: Request,
         response: Response,
         tenant: str,
-        caller: Annotated[Caller, Depends(authenticate)],
+        caller: CallerAsked,
         if_match: Annotated[str | None, Header(description=_IF_MATCH)] = None,
     ) -> None:
         self.changes = plane_of(request).changes
@@ -205,9 +205,7 @@ Edit = Annotated[LicenseEdit, Depends()]
 
 
 @router.post("", status_code=201, response_model=LicenseView)
-async def create_license(
-    request: Request, response: Response, body: NewLicense, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def create_license(request: Request, response: Response, body: NewLicense, caller: CallerAsked) -> dict[str, Any]:
     """Give a tenant its license."""
     plane = plane_of(request)
     caller.confine(body.tenant)
@@ -236,9 +234,7 @@ async def list_licenses(
 
 
 @router.post("/import", response_model=LicensesImported)
-async def import_licenses(
-    request: Request, body: LicensesToImport, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def import_licenses(request: Request, body: LicensesToImport, caller: CallerAsked) -> dict[str, Any]:
     """Make many licenses what the body says, all or none: each as ``PUT /v1/licenses/{tenant}`` would."""
     plane = plane_of(request)
     rows = [(caller.confine(row.tenant), row.fields()) for row in body.licenses]

@@ -12,13 +12,13 @@ import zlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
 
-from fastapi import Depends, Request
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection
 
 from licet.wire.signing import VerificationError, Verifier
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
 from licet_control_plane.api.fields import Count, Generation, Instant, MonthName, Sha256, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
@@ -84,7 +84,7 @@ class RestoredLedger(BaseModel):
 async def list_months(request: Request) -> dict[str, Any]:
     """Every month with events, or that had them, newest first."""
     plane = plane_of(request)
-    found = await plane.database.read(retention.months, now_us=_now_us(plane))
+    found = await plane.database.read(retention.months, now_us=plane.now_us())
     return {
         "items": [
             {
@@ -110,7 +110,7 @@ async def export_month(request: Request, month: str) -> StreamingResponse:
     """
     plane = plane_of(request)
     wanted = _month(month)
-    if not retention.is_closed(wanted, _now_us(plane)):
+    if not retention.is_closed(wanted, plane.now_us()):
         raise _refused(MonthRefused(f"{wanted} is not closed", "A month is closed 7 days after its end (UTC)."))
     return StreamingResponse(
         _compressed(_lines(plane, wanted)),
@@ -128,9 +128,7 @@ class ExportEnd(BaseModel):
 
 
 @router.post("/ledger/months/{month}/exports", response_model=ConfirmedExport)
-async def confirm_export(
-    request: Request, month: str, body: ExportEnd, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def confirm_export(request: Request, month: str, body: ExportEnd, caller: CallerAsked) -> dict[str, Any]:
     """An export has arrived, whole, and is kept. Only then may the month be dropped."""
     plane = plane_of(request)
     wanted = _month(month)
@@ -141,19 +139,19 @@ async def confirm_export(
     if export.deployment != plane.deployment:
         raise Problem(422, "signed: it is the export of another deployment.", "Send that of this one.")
     try:
-        await plane.database.write(retention.record_export, export, by=caller.name, now_us=_now_us(plane))
+        await plane.database.write(retention.record_export, export, by=caller.name, now_us=plane.now_us())
     except MonthRefused as error:
         raise _refused(error) from error
     return {"month": str(wanted), "events": export.events, "sha256": export.sha256}
 
 
 @router.post("/ledger/months/{month}/drop", response_model=DroppedMonth)
-async def drop_month(request: Request, month: str, caller: Annotated[Caller, Depends(authenticate)]) -> dict[str, Any]:
+async def drop_month(request: Request, month: str, caller: CallerAsked) -> dict[str, Any]:
     """Drop what the newest export of a closed month holds. Ask again until it is ``done``; each answer says how many
     events this request dropped."""
     plane = plane_of(request)
     wanted = _month(month)
-    now_us = _now_us(plane)
+    now_us = plane.now_us()
     database = plane.database
     _behind(plane)
     until_s = time.monotonic() + DROP_S_MAX
@@ -172,10 +170,10 @@ async def drop_month(request: Request, month: str, caller: Annotated[Caller, Dep
 
 
 @router.post("/ledger/restored", response_model=RestoredLedger)
-async def ledger_restored(request: Request, caller: Annotated[Caller, Depends(authenticate)]) -> dict[str, Any]:
+async def ledger_restored(request: Request, caller: CallerAsked) -> dict[str, Any]:
     """The database was restored from a backup: sidecars send again what they hold, and declare the rest lost."""
     plane = plane_of(request)
-    generation = await plane.database.write(_start_ledger_generation, by=caller.name, now_us=_now_us(plane))
+    generation = await plane.database.write(_start_ledger_generation, by=caller.name, now_us=plane.now_us())
     return {"ledger_generation": generation}
 
 
@@ -291,7 +289,3 @@ def _month(text: str) -> Month:
 
 def _refused(error: MonthRefused) -> Problem:
     return Problem(409, f"{error}.", error.fix)
-
-
-def _now_us(plane: ControlPlane) -> int:
-    return int(plane.now_s() * 1_000_000)

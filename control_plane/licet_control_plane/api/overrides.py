@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Query, Request, Response
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from licet.domain.approvals import OverrideEffect
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
 from licet_control_plane.api.fields import By, Instant, Revision, said
 from licet_control_plane.api.times import format_us
 from licet_control_plane.override_desk import OverrideAsked, OverrideUnknown
@@ -68,9 +68,7 @@ class OverrideList(BaseModel):
 
 
 @router.post("", status_code=201, response_model=ChangedOverride, responses={200: {"model": ChangedOverride}})
-async def set_override(
-    request: Request, response: Response, body: NewOverride, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def set_override(request: Request, response: Response, body: NewOverride, caller: CallerAsked) -> dict[str, Any]:
     """Put an override in force; 200 when it is there already, by its ``id``."""
     plane = plane_of(request)
     asked = OverrideAsked(
@@ -79,28 +77,26 @@ async def set_override(
     stored, revision, new = await plane.override_desk.set(asked, by=caller.name)
     if not new:
         response.status_code = 200
-    return {**described(stored, int(plane.now_s() * 1_000_000)), "revision": revision}
+    return {**described(stored, plane.now_us()), "revision": revision}
 
 
 @router.get("", response_model=OverrideList)
 async def list_overrides(request: Request, limit: Annotated[int, Query(ge=1, le=LIST_MAX)] = 100) -> dict[str, Any]:
     """Overrides, the last set first, those that are over included."""
     plane = plane_of(request)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     found = await plane.database.read(overrides.newest, limit)
     return {"items": [described(one, now_us) for one in found]}
 
 
 @router.delete("/{override_id}", response_model=ChangedOverride)
-async def clear_override(
-    request: Request, override_id: str, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def clear_override(request: Request, override_id: str, caller: CallerAsked) -> dict[str, Any]:
     """End an override now."""
     plane = plane_of(request)
     if not _ID.fullmatch(override_id):
         raise OverrideUnknown(override_id)
     stored, revision = await plane.override_desk.clear(override_id, by=caller.name)
-    return {**described(stored, int(plane.now_s() * 1_000_000)), "revision": revision}
+    return {**described(stored, plane.now_us()), "revision": revision}
 
 
 def described(stored: StoredOverride, now_us: int) -> dict[str, Any]:

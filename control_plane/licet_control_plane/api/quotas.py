@@ -7,13 +7,13 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Query, Request
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 
 from licet.domain.windows import FOREVER_S
 from licet.wire.registers import parts_of_marker
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
-from licet_control_plane.api.fields import Instant, SidecarId, Tenant, said, sometimes
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
+from licet_control_plane.api.fields import Instant, SidecarId, Tenant, said, sometimes, unchecked
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s
 from licet_control_plane.changes import LicenseUnknown
@@ -132,14 +132,14 @@ class ReclaimedView(BaseModel):
     next: str | None = said("The `after` of the next request; null when everything was looked at")
 
 
-@router.get("/tenants/{tenant}/quotas", response_model=QuotaPage, response_model_exclude_unset=True)
+@router.get("/tenants/{tenant}/quotas", response_model=QuotaPage)
 async def list_quotas(
     request: Request,
     tenant: str,
     key: str = "",
     after: str = "",
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
-) -> dict[str, Any]:
+) -> Response:
     """Quotas of a tenant whose window takes calls, by name; ``key``: of one limit only, and of its grants."""
     plane = plane_of(request)
     stored = await plane.database.read(licenses.get, tenant)
@@ -147,15 +147,17 @@ async def list_quotas(
     if mark is None and stored is None:
         raise LicenseUnknown(tenant)
     if mark is None:
-        return {
-            "tenant": tenant,
-            "phase": "missing",
-            "since": None,
-            "epoch": None,
-            "items": [],
-            "untouched": [],
-            "next": None,
-        }
+        return unchecked(
+            {
+                "tenant": tenant,
+                "phase": "missing",
+                "since": None,
+                "epoch": None,
+                "items": [],
+                "untouched": [],
+                "next": None,
+            }
+        )
     catalog = plane.publisher.catalog
     counting = Counting(stored.license if stored else None, catalog, limits_by_key(catalog))
     redis_now_s = await plane.registers.now_s()
@@ -199,20 +201,22 @@ async def list_quotas(
                 **_counted(seen, mark.amounts.get(limit_key), now_s),
             }
         )
-    return {
-        "tenant": tenant,
-        "phase": mark.phase,
-        "since": format_s(mark.since_ms / 1_000),
-        "epoch": mark.pair.epoch,
-        "revision": mark.revision,
-        "items": items,
-        "untouched": [
-            {"limit": name, "amount": amount}
-            for name, amount in sorted(mark.amounts.items())
-            if name not in touched and "#" not in name and _is_of(name, key)
-        ],
-        "next": page[-1] if len(rest) > len(page) else None,
-    }
+    return unchecked(
+        {
+            "tenant": tenant,
+            "phase": mark.phase,
+            "since": format_s(mark.since_ms / 1_000),
+            "epoch": mark.pair.epoch,
+            "revision": mark.revision,
+            "items": items,
+            "untouched": [
+                {"limit": name, "amount": amount}
+                for name, amount in sorted(mark.amounts.items())
+                if name not in touched and "#" not in name and _is_of(name, key)
+            ],
+            "next": page[-1] if len(rest) > len(page) else None,
+        }
+    )
 
 
 def _is_of(limit_key: str, key: str) -> bool:
@@ -231,9 +235,7 @@ class ReclaimOrder(BaseModel):
 
 
 @router.post("/sidecars/{sidecar}/reclaim", response_model=ReclaimedView)
-async def reclaim(
-    request: Request, sidecar: str, body: ReclaimOrder, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def reclaim(request: Request, sidecar: str, body: ReclaimOrder, caller: CallerAsked) -> dict[str, Any]:
     """Take back what a sidecar that will not come back holds. Ask again with ``after`` while there is a ``next``."""
     plane = plane_of(request)
     name = _resolved(plane, sidecar)

@@ -53,7 +53,7 @@ async def snapshot(request: Request, asked: SnapshotRequest) -> Response:
         have=(asked.generation, asked.revision),
         known=asked.known,
         wanted=asked.wanted,
-        now_us=int(plane.now_s() * 1_000_000),
+        now_us=plane.now_us(),
         epoch=plane.quotas.epoch,
         live=plane.fleet.live_count(plane.now_s()),
     )

@@ -9,11 +9,11 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
 
-from fastapi import Depends, Request
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
 from licet_control_plane.api.events import EventView
 from licet_control_plane.api.fields import Count, Tenant, said, sometimes
 from licet_control_plane.api.json_lines import JsonLines, lines_of
@@ -76,14 +76,10 @@ async def export_subject(request: Request, tenant: str, body: SubjectName) -> Js
 
 
 @router.post("/tenants/{tenant}/subjects/erase", response_model=ErasedView, response_model_exclude_unset=True)
-async def erase_subject(
-    request: Request, tenant: str, body: SubjectName, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def erase_subject(request: Request, tenant: str, body: SubjectName, caller: CallerAsked) -> dict[str, Any]:
     """Destroy what the ledger holds about somebody. What was used stays counted and billed; who it was is gone."""
     plane = plane_of(request)
-    erased = await plane.database.write(
-        _erase, plane.ledger_key, tenant, body, by=caller.name, now_us=int(plane.now_s() * 1_000_000)
-    )
+    erased = await plane.database.write(_erase, plane.ledger_key, tenant, body, by=caller.name, now_us=plane.now_us())
     await plane.database.shred()
     answer: dict[str, Any] = {"tenant": tenant, "subjects": erased.numbers, "events": erased.events}
     if plane.archive is not None:

@@ -6,11 +6,11 @@ import secrets
 from dataclasses import asdict
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Query, Request, Response
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from sqlalchemy import Connection
 
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import Caller, CallerAsked, plane_of, v1_router
 from licet_control_plane.api.fields import By, Count, Instant, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
@@ -111,9 +111,7 @@ class Redelivered(BaseModel):
 
 
 @router.post("", status_code=201, response_model=CreatedWebhook)
-async def create_webhook(
-    request: Request, response: Response, body: NewWebhook, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def create_webhook(request: Request, response: Response, body: NewWebhook, caller: CallerAsked) -> dict[str, Any]:
     """Send events to an address from now on. The answer has the secret, once."""
     plane = plane_of(request)
     url = checked_url(body.url, private=plane.config.webhooks_private)
@@ -121,7 +119,7 @@ async def create_webhook(
     for event in events:
         if event not in TYPES:
             raise ChangeInvalid("events", f"there is no event {event!r}", did_you_mean(event, TYPES))
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     thresholds = tuple(sorted(set(body.thresholds)))
     made = Webhook(f"wh_{secrets.token_hex(8)}", url, events, thresholds, body.tenant, now_us, caller.name)
 
@@ -150,13 +148,11 @@ async def get_webhook(request: Request, webhook: str) -> dict[str, Any]:
 
 
 @router.delete("/{webhook}", response_model=WebhookView)
-async def delete_webhook(
-    request: Request, webhook: str, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def delete_webhook(request: Request, webhook: str, caller: CallerAsked) -> dict[str, Any]:
     """Send nothing to it any more. What was waiting is dropped."""
     plane = plane_of(request)
     found = await _found(plane, webhook)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
 
     def remove(connection: Connection) -> None:
         webhooks.remove(connection, webhook)
@@ -167,13 +163,11 @@ async def delete_webhook(
 
 
 @router.post("/{webhook}/enable", response_model=WebhookView)
-async def enable_webhook(
-    request: Request, webhook: str, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def enable_webhook(request: Request, webhook: str, caller: CallerAsked) -> dict[str, Any]:
     """Send to a webhook again that was disabled; what waits comes first."""
     plane = plane_of(request)
     found = await _found(plane, webhook)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
 
     def enable(connection: Connection) -> None:
         webhooks.enable(connection, webhook)
@@ -186,15 +180,13 @@ async def enable_webhook(
 
 
 @router.post("/{webhook}/test", response_model=WebhookView)
-async def test_webhook(
-    request: Request, webhook: str, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def test_webhook(request: Request, webhook: str, caller: CallerAsked) -> dict[str, Any]:
     """Send it ``webhook.test`` now; its deliveries say how that went."""
     plane = plane_of(request)
     found = await _found(plane, webhook)
     if found.disabled_at_us is not None:
         raise Problem(409, f"The webhook is disabled: {found.disabled_why}.", "Enable it first.")
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
 
     def send(connection: Connection) -> None:
         webhooks.announce(connection, TEST, found.tenant, {"webhook": webhook}, now_us=now_us, only=webhook)
@@ -221,13 +213,11 @@ async def list_deliveries(
 
 
 @router.post("/{webhook}/redeliver", response_model=Redelivered)
-async def redeliver(
-    request: Request, webhook: str, body: Redelivery, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def redeliver(request: Request, webhook: str, body: Redelivery, caller: CallerAsked) -> dict[str, Any]:
     """Send a message again, or all that failed for good."""
     plane = plane_of(request)
     await _found(plane, webhook)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
 
     def again(connection: Connection) -> int:
         messages = webhooks.again(connection, webhook, body.message, now_us=now_us)
