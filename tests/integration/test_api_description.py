@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from licet_control_plane.api import problems
 from tests.support.api_server import ApiServer, api_server
 from tests.support.valkey import ValkeyProcess
 
@@ -114,6 +116,16 @@ def test_every_answer_has_a_model_and_every_field_of_it_says_what_it_is(served: 
     ]
     assert not lacking, lacking
     assert all(schemas[name].get("description") for name in answered)
+
+
+def test_the_documentation_has_every_type_of_problem() -> None:
+    source = Path(problems.__file__).parent
+    kinds = {kind for path in source.glob("*.py") for kind in re.findall(r'kind="([a-z-]+)"', path.read_text())}
+    kinds |= {*problems.KINDS.values()} | set(
+        re.findall(r'"(access-request-[a-z]+)"', Path(problems.__file__).read_text())
+    )
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    assert [kind for kind in sorted(kinds) if f"`{kind}`" not in text] == []
 
 
 def _models(schema: Any, schemas: Any, found: frozenset[str] = frozenset()) -> set[str]:

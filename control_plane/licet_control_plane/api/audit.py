@@ -18,7 +18,7 @@ from licet_control_plane.api.fields import Base64, Count, Instant, InstantUs, Sh
 from licet_control_plane.api.json_lines import JsonLines, lines_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.proof import PROGRESS_S
-from licet_control_plane.api.times import format_us, parse_us
+from licet_control_plane.api.times import From, To, format_us, parse_us
 from licet_control_plane.audit_keeper import HeadUnreadable
 from licet_control_plane.core.audit_chain import Entry
 from licet_control_plane.store import audit_trail
@@ -111,8 +111,8 @@ async def list_entries(
     by: str = "",
     action: str = "",
     target: str = "",
-    from_: Annotated[str, Query(alias="from")] = "",
-    to: str = "",
+    from_: From = "",
+    to: To = "",
     before: Annotated[int | None, Query(ge=1, le=_LAST)] = None,
     after: Annotated[int | None, Query(ge=0, le=_LAST)] = None,
     limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = 100,

@@ -32,13 +32,19 @@ PROBLEM: Final[dict[str, Any]] = {
     "description": "An error as RFC 9457 has it. `type` is stable; `fix` says what to do.",
     "required": ["type", "title", "status", "detail", "fix"],
     "properties": {
-        "type": {"type": "string", "examples": ["urn:licet:problem:license-unknown"]},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "fix": {"type": "string"},
+        "type": {
+            "type": "string",
+            "description": "Stable, for programs: `docs/api.md` lists them",
+            "pattern": "^urn:licet:problem:[a-z-]+$",
+            "examples": ["urn:licet:problem:license-unknown"],
+        },
+        "title": {"type": "string", "description": "The name of the status"},
+        "status": {"type": "integer", "description": "The HTTP status"},
+        "detail": {"type": "string", "description": "What was wrong: a sentence for people"},
+        "fix": {"type": "string", "description": "What to do: sentences for people"},
         "errors": {
             "type": "array",
+            "description": "What is wrong with each document or field",
             "items": {
                 "type": "object",
                 "required": ["file", "line", "column", "path", "message", "fix"],

@@ -19,7 +19,7 @@ from licet_control_plane.api.auth import TenantAsked, plane_of, v1_router
 from licet_control_plane.api.events import EventView, Money
 from licet_control_plane.api.fields import Count, Currency, Instant, MoneyText, Units, said, sometimes, unchecked
 from licet_control_plane.api.problems import Problem
-from licet_control_plane.api.times import format_s, format_us, parse_us
+from licet_control_plane.api.times import From, To, format_s, format_us, parse_us
 from licet_control_plane.core.event_view import event_json
 from licet_control_plane.core.suggestion import did_you_mean
 from licet_control_plane.store import event_reports, usage_reports
@@ -29,8 +29,6 @@ from licet_control_plane.store.usage_reports import Interval, Order, Usage
 router = v1_router("/usage", tag="usage")
 
 E = TypeVar("E", bound=IntEnum)
-From = Annotated[str, Query(alias="from")]
-To = Annotated[str, Query()]
 
 GROUPS_PAGE_MAX: Final = 10_000
 EVENTS_PAGE_MAX: Final = 5_000
