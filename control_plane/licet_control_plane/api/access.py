@@ -32,12 +32,13 @@ class Reach(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """``records``: the action under which the audit trail has it, empty for what changes nothing; ``why`` not, of a
-    route that changes something all the same."""
+    """``records``: the action under which the audit trail has it, empty for what changes nothing; ``creates``: the one
+    when it makes what was not there. ``why`` not, of a route that changes something all the same."""
 
     need: Need
     reach: Reach
     records: str = ""
+    creates: str = ""
     why: str = ""
 
     @property
@@ -62,10 +63,10 @@ RULES: Final[dict[Route, Rule]] = {
     ("GET", "/v1/revisions/{revision}/rollout"): _READ,
     ("POST", "/v1/licenses"): Rule(Need.CHANGE, Reach.BODY, "license.create"),
     ("GET", "/v1/licenses"): Rule(Need.READ, Reach.FILTER),
-    ("POST", "/v1/licenses/import"): Rule(Need.CHANGE, Reach.BODY, "license.update"),
+    ("POST", "/v1/licenses/import"): Rule(Need.CHANGE, Reach.BODY, "license.update", "license.create"),
     ("GET", "/v1/licenses/{tenant}"): Rule(Need.READ, Reach.TENANT),
     ("PATCH", "/v1/licenses/{tenant}"): Rule(Need.CHANGE, Reach.TENANT, "license.update"),
-    ("PUT", "/v1/licenses/{tenant}"): Rule(Need.CHANGE, Reach.TENANT, "license.update"),
+    ("PUT", "/v1/licenses/{tenant}"): Rule(Need.CHANGE, Reach.TENANT, "license.update", "license.create"),
     ("POST", "/v1/licenses/{tenant}/suspend"): Rule(Need.CHANGE, Reach.TENANT, "license.suspend"),
     ("POST", "/v1/licenses/{tenant}/resume"): Rule(Need.CHANGE, Reach.TENANT, "license.resume"),
     ("POST", "/v1/licenses/{tenant}/cancel"): Rule(Need.CHANGE, Reach.TENANT, "license.cancel"),
