@@ -265,6 +265,7 @@ async def test_a_key_that_is_written_otherwise_is_the_same_caller(api: Api) -> N
 
 
 async def test_what_the_caller_has_already_is_not_sent_again(api: Api) -> None:
+    await api.running.headed((await api.client.get("/v1/licenses/acme")).json()["revision"])  # published meanwhile
     for path in ("/v1/licenses/acme", "/v1/plans/pro", "/v1/bundles/current"):
         first = await api.client.get(path)
         assert first.status_code == 200, path
