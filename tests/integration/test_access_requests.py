@@ -50,12 +50,12 @@ class Desk:
 
     def __init__(self, running: Deployment, keys: dict[str, str]) -> None:
         self.running = running
-        self._keys = keys
+        self.keys = keys
         self._http = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(running.plane)), base_url="http://licet")
         self._seq = 0
 
     async def __call__(self, method: str, path: str, *, by: str = "admin", **arguments: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {self._keys[by]}", **arguments.pop("headers", {})}
+        headers = {"Authorization": f"Bearer {self.keys[by]}", **arguments.pop("headers", {})}
         return await self._http.request(method, f"/v1{path}", headers=headers, **arguments)
 
     async def decide(self, what: str, id_: str = ID, *, by: str = "admin", **body: Any) -> httpx.Response:
@@ -120,7 +120,7 @@ async def any_desk(tmp_path: Path, valkey_process: ValkeyProcess, database_url: 
 @asynccontextmanager
 async def started(tmp_path: Path, valkey: ValkeyProcess, database_url: str = "") -> AsyncIterator[Desk]:
     async with deployment(tmp_path / "state", valkey.url, start=False, database_url=database_url) as running:
-        running.settings["approver_groups"] = {"finance": ("ben", "cora")}
+        running.settings["approver_groups"] = {"finance": ("ben", "cora", "fay")}
         running.settings["webhooks_private"] = True
         plane = await running.start()
         keys = {"admin": running.admin_key}
@@ -211,6 +211,25 @@ async def test_an_approval_is_signed_audited_and_idempotent_and_a_revocation_tak
     assert entry.limit_key not in limits_under(stored.license, content())
     assert await desk.audited("access_request.approve") == [("ben", f"acme/{ID}")]
     assert await desk.audited("access_request.revoke") == [("cora", f"acme/{ID}")]
+
+
+async def test_an_approver_of_one_tenant_decides_about_its_requests_and_finds_no_others(desk: Desk) -> None:
+    for name, tenant in (("fay", "acme"), ("mallory", "globex")):
+        desk.keys[name] = f"licet_{name}"
+        added = {"name": name, "role": "approver", "tenant": tenant, "key": desk.keys[name], "now_us": 1}
+        await desk.running.plane.database.write(access.add_key, **added)
+    await desk.asks()
+    await desk.opened()
+    bodies = {"approve": {"expires_after_s": 60}, "deny": {"reason": "no"}, "revoke": {"reason": "no"}}
+    for what, body in bodies.items():
+        hidden = await desk.decide(what, by="mallory", **body)
+        assert (hidden.status_code, hidden.json()["type"]) == (404, "urn:licet:problem:access-request-unknown")
+    assert (await desk("GET", f"/access-requests/{ID}", by="mallory")).status_code == 404
+    assert (await desk("GET", "/access-requests", by="mallory")).json()["items"] == []
+    assert (await desk("GET", f"/access-requests/{ID}", by="fay")).json()["state"] == "pending"
+    for what in ("approve", "revoke"):
+        assert (await desk.decide(what, by="fay", **bodies[what])).status_code == 200
+    assert await desk.audited("access_request.approve") == [("fay", f"acme/{ID}")]
 
 
 async def test_who_asked_who_is_not_named_and_who_has_no_such_role_are_refused(desk: Desk) -> None:
@@ -389,7 +408,7 @@ async def test_a_request_survives_a_control_plane_that_is_stopped_before_it_is_d
     await desk.running.stop()
     await desk.running.redis.flushall()
     await desk.running.start()
-    reborn = Desk(desk.running, desk._keys)
+    reborn = Desk(desk.running, desk.keys)
     approved = await reborn.decide("approve", by="ben", expires_after_s=3_600)
     assert approved.json()["state"] == "approved"
 

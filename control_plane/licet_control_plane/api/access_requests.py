@@ -128,20 +128,31 @@ def known_id(request_id: str) -> str:
     return request_id
 
 
+async def asked_for(
+    request: Request, request_id: Annotated[str, Depends(known_id)], caller: CallerAsked
+) -> StoredRequest:
+    """The request in an address.
+
+    Raises:
+        RequestUnknown: there is none, or it is of a tenant that the caller does not reach.
+    """
+    found = await plane_of(request).database.read(store.get, request_id)
+    if found is None or caller.tenant not in ("", found.request.tenant):
+        raise RequestUnknown(request_id)
+    return found
+
+
 class DecidedCase:
     """What every decision has: the request it is about, and who decides. A dependency of routes with
     ``{request_id}``."""
 
     def __init__(
-        self,
-        request: Request,
-        request_id: Annotated[str, Depends(known_id)],
-        caller: CallerAsked,
+        self, request: Request, found: Annotated[StoredRequest, Depends(asked_for)], caller: CallerAsked
     ) -> None:
         plane = plane_of(request)
         self.desk = plane.access_desk
-        self.id = request_id
-        self.by = principal(caller.name, caller.role.value, plane.config.approver_groups)
+        self.id = found.request.id
+        self.by = principal(caller.name, caller.role.value, caller.tenant, plane.config.approver_groups)
         self._now_us = plane.now_us
 
     def answer(self, made: StoredRequest) -> dict[str, Any]:
@@ -179,13 +190,9 @@ async def list_requests(
 
 
 @router.get("/{request_id}", response_model=AccessRequestView)
-async def get_request(request: Request, request_id: Annotated[str, Depends(known_id)]) -> dict[str, Any]:
+async def get_request(request: Request, found: Annotated[StoredRequest, Depends(asked_for)]) -> dict[str, Any]:
     """One request."""
-    plane = plane_of(request)
-    found = await plane.database.read(store.get, request_id)
-    if found is None:
-        raise RequestUnknown(request_id)
-    return described(found, plane.now_us())
+    return described(found, plane_of(request).now_us())
 
 
 @router.post("/{request_id}/approve", response_model=AccessRequestView)

@@ -27,7 +27,7 @@ from licet.domain.ids import UNITS_MAX
 from licet_control_plane.core.refusal import ChangeInvalid
 
 APPROVER_ROLES: Final = frozenset({"admin", "approver"})
-"""Roles of API keys that may decide at all; an ``admin`` at any stage, because it could push the rule away as well."""
+"""Roles of API keys that may decide at all; an ``admin`` of all tenants at any stage: it could push the rule away."""
 ADMIN: Final = "admin"
 LASTS_S_MAX: Final = 90 * 86_400
 """Longest an approval lasts. What is needed for longer belongs in a plan or a policy."""
@@ -66,11 +66,13 @@ class Expired(NotPossible):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who decides: the name of an API key, its role, and the groups that the name is in."""
+    """Who decides: the name of an API key, its role, the groups that the name is in, and the only tenant that it
+    reaches; empty for all."""
 
     name: str
     role: str
     groups: frozenset[str] = frozenset()
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +248,7 @@ def expired(request: AccessRequest, now_us: int) -> AccessRequest:
 
 def may_decide(stage: ApprovalStage, by: Principal) -> bool:
     """Whether somebody is among those who decide at a stage."""
-    if by.role == ADMIN:
+    if by.role == ADMIN and not by.tenant:
         return True
     if by.role not in APPROVER_ROLES:
         return False
