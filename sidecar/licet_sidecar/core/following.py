@@ -267,6 +267,7 @@ class Following:
             self._judge_bundle(snapshot.bundle, version[0], 0)
         for one in snapshot.licenses:
             self._judge_license(one.license.tenant, one, version[0], 0)
+        withdrawn = self._withdrawn(absent, version[0])
         bundle, empty = snapshot.bundle, None
         if version > now:
             names = {one.license.tenant for one in snapshot.licenses}
@@ -281,6 +282,8 @@ class Following:
             self.wants_resync = True
         self._install(bundle, (), version, run="" if version > now else self.state.run, empty=empty)
         self._install_licenses(snapshot.licenses)
+        for name in withdrawn:
+            self.engine.forget_license(name)
         for name in absent:
             if name in wanted:
                 self.engine.install_absence(name, boot_ms)
@@ -411,6 +414,18 @@ class Following:
         """What belongs together is read from one server: the one that was checked, or the state in force is from."""
         if found != run:
             raise Unchecked("another Redis server answered while the state was read")
+
+    def _withdrawn(self, absent: Collection[str], generation: int) -> set[str]:
+        """Tenants whose license is in force, and was withdrawn with the ``generation`` that the control plane is at.
+
+        Raises:
+            Inconsistent: it is the same generation.
+        """
+        withdrawn = self.engine.tenants.keys() & set(absent)
+        if withdrawn and generation <= self.state.generation:
+            # Licenses are canceled, and only a new generation withdraws them: what is in force is of a lost database.
+            raise Inconsistent(f"the control plane does not have the license of {min(withdrawn)}, which is in force")
+        return withdrawn
 
     def _judge_bundle(self, bundle: Bundle, generation: int, named: int) -> None:
         held = self.bundle.statement.version if self.bundle else (0, 0)
