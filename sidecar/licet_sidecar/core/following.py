@@ -220,6 +220,9 @@ class Following:
         Raises:
             Inconsistent: it is older than what was acted on (``state.floor``), or does not fit together.
         """
+        if snapshot.bundle is not None:
+            # Also of one that is too old: the control plane learns from it whose state it was that was acted on.
+            self.state.deployment = snapshot.bundle.statement.deployment
         if snapshot.version < self.state.floor:
             raise Inconsistent(
                 f"the snapshot on disk is of revision {snapshot.version[1]}, and this sidecar acted on"
