@@ -857,8 +857,6 @@ class SyncSimulation:
             sidecar.cut_off = False
             if not sidecar.alive:
                 sidecar.start()
-        if any(sidecar.disk.floor > self.database.version for sidecar in self.sidecars):
-            self._begin_generation()  # an operator sees who does not confirm
         began = self.now
         ends = began + HEAL_S + LEASE_S
         while not self._settled(began):
