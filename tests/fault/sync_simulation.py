@@ -1081,7 +1081,7 @@ class SyncSimulation:
         )
         database.generation = new_generation(database.generation, seen)
         database.epoch = max(database.epoch, found.epoch) + 1
-        database.revision = max(database.revision, found.last_revision)
+        database.revision = max(database.revision, found.last_revision, found.head[1])
         database.published = database.revision
         keys = [*database.all_keys()]
         keys += [key for key in self.server.documents if key not in keys]

@@ -18,7 +18,7 @@ from tests.support.seeds import batches
 
 SEEDS_EACH: Final = 50
 ABLATION_SEEDS: Final = 15
-ONCE_FAILED: Final = (3876, 3951, 4309, 5121, 5132, 5334, 7110, 8712, 8841, 10244, 10609)
+ONCE_FAILED: Final = (3876, 3951, 4309, 5121, 5132, 5334, 7110, 8712, 8841, 10244, 10609, 15931)
 """Of a database that was restored from a backup without a new generation, or twice, or whose new generation was just
 beginning: more than are run otherwise."""
 
