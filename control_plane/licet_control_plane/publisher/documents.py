@@ -199,11 +199,18 @@ class RedisDocuments:
         revision to something else.
         """
         with redis_errors():
-            pattern = self._names.license("*")
-            async for key in self._redis.scan_iter(match=pattern, count=1_000):
-                document = await self._redis.get(key)
-                if document is not None and _version_of(document) > version:
-                    await self._redis.delete(key)
+            cursor, pattern = 0, self._names.license("*")
+            while True:
+                cursor, keys = await self._redis.scan(cursor, match=pattern, count=1_000)
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    for key in keys:
+                        pipe.get(key)
+                    documents = await pipe.execute()
+                for key, document in zip(keys, documents, strict=True):
+                    if document is not None and _version_of(document) > version:
+                        await self._redis.delete(key)
+                if not cursor:
+                    return
 
     async def forget_sidecars(self, sidecars: Sequence[str]) -> None:
         """Remove heartbeats of sidecars that are gone for good."""
