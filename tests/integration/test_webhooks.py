@@ -264,6 +264,27 @@ async def test_thresholds_of_a_quota_are_told_once_for_each_window(hooks: Hooks,
     assert events[0]["data"]["amount"] == 100
 
 
+async def test_thresholds_of_windows_shorter_than_a_webhook_wants_are_not_told(
+    hooks: Hooks, receiver: Receiver
+) -> None:
+    usual = await hooks.create(receiver, events=["quota.threshold"])
+    close = await hooks.create(receiver, events=["quota.threshold"], shortest_window="minute")
+    assert (usual["shortest_window"], close["shortest_window"]) == ("hour", "minute")
+    await hooks.running.push(per=Period.MINUTE)
+    await hooks.license()
+    plane, now_s = hooks.running.plane, int(time.time())
+    start = window_at(Period.MINUTE, now_s).start
+    spent = {"tenant": "acme", "sidecar": "a", "window_start": start, "units": 85, "observed": 0}
+
+    def spend(connection: Connection) -> None:
+        connection.execute(insert(register_spend).values(**spent, quota=f"reports:monthly:{start}"))
+
+    await plane.database.write(spend)
+    await QuotaWatcher(plane.database, plane.catalogs, now_s=lambda: now_s).look()
+    assert [len((await hooks.get(f"{one['id']}/deliveries"))["items"]) for one in (usual, close)] == [0, 1]
+    assert [event["data"]["per"] for event in await taken(receiver, 1)] == ["minute"]
+
+
 async def test_a_threshold_that_late_usage_reaches_is_told(hooks: Hooks, receiver: Receiver) -> None:
     """Usage that sidecars kept while nobody drained: its hours are over when it comes, its window is not."""
     await hooks.create(receiver, events=["quota.threshold"])
@@ -302,9 +323,9 @@ async def test_limits_that_many_subjects_reach_at_once_are_told_in_small_transac
     await plane.database.write(spend)
     told: list[int] = []
 
-    def counted(connection: Connection, tenant: str, reached: list[Any], now_s: int) -> None:
+    def counted(connection: Connection, tenant: str, reached: list[Any], now_s: int) -> int:
         told.append(len(reached))
-        announce(connection, tenant, reached, now_s)
+        return announce(connection, tenant, reached, now_s)
 
     announce = quota_watcher._announce
     monkeypatch.setattr(quota_watcher, "_announce", counted)

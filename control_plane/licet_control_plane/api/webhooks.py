@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import asdict
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from sqlalchemy import Connection
 
+from licet.domain.windows import Period
 from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
@@ -31,26 +32,31 @@ from licet_control_plane.store.webhooks import WEBHOOKS_MAX, Delivery, Webhook
 router = v1_router("/webhooks", tag="webhooks")
 
 ALL: Final = "*"
+_TERMS: Final = frozenset({"url", "events", "thresholds", "shortest_window", "tenant"})
 
 
 class NewWebhook(BaseModel):
-    """``events``: types, or ``*`` for all. ``thresholds``: percentages of a quota. ``tenant``: only of this one."""
+    """``events``: types, or ``*`` for all. ``thresholds``: percentages of a quota; ``shortest_window``: only of windows
+    that are at least so long. ``tenant``: only of this one."""
 
     model_config = ConfigDict(extra="forbid")
 
     url: str
     events: list[str] = Field([ALL], min_length=1, max_length=len(TYPES))
     thresholds: list[Annotated[StrictInt, Field(ge=1, le=PERCENT_MAX)]] = Field(list(THRESHOLDS), max_length=10)
+    shortest_window: Literal["minute", "hour", "day", "week", "month", "year"] = "hour"
     tenant: str = Field("", max_length=128)
 
 
 class WebhookView(BaseModel):
-    """A webhook. ``waiting``: messages that were not delivered yet; ``failing_since``: from when on none was taken."""
+    """A webhook. ``waiting``: messages that were not delivered yet; ``dropped``: thresholds for which too many waited;
+    ``failing_since``: from when on none was taken."""
 
     id: str
     url: str
     events: list[str]
     thresholds: list[int]
+    shortest_window: str
     tenant: str
     created_at: str
     created_by: str
@@ -58,6 +64,7 @@ class WebhookView(BaseModel):
     disabled_why: str
     failing_since: str | None
     waiting: int
+    dropped: int
 
 
 class CreatedWebhook(WebhookView):
@@ -122,7 +129,16 @@ async def create_webhook(
             raise ChangeInvalid("events", f"there is no event {event!r}", did_you_mean(event, TYPES))
     now_us = int(plane.now_s() * 1_000_000)
     thresholds = tuple(sorted(set(body.thresholds)))
-    made = Webhook(f"wh_{secrets.token_hex(8)}", url, events, thresholds, body.tenant, now_us, caller.name)
+    made = Webhook(
+        f"wh_{secrets.token_hex(8)}",
+        url,
+        events,
+        thresholds,
+        body.tenant,
+        now_us,
+        caller.name,
+        shortest_window=Period(body.shortest_window),
+    )
 
     def add(connection: Connection) -> bool:
         added = webhooks.add(connection, made)
@@ -248,6 +264,7 @@ def described(webhook: Webhook) -> dict[str, Any]:
         "url": webhook.url,
         "events": list(webhook.events),
         "thresholds": list(webhook.thresholds),
+        "shortest_window": webhook.shortest_window.value,
         "tenant": webhook.tenant,
         "created_at": format_us(webhook.created_at_us),
         "created_by": webhook.created_by,
@@ -255,6 +272,7 @@ def described(webhook: Webhook) -> dict[str, Any]:
         "disabled_why": webhook.disabled_why,
         "failing_since": format_us(webhook.failing_since_us),
         "waiting": webhook.waiting,
+        "dropped": webhook.dropped,
     }
 
 
@@ -283,7 +301,7 @@ async def _found(plane: ControlPlane, webhook: str) -> Webhook:
 
 def _terms(webhook: Webhook) -> dict[str, Any]:
     """What an operator set, for the audit trail."""
-    return {name: value for name, value in asdict(webhook).items() if name in ("url", "events", "thresholds", "tenant")}
+    return {name: value for name, value in asdict(webhook).items() if name in _TERMS}
 
 
 def _record(

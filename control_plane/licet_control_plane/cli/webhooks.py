@@ -21,6 +21,9 @@ def create(
     threshold: Annotated[
         list[int] | None, typer.Option("--threshold", help="Percent of a quota; may be repeated. [default: 80, 100]")
     ] = None,
+    shortest_window: Annotated[
+        str, typer.Option("--shortest-window", help="Thresholds of windows that are at least so long: minute to year.")
+    ] = "hour",
     tenant: Annotated[str, typer.Option("--tenant", help="Only events of this tenant.")] = "",
     as_json: JsonOption = False,
     server: ServerOption = None,
@@ -34,7 +37,7 @@ def create(
     """
     from licet_control_plane.cli.rest import ControlPlane
 
-    body: dict[str, Any] = {"url": url, "tenant": tenant}
+    body: dict[str, Any] = {"url": url, "shortest_window": shortest_window, "tenant": tenant}
     if event:
         body["events"] = event
     if threshold:
@@ -61,8 +64,8 @@ def list_(as_json: JsonOption = False, server: ServerOption = None, api_key: Api
     if as_json:
         emit_json(found)
         return
-    columns = ("id", "url", "events", "tenant", "waiting", "failing_since", "disabled_why")
-    table(columns, ([item[column] for column in columns] for item in found["items"]), numeric=("waiting",))
+    columns = ("id", "url", "events", "tenant", "waiting", "dropped", "failing_since", "disabled_why")
+    table(columns, ([item[column] for column in columns] for item in found["items"]), numeric=("waiting", "dropped"))
 
 
 def show(
@@ -184,8 +187,12 @@ def _print_webhook(webhook: dict[str, Any]) -> None:
     state = f"disabled: {webhook['disabled_why']}" if webhook["disabled_at"] else "enabled"
     say(f"{webhook['id']}  {webhook['url']}  {state}")
     say(f"  events     {', '.join(webhook['events'])}")
-    say(f"  thresholds {', '.join(f'{percent} %' for percent in webhook['thresholds']) or 'none'}")
+    percents = ", ".join(f"{percent} %" for percent in webhook["thresholds"])
+    windows = f", of windows of a {webhook['shortest_window']} or longer"
+    say(f"  thresholds {percents + windows if percents else 'none'}")
     say(f"  tenant     {webhook['tenant'] or 'all'}")
     say(f"  waiting    {webhook['waiting']}")
+    if webhook["dropped"]:
+        say(f"  dropped    {webhook['dropped']} thresholds, because too many waited")
     if webhook["failing_since"]:
         say(f"  failing    since {webhook['failing_since']}")

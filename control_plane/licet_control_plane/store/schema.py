@@ -179,6 +179,8 @@ webhooks: Final = Table(
     Column("disabled_why", Text, nullable=False),
     Column("failing_since", BigInteger),  # since when nothing was taken
     Column("busy_until", BigInteger, nullable=False),  # a control plane sends to it, or it is left in peace
+    Column("shortest_window", String(8), nullable=False, server_default="hour"),  # whose thresholds it is told
+    Column("dropped", BigInteger, nullable=False, server_default="0"),  # thresholds that found no room
 )
 
 webhook_messages: Final = Table(
