@@ -27,7 +27,7 @@ from licet_control_plane.core.webhook_events import (
     written_secret,
 )
 from licet_control_plane.store import access, webhooks
-from licet_control_plane.store.webhooks import WEBHOOKS_MAX, Delivery, Webhook
+from licet_control_plane.store.webhooks import Delivery, Webhook
 
 router = v1_router("/webhooks", tag="webhooks")
 
@@ -140,14 +140,12 @@ async def create_webhook(
         shortest_window=Period(body.shortest_window),
     )
 
-    def add(connection: Connection) -> bool:
-        added = webhooks.add(connection, made)
-        if added:
-            _record(connection, caller, "webhook.create", made.id, None, _terms(made), now_us)
-        return added
+    def add(connection: Connection) -> None:
+        if not webhooks.add(connection, made):  # refused within the transaction, so that it commits nothing
+            raise Problem(409, f"There are {webhooks.WEBHOOKS_MAX} webhooks.", "Delete one that is not needed.")
+        _record(connection, caller, "webhook.create", made.id, None, _terms(made), now_us)
 
-    if not await plane.database.write(add):
-        raise Problem(409, f"There are {WEBHOOKS_MAX} webhooks.", "Delete one that is not needed.")
+    await plane.database.write(add)
     response.headers["Location"] = f"/v1/webhooks/{made.id}"
     return {**described(made), "secret": written_secret(secret_of_webhook(plane.ledger_key, made.id))}
 
@@ -246,13 +244,14 @@ async def redeliver(
 
     def again(connection: Connection) -> int:
         messages = webhooks.again(connection, webhook, body.message, now_us=now_us)
+        if body.message and not messages:
+            fix = "Its deliveries list what it was told."
+            raise Problem(404, f"The webhook was never told {body.message!r}.", fix)
         after = {"message": body.message, "messages": messages}
         _record(connection, caller, "webhook.redeliver", webhook, None, after, now_us)
         return messages
 
     count = await plane.database.write(again)
-    if body.message and not count:
-        raise Problem(404, f"The webhook was never told {body.message!r}.", "Its deliveries list what it was told.")
     plane.webhook_wake.set()
     return {"messages": count}
 
