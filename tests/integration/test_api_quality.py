@@ -165,6 +165,11 @@ async def test_an_answer_that_holds_the_secret_of_a_webhook_is_not_kept_and_the_
         return connection.scalars(select(idempotency_keys.c.body)).one()
 
     assert b"whsec" not in await api.running.plane.database.read(kept)
+    path, headers = f"/v1/webhooks/{made.json()['id']}/secret", {"Idempotency-Key": "r"}
+    rotated = await api.client.post(path, json={}, headers=headers)
+    again = await api.client.post(path, json={}, headers=headers)
+    assert (rotated.status_code, again.status_code) == (200, 409)
+    assert rotated.json()["secret"] not in again.text
     assert (await api.client.post("/v1/webhooks", json={**body, "url": "-"}, headers={"Idempotency-Key": "l"})).is_error
 
 

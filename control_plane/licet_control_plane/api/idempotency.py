@@ -10,6 +10,7 @@ crashes in between.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
@@ -49,7 +50,7 @@ NOT_LOOKED_AT: Final = frozenset(
 )
 """POSTs that change nothing, or say by themselves which they are: a key is not looked at. Their answers can be long.
 Nor of one that makes an API key, which has a name to be unique by: its answer is nowhere to be kept."""
-SECRET: Final = frozenset({"/v1/webhooks"})
+_SECRET: Final = re.compile(r"/v1/webhooks(/[^/]+/secret)?")
 """POSTs that are done once, and whose answers hold a secret, which is nowhere to be kept."""
 
 
@@ -101,7 +102,7 @@ class Idempotency:
 
         async def settle(answer: Answer) -> None:
             is_refusal = answer.status >= HTTPStatus.BAD_REQUEST
-            if scope["path"] in SECRET and not is_refusal:
+            if _SECRET.fullmatch(scope["path"]) and not is_refusal:
                 answer = _without_secret()
             try:
                 if not is_refusal or not await write(idempotency.forget, caller, key, begun_us=now_us):
@@ -156,7 +157,7 @@ def _without_secret() -> Answer:
     told = response(
         409,
         "The request with this Idempotency-Key was done; its answer held a secret, which is shown once.",
-        "If you do not have the secret, take away what was made, and make it again with a new key.",
+        "If you do not have the secret, rotate it, with a new key.",
         kind="idempotency-lost",
     )
     return Answer(told.status_code, {"content-type": told.headers["content-type"]}, bytes(told.body))

@@ -32,6 +32,10 @@ from licet_control_plane.store.webhooks import Delivery, Webhook
 router = v1_router("/webhooks", tag="webhooks")
 
 ALL: Final = "*"
+OVERLAP_S: Final = 86_400
+"""A day: long enough to give receivers the new secret by hand."""
+OVERLAP_S_MAX: Final = 30 * 86_400
+"""A month: a secret that two know for longer was not rotated."""
 _TERMS: Final = frozenset({"url", "events", "thresholds", "shortest_window", "tenant"})
 
 
@@ -50,7 +54,7 @@ class NewWebhook(BaseModel):
 
 class WebhookView(BaseModel):
     """A webhook. ``waiting``: messages that were not delivered yet; ``dropped``: thresholds for which too many waited;
-    ``failing_since``: from when on none was taken."""
+    ``failing_since``: from when on none was taken; ``old_secret_until``: when the secret before stops to sign too."""
 
     id: str
     url: str
@@ -65,12 +69,21 @@ class WebhookView(BaseModel):
     failing_since: str | None
     waiting: int
     dropped: int
+    old_secret_until: str | None
 
 
 class CreatedWebhook(WebhookView):
     """With the ``secret`` that signs its requests, which is not shown again."""
 
     secret: str
+
+
+class SecretRotation(BaseModel):
+    """``overlap_s``: for so long the secret that is replaced signs too; 0: it does not sign anything any more."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    overlap_s: StrictInt = Field(OVERLAP_S, ge=0, le=OVERLAP_S_MAX)
 
 
 class WebhookList(BaseModel):
@@ -138,6 +151,7 @@ async def create_webhook(
         now_us,
         caller.name,
         shortest_window=Period(body.shortest_window),
+        nonce=secrets.token_hex(16),
     )
 
     def add(connection: Connection) -> None:
@@ -147,7 +161,7 @@ async def create_webhook(
 
     await plane.database.write(add)
     response.headers["Location"] = f"/v1/webhooks/{made.id}"
-    return {**described(made), "secret": written_secret(secret_of_webhook(plane.ledger_key, made.id))}
+    return _with_secret(plane, made)
 
 
 @router.get("", response_model=WebhookList)
@@ -196,6 +210,27 @@ async def enable_webhook(
     await plane.database.write(enable)
     plane.webhook_wake.set()
     return described(await _found(plane, webhook))
+
+
+@router.post("/{webhook}/secret", response_model=CreatedWebhook)
+async def rotate_secret(
+    request: Request, webhook: str, body: SecretRotation, caller: Annotated[Caller, Depends(authenticate)]
+) -> dict[str, Any]:
+    """Replace the secret of a webhook. The answer has the new one, once; for a while requests are signed with both."""
+    plane = plane_of(request)
+    now_us = int(plane.now_s() * 1_000_000)
+
+    def rotate(connection: Connection) -> Webhook:
+        rotated = webhooks.rotate_secret(
+            connection, webhook, secrets.token_hex(16), overlap_s=body.overlap_s, now_us=now_us
+        )
+        if rotated is None:
+            raise _unknown(webhook)
+        after = {"old_secret_until": format_us(rotated.old_until_us)}
+        _record(connection, caller, "webhook.rotate_secret", webhook, None, after, now_us)
+        return rotated
+
+    return _with_secret(plane, await plane.database.write(rotate))
 
 
 @router.post("/{webhook}/test", response_model=WebhookView)
@@ -272,6 +307,7 @@ def described(webhook: Webhook) -> dict[str, Any]:
         "failing_since": format_us(webhook.failing_since_us),
         "waiting": webhook.waiting,
         "dropped": webhook.dropped,
+        "old_secret_until": format_us(webhook.old_until_us),
     }
 
 
@@ -294,8 +330,17 @@ def _delivery(one: Delivery) -> dict[str, Any]:
 async def _found(plane: ControlPlane, webhook: str) -> Webhook:
     found = await plane.database.read(webhooks.get, webhook)
     if found is None:
-        raise Problem(404, f"There is no webhook {webhook!r}.", "GET /v1/webhooks lists them.", kind="webhook-unknown")
+        raise _unknown(webhook)
     return found
+
+
+def _unknown(webhook: str) -> Problem:
+    return Problem(404, f"There is no webhook {webhook!r}.", "GET /v1/webhooks lists them.", kind="webhook-unknown")
+
+
+def _with_secret(plane: ControlPlane, webhook: Webhook) -> dict[str, Any]:
+    secret = secret_of_webhook(plane.ledger_key, webhook.id, webhook.nonce)
+    return {**described(webhook), "secret": written_secret(secret)}
 
 
 def _terms(webhook: Webhook) -> dict[str, Any]:

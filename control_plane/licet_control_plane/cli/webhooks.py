@@ -1,4 +1,4 @@
-"""``licet webhook create|list|show|delete|enable|test|deliveries|redeliver``."""
+"""``licet webhook create|list|show|delete|enable|rotate-secret|test|deliveries|redeliver``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOption
+from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOption, seconds
 from licet_control_plane.cli.context import server_target
 from licet_control_plane.cli.output import emit_json, note, say, table
 
@@ -45,12 +45,7 @@ def create(
     with ControlPlane(server_target(server, api_key)) as control_plane:
         note(f"creating a webhook on {control_plane.target.server}")
         made = control_plane.post("/v1/webhooks", body)
-    if as_json:
-        emit_json(made)
-        return
-    _print_webhook(made)
-    say(f"  secret     {made['secret']}")
-    note("keep the secret: it is not shown again")
+    _shown_with_secret(made, as_json)
 
 
 def list_(as_json: JsonOption = False, server: ServerOption = None, api_key: ApiKeyOption = None) -> None:
@@ -102,6 +97,25 @@ def enable(
       licet webhook enable wh_0123456789abcdef
     """
     _shown(_ask("post", f"{_path(webhook)}/enable", server, api_key, {}), as_json)
+
+
+def rotate_secret(
+    webhook: WebhookArgument,
+    overlap: Annotated[
+        str, typer.Option("--overlap", help="How long requests are signed with the old secret too: 0, 1h, 7d.")
+    ] = "24h",
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Replace the secret of a webhook. Prints the new one, once.
+
+    \b
+    Example:
+      licet webhook rotate-secret wh_0123456789abcdef --overlap 7d
+    """
+    body = {"overlap_s": int(seconds(overlap, "--overlap"))}
+    _shown_with_secret(_ask("post", f"{_path(webhook)}/secret", server, api_key, body), as_json)
 
 
 def send_test(
@@ -183,6 +197,13 @@ def _shown(webhook: dict[str, Any], as_json: bool) -> None:
         _print_webhook(webhook)
 
 
+def _shown_with_secret(webhook: dict[str, Any], as_json: bool) -> None:
+    _shown(webhook, as_json)
+    if not as_json:
+        say(f"  secret     {webhook['secret']}")
+        note("keep the secret: it is not shown again")
+
+
 def _print_webhook(webhook: dict[str, Any]) -> None:
     state = f"disabled: {webhook['disabled_why']}" if webhook["disabled_at"] else "enabled"
     say(f"{webhook['id']}  {webhook['url']}  {state}")
@@ -192,6 +213,8 @@ def _print_webhook(webhook: dict[str, Any]) -> None:
     say(f"  thresholds {percents + windows if percents else 'none'}")
     say(f"  tenant     {webhook['tenant'] or 'all'}")
     say(f"  waiting    {webhook['waiting']}")
+    if webhook["old_secret_until"]:
+        say(f"  old secret signs too until {webhook['old_secret_until']}")
     if webhook["dropped"]:
         say(f"  dropped    {webhook['dropped']} thresholds, because too many waited")
     if webhook["failing_since"]:

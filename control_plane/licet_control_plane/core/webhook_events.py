@@ -96,9 +96,11 @@ def body_of(deployment: str, id_: str, type_: str, tenant: str, at_us: int, data
     return json.dumps(event, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def secret_of_webhook(key: LedgerKey, webhook: str) -> bytes:
-    """What signs the requests to a webhook: 32 bytes that follow from the ledger's key, so no database has them."""
-    return hmac.digest(key.secret, b"licet ledger key v1: webhook " + webhook.encode(), "sha256")
+def secret_of_webhook(key: LedgerKey, webhook: str, nonce: str) -> bytes:
+    """What signs the requests to a webhook: 32 bytes that follow from the ledger's key, so no database has them. With
+    another ``nonce`` it is another secret, and without the nonce nobody can work it out again."""
+    named = f"{webhook} {nonce}" if nonce else webhook
+    return hmac.digest(key.secret, b"licet ledger key v1: webhook " + named.encode(), "sha256")
 
 
 def written_secret(secret: bytes) -> str:

@@ -34,12 +34,14 @@ BUSY_S: Final = 60
 MESSAGES_MAX: Final = 20
 """Of one webhook at a time."""
 _US: Final = 1_000_000
+_NO_OLD_SECRET: Final = {"old_nonce": None, "old_until": None}
 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
     """Where events are sent. Times in microseconds; ``tenant`` empty for all. ``waiting``: messages to be delivered;
     ``dropped``: thresholds that found no room among them. Of windows shorter than ``shortest_window`` it is told none.
+    ``nonce``: of its secret; until ``old_until_us`` that of ``old_nonce`` signs too.
     """
 
     id: str
@@ -55,6 +57,9 @@ class Webhook:
     waiting: int = 0
     shortest_window: Period = SHORTEST_WINDOW
     dropped: int = 0
+    nonce: str = ""
+    old_nonce: str = ""
+    old_until_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,7 @@ def add(connection: Connection, webhook: Webhook) -> bool:
             disabled_why="",
             busy_until=0,
             shortest_window=webhook.shortest_window.value,
+            nonce=webhook.nonce,
         )
     )
     return True
@@ -157,6 +163,16 @@ def enable(connection: Connection, id_: str) -> None:
     """Send to it again, from now on."""
     values = {"disabled_at": None, "disabled_why": "", "failing_since": None, "busy_until": 0}
     connection.execute(update(webhooks).where(webhooks.c.id == id_).values(**values))
+
+
+def rotate_secret(connection: Connection, id_: str, nonce: str, *, overlap_s: int, now_us: int) -> Webhook | None:
+    """Sign with the secret of another nonce, and for so long with the one before too; one that was before that is
+    erased. The webhook; ``None`` when there is none."""
+    if connection.scalar(select(webhooks.c.id).where(webhooks.c.id == id_).with_for_update()) is None:
+        return None
+    old = {"old_nonce": webhooks.c.nonce, "old_until": now_us + overlap_s * _US} if overlap_s else _NO_OLD_SECRET
+    connection.execute(update(webhooks).where(webhooks.c.id == id_).values(nonce=nonce, **old))
+    return get(connection, id_)
 
 
 def announce(
@@ -230,7 +246,8 @@ def thresholds_wanted(connection: Connection) -> frozenset[tuple[int, Period]]:
 
 def claim(connection: Connection, *, now_us: int) -> list[tuple[Webhook, list[Message]]]:
     """What is to be sent now, by webhook, the oldest first. Until it says what came of it, or for ``BUSY_S``, nobody
-    else sends to these webhooks."""
+    else sends to these webhooks. Erases old secrets that are not used any more."""
+    connection.execute(update(webhooks).where(webhooks.c.old_until <= now_us).values(**_NO_OLD_SECRET))
     free = select(webhooks).where(webhooks.c.disabled_at.is_(None), webhooks.c.busy_until <= now_us)
     claimed = []
     for row in connection.execute(free.with_for_update()).all():
@@ -242,7 +259,9 @@ def claim(connection: Connection, *, now_us: int) -> list[tuple[Webhook, list[Me
 
 
 def is_anything_due(connection: Connection, *, now_us: int) -> bool:
-    """Whether ``claim`` would find something."""
+    """Whether ``claim`` would find something to be sent or erased."""
+    if connection.scalar(select(webhooks.c.id).where(webhooks.c.old_until <= now_us).limit(1)) is not None:
+        return True
     query = (
         select(webhooks.c.id)
         .join(webhook_deliveries, webhook_deliveries.c.webhook == webhooks.c.id)
@@ -375,6 +394,9 @@ def _webhook(row: Row[Any], waiting: int = 0) -> Webhook:
         waiting,
         Period(row.shortest_window),
         row.dropped,
+        row.nonce,
+        row.old_nonce or "",
+        row.old_until,
     )
 
 
