@@ -285,7 +285,7 @@ def described(stored: StoredLicense, now_s: float) -> dict[str, Any]:
         "grace_s": license_.grace_s,
         "grace_ends_at": format_s(license_.stops_s) if license_.stops_s > license_.ends_s else None,
         "renewal_period": license_.renewal.period.value if license_.renewal else None,
-        "auto_renew": bool(license_.renewal and license_.renewal.auto),
+        "auto_renew": license_.renews_itself,
         "cancels": license_.cancels,
         "planned": {"plan": license_.planned.plan, "at": format_s(license_.planned.at_s)} if license_.planned else None,
         "addons": dict(license_.addons),

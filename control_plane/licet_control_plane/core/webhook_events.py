@@ -73,7 +73,7 @@ def license_data(license_: License, *, revision: int) -> dict[str, Any]:
         "starts_at": _instant(license_.starts_s),
         "ends_at": _instant(license_.ends_s),
         "answers_until": _instant(license_.stops_s),
-        "auto_renew": bool(license_.renewal and license_.renewal.auto),
+        "auto_renew": license_.renews_itself,
         "cancels": license_.cancels,
         "planned": {"plan": planned.plan, "at": _instant(planned.at_s)} if planned else None,
         "addons": dict(license_.addons),
