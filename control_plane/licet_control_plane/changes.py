@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -65,10 +65,10 @@ class GrantUnknown(Exception):
 
 
 class RevisionMoved(Exception):
-    """Somebody else changed it meanwhile; the argument is the revision it is at now."""
+    """Somebody else changed it meanwhile; the argument is the revision it is at now, ``None`` when it is not there."""
 
-    def __init__(self, revision: int) -> None:
-        super().__init__(f"it is at revision {revision} now")
+    def __init__(self, revision: int | None) -> None:
+        super().__init__("there is none" if revision is None else f"it is at revision {revision} now")
         self.revision = revision
 
 
@@ -195,32 +195,31 @@ class Changes:
         return stored
 
     async def update_license(
-        self, tenant: str, fields: Mapping[str, Any], *, if_revision: int | None, by: str
+        self, tenant: str, fields: Mapping[str, Any], *, if_revisions: Container[int] | None, by: str
     ) -> StoredLicense:
         """Replace some fields of a license; overrides are as for ``create_license``.
 
         Raises:
             LicenseUnknown: there is none.
-            RevisionMoved: it is not at ``if_revision``.
+            RevisionMoved: it is at none of ``if_revisions``.
             ChangeInvalid: as for ``create_license``.
         """
-        stored = await self._database.write(self._update_license, tenant, fields, if_revision, by)
+        stored = await self._database.write(self._update_license, tenant, fields, if_revisions, by)
         self._wake.set()
         return stored
 
     async def put_license(
-        self, tenant: str, fields: Mapping[str, Any], *, if_revision: int | None, only_new: bool, by: str
+        self, tenant: str, fields: Mapping[str, Any], *, if_revisions: Container[int] | None, only_new: bool, by: str
     ) -> tuple[StoredLicense, bool]:
         """Make a tenant's license what ``fields`` say, whether it has one or not. Repeated it changes nothing.
 
         Returns the license, and whether it is new. ``only_new``: not when there is one.
 
         Raises:
-            RevisionMoved: it is not at ``if_revision``, or is there although it should not be.
-            LicenseUnknown: ``if_revision`` was given, and there is none.
+            RevisionMoved: it is at none of ``if_revisions``, or there is none; or there is one, and ``only_new``.
             MoveRefused, ChangeInvalid: as for ``update_license``.
         """
-        put = await self._database.write(self.put, tenant, fields, if_revision=if_revision, only_new=only_new, by=by)
+        put = await self._database.write(self.put, tenant, fields, if_revisions=if_revisions, only_new=only_new, by=by)
         self._wake.set()
         return put
 
@@ -240,17 +239,17 @@ class Changes:
         return imported
 
     async def alter_license(
-        self, tenant: str, step: Step, *, action: str, if_revision: int | None = None, by: str
+        self, tenant: str, step: Step, *, action: str, if_revisions: Container[int] | None = None, by: str
     ) -> StoredLicense:
         """Take a license one ``step`` on: a function from the license and the instant to the license. One that changes
         nothing publishes nothing.
 
         Raises:
             LicenseUnknown: there is none.
-            RevisionMoved: it is not at ``if_revision``.
+            RevisionMoved: it is at none of ``if_revisions``.
             ChangeInvalid: what comes of it cannot be. And whatever ``step`` raises.
         """
-        stored = await self._database.write(self.alter, tenant, step, action=action, if_revision=if_revision, by=by)
+        stored = await self._database.write(self.alter, tenant, step, action=action, if_revisions=if_revisions, by=by)
         self._wake.set()
         return stored
 
@@ -265,12 +264,12 @@ class Changes:
         step: Step,
         *,
         action: str,
-        if_revision: int | None = None,
+        if_revisions: Container[int] | None = None,
         by: str,
     ) -> StoredLicense:
         """``alter_license`` within a transaction; ``wake`` comes after its commit."""
         old = self._locked(connection, tenant)
-        if if_revision is not None and if_revision != old.revision:
+        if if_revisions is not None and old.revision not in if_revisions:
             raise RevisionMoved(old.revision)
         license_ = step(old.license, self._now_s())
         if license_ == old.license:
@@ -285,7 +284,7 @@ class Changes:
         tenant: str,
         fields: Mapping[str, Any],
         *,
-        if_revision: int | None = None,
+        if_revisions: Container[int] | None = None,
         only_new: bool = False,
         by: str,
     ) -> tuple[StoredLicense, bool]:
@@ -293,13 +292,13 @@ class Changes:
         meta.lock(connection)
         old = licenses.get(connection, tenant)
         if old is None:
-            if if_revision is not None:
-                raise LicenseUnknown(tenant)
+            if if_revisions is not None:
+                raise RevisionMoved(None)
             license_ = with_fields(License(tenant, fields.get("plan", "")), fields, self._now_s())
             return self._create_license(connection, license_, fields.get("overrides"), by), True
         if only_new:
             raise RevisionMoved(old.revision)
-        return self._update_license(connection, tenant, fields, if_revision, by), False
+        return self._update_license(connection, tenant, fields, if_revisions, by), False
 
     def _import(
         self, connection: Connection, rows: Sequence[tuple[str, Mapping[str, Any]]], dry_run: bool, by: str
@@ -486,10 +485,15 @@ class Changes:
         return self._save(connection, None, license_, by=by, action="license.create")
 
     def _update_license(
-        self, connection: Connection, tenant: str, fields: Mapping[str, Any], if_revision: int | None, by: str
+        self,
+        connection: Connection,
+        tenant: str,
+        fields: Mapping[str, Any],
+        if_revisions: Container[int] | None,
+        by: str,
     ) -> StoredLicense:
         old = self._locked(connection, tenant)
-        if if_revision is not None and if_revision != old.revision:
+        if if_revisions is not None and old.revision not in if_revisions:
             raise RevisionMoved(old.revision)
         license_ = with_fields(old.license, fields, self._now_s())
         if license_ == old.license and "overrides" not in fields:

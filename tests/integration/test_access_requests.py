@@ -309,7 +309,7 @@ async def test_erasing_a_subject_blanks_who_asked(any_desk: Desk) -> None:
 async def test_a_change_of_the_license_keeps_its_requests(desk: Desk) -> None:
     await desk.asks()
     await desk.opened()
-    stored = await desk.running.plane.changes.update_license("acme", {"ends_s": 2**32}, if_revision=None, by="test")
+    stored = await desk.running.plane.changes.update_license("acme", {"ends_s": 2**32}, if_revisions=None, by="test")
     assert [one.id for one in stored.license.requests] == [ID]
     line = await desk.running.plane.database.read(
         lambda connection: connection.execute(select(audit.c.after).where(audit.c.action == "license.update")).one()

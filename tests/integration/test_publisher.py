@@ -321,7 +321,9 @@ async def test_a_document_is_never_replaced_by_an_older_one(running: Deployment)
     await running.push(100)
     await running.headed(await running.license("acme"))
     old = await running.redis.get(NAMES.license("acme"))
-    await running.plane.changes.update_license("acme", {"status": LicenseStatus.SUSPENDED}, if_revision=None, by="test")
+    await running.plane.changes.update_license(
+        "acme", {"status": LicenseStatus.SUSPENDED}, if_revisions=None, by="test"
+    )
     await running.headed(3)
     new = await running.redis.get(NAMES.license("acme"))
     assert new != old

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from licet.domain.catalog import License, PlannedPlan
 from licet.domain.windows import Period, window_at
 from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
-from licet_control_plane.api.licenses import LicenseView, described, etag_of, revision_of
+from licet_control_plane.api.licenses import LicenseView, described, etag_of, revisions_of
 from licet_control_plane.api.times import parse_s
 from licet_control_plane.changes import Step
 from licet_control_plane.core.lifecycle import PERIODS_MAX, Move, check_move, moved, renewed
@@ -131,7 +131,7 @@ async def _altered(
 ) -> dict[str, Any]:
     plane = plane_of(request)
     stored = await plane.changes.alter_license(
-        tenant, step, action=action, if_revision=revision_of(if_match), by=caller.name
+        tenant, step, action=action, if_revisions=revisions_of(if_match), by=caller.name
     )
     response.headers["ETag"] = etag_of(stored, plane.now_s())
     return described(stored, plane.now_s())

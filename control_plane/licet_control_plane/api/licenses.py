@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
+from collections.abc import Container
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import Depends, Header, Query, Request, Response
@@ -24,6 +26,11 @@ from licet_control_plane.store.licenses import StoredLicense
 
 IMPORTED_MAX: Final = 500
 """Licenses of one import: they are written in one transaction, in which nobody else writes."""
+
+ANY_REVISION: Final = range(2**63)
+"""What a column of a revision holds."""
+_TAG: Final = re.compile(r'(?:W/)?"([0-9]{1,18})(?:-[0-9a-f]{8})?"')
+"""An ETag of a license, see ``etag_of``; or the revision alone, which every answer has."""
 
 router = v1_router("/licenses", tag="licenses")
 
@@ -240,12 +247,10 @@ async def put_license(
 ) -> dict[str, Any]:
     """Make a tenant's license what the body says: 201 when it is new. ``If-None-Match: *``: only then."""
     plane = plane_of(request)
-    if if_match is not None and if_match.strip() == "*" and await plane.database.read(licenses.get, tenant) is None:
-        raise LicenseUnknown(tenant)
     stored, new = await plane.changes.put_license(
         tenant,
         body.fields(),
-        if_revision=revision_of(if_match),
+        if_revisions=revisions_of(if_match),
         only_new=if_none_match is not None and if_none_match.strip() == "*",
         by=caller.name,
     )
@@ -266,7 +271,7 @@ async def update_license(
     """Replace some fields."""
     plane = plane_of(request)
     stored = await plane.changes.update_license(
-        tenant, body.fields(), if_revision=revision_of(if_match), by=caller.name
+        tenant, body.fields(), if_revisions=revisions_of(if_match), by=caller.name
     )
     response.headers["ETag"] = etag_of(stored, plane.now_s())
     return described(stored, plane.now_s())
@@ -302,16 +307,15 @@ def etag_of(stored: StoredLicense, now_s: float) -> str:
     return f'"{stored.revision}-{hashlib.sha256(",".join(clocked).encode()).hexdigest()[:8]}"'
 
 
-def revision_of(if_match: str | None) -> int | None:
-    """The revision that ``If-Match`` asks for; ``None`` for any.
+def revisions_of(if_match: str | None) -> Container[int] | None:
+    """The revisions of which ``If-Match`` has the ETags; ``None`` when it was not sent. A tag that is none of a license
+    matches nothing.
 
-    Raises:
-        Problem: 412, it is not an ETag of a license.
+    Source: RFC 9110, 13.1.1; but weak ones match too, as what compresses answers makes them of ours.
     """
-    if if_match is None or if_match.strip() == "*":
+    if if_match is None:
         return None
+    if if_match.strip() == "*":
+        return ANY_REVISION
     # Whoever changes a license need not know that meanwhile, say, a grant ended: only the revision counts.
-    tag = if_match.strip().removeprefix("W/").strip('"').partition("-")[0]
-    if not (tag.isascii() and tag.isdigit() and len(tag) <= 18):
-        raise Problem(412, f"If-Match {if_match!r} is not an ETag of a license.", "Send the ETag as it was given.")
-    return int(tag)
+    return {int(found[1]) for tag in if_match.split(",") if (found := _TAG.fullmatch(tag.strip()))}
