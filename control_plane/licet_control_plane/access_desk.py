@@ -267,9 +267,9 @@ class AccessDesk:
         return int(self._now_s() * 1_000_000)
 
 
-def principal(name: str, role: str, members: Mapping[str, Iterable[str]]) -> Principal:
+def principal(name: str, role: str, tenant: str, members: Mapping[str, Iterable[str]]) -> Principal:
     """Who a caller is to the chains; ``members`` of groups by name."""
-    return Principal(name, role, core.groups_of(name, members))
+    return Principal(name, role, core.groups_of(name, members), tenant)
 
 
 def _chain_of(rule: str, catalog: Catalog) -> tuple[str, tuple[ApprovalStage, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest, chunk_ca
 from licet.wire.signing import Signer, Statement
 from licet_control_plane.core.bundle_changes import document_changes
 from licet_control_plane.core.grants import GrantAsked, amount_of, grant_of, is_same, kept
+from licet_control_plane.core.license_version import SeenLicense
 from licet_control_plane.core.lifecycle import NO_NOTICES, Move, MoveRefused, check_move, next_due, with_fields
 from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.core.suggestion import did_you_mean
@@ -195,31 +196,40 @@ class Changes:
         return stored
 
     async def update_license(
-        self, tenant: str, fields: Mapping[str, Any], *, if_revisions: Container[int] | None, by: str
+        self, tenant: str, fields: Mapping[str, Any], *, if_seen: Collection[SeenLicense] | None, by: str
     ) -> StoredLicense:
         """Replace some fields of a license; overrides are as for ``create_license``.
 
         Raises:
             LicenseUnknown: there is none.
-            RevisionMoved: it is at none of ``if_revisions``.
+            RevisionMoved: it is as none of ``if_seen`` says.
             ChangeInvalid: as for ``create_license``.
         """
-        stored = await self._database.write(self._update_license, tenant, fields, if_revisions, by)
+        stored = await self._database.write(self._update_license, tenant, fields, if_seen, by)
         self._wake.set()
         return stored
 
     async def put_license(
-        self, tenant: str, fields: Mapping[str, Any], *, if_revisions: Container[int] | None, only_new: bool, by: str
+        self,
+        tenant: str,
+        fields: Mapping[str, Any],
+        *,
+        if_seen: Collection[SeenLicense] | None,
+        must_exist: bool,
+        only_new: bool,
+        by: str,
     ) -> tuple[StoredLicense, bool]:
         """Make a tenant's license what ``fields`` say, whether it has one or not. Repeated it changes nothing.
 
-        Returns the license, and whether it is new. ``only_new``: not when there is one.
+        Returns the license, and whether it is new. ``must_exist``: only when there is one; ``only_new``: only when not.
 
         Raises:
-            RevisionMoved: it is at none of ``if_revisions``, or there is none; or there is one, and ``only_new``.
+            RevisionMoved: it is as none of ``if_seen`` says, or is there, or not, although it should not be, or should.
             MoveRefused, ChangeInvalid: as for ``update_license``.
         """
-        put = await self._database.write(self.put, tenant, fields, if_revisions=if_revisions, only_new=only_new, by=by)
+        put = await self._database.write(
+            self.put, tenant, fields, if_seen=if_seen, must_exist=must_exist, only_new=only_new, by=by
+        )
         self._wake.set()
         return put
 
@@ -239,17 +249,17 @@ class Changes:
         return imported
 
     async def alter_license(
-        self, tenant: str, step: Step, *, action: str, if_revisions: Container[int] | None = None, by: str
+        self, tenant: str, step: Step, *, action: str, if_seen: Collection[SeenLicense] | None = None, by: str
     ) -> StoredLicense:
         """Take a license one ``step`` on: a function from the license and the instant to the license. One that changes
         nothing publishes nothing.
 
         Raises:
             LicenseUnknown: there is none.
-            RevisionMoved: it is at none of ``if_revisions``.
+            RevisionMoved: it is as none of ``if_seen`` says.
             ChangeInvalid: what comes of it cannot be. And whatever ``step`` raises.
         """
-        stored = await self._database.write(self.alter, tenant, step, action=action, if_revisions=if_revisions, by=by)
+        stored = await self._database.write(self.alter, tenant, step, action=action, if_seen=if_seen, by=by)
         self._wake.set()
         return stored
 
@@ -264,12 +274,12 @@ class Changes:
         step: Step,
         *,
         action: str,
-        if_revisions: Container[int] | None = None,
+        if_seen: Collection[SeenLicense] | None = None,
         by: str,
     ) -> StoredLicense:
         """``alter_license`` within a transaction; ``wake`` comes after its commit."""
         old = self._locked(connection, tenant)
-        if if_revisions is not None and old.revision not in if_revisions:
+        if not _is_as_seen(old, if_seen):
             raise RevisionMoved(old.revision)
         license_ = step(old.license, self._now_s())
         if license_ == old.license:
@@ -284,7 +294,8 @@ class Changes:
         tenant: str,
         fields: Mapping[str, Any],
         *,
-        if_revisions: Container[int] | None = None,
+        if_seen: Collection[SeenLicense] | None = None,
+        must_exist: bool = False,
         only_new: bool = False,
         by: str,
     ) -> tuple[StoredLicense, bool]:
@@ -292,13 +303,13 @@ class Changes:
         meta.lock(connection)
         old = licenses.get(connection, tenant)
         if old is None:
-            if if_revisions is not None:
+            if must_exist or if_seen is not None:
                 raise RevisionMoved(None)
             license_ = with_fields(License(tenant, fields.get("plan", "")), fields, self._now_s())
             return self._create_license(connection, license_, fields.get("overrides"), by), True
         if only_new:
             raise RevisionMoved(old.revision)
-        return self._update_license(connection, tenant, fields, if_revisions, by), False
+        return self._update_license(connection, tenant, fields, if_seen, by), False
 
     def _import(
         self, connection: Connection, rows: Sequence[tuple[str, Mapping[str, Any]]], dry_run: bool, by: str
@@ -489,11 +500,11 @@ class Changes:
         connection: Connection,
         tenant: str,
         fields: Mapping[str, Any],
-        if_revisions: Container[int] | None,
+        if_seen: Collection[SeenLicense] | None,
         by: str,
     ) -> StoredLicense:
         old = self._locked(connection, tenant)
-        if if_revisions is not None and old.revision not in if_revisions:
+        if not _is_as_seen(old, if_seen):
             raise RevisionMoved(old.revision)
         license_ = with_fields(old.license, fields, self._now_s())
         if license_ == old.license and "overrides" not in fields:
@@ -600,6 +611,10 @@ class Changes:
 
     def _now_us(self) -> int:
         return int(self._now_s() * 1_000_000)
+
+
+def _is_as_seen(stored: StoredLicense, if_seen: Collection[SeenLicense] | None) -> bool:
+    return if_seen is None or any(one.is_still(stored.license, stored.revision) for one in if_seen)
 
 
 def _audited(license_: License) -> dict[str, Any]:

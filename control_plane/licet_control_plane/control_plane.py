@@ -225,6 +225,10 @@ class ControlPlane:
         """Of the key that signs now."""
         return self.key.public_key
 
+    def now_us(self) -> int:
+        """``now_s`` in whole microseconds, as the database keeps instants."""
+        return int(self.now_s() * 1_000_000)
+
     def start(self) -> None:
         """Begin publishing, listening and draining."""
         self._tasks = [

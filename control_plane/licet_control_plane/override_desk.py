@@ -22,6 +22,10 @@ from licet_control_plane.store.database import Database
 from licet_control_plane.store.overrides import StoredOverride
 
 
+class OverrideExists(Exception):
+    """There is another override with this id; the argument is the id."""
+
+
 class OverrideUnknown(Exception):
     """There is no such override; the argument is its id."""
 
@@ -57,6 +61,7 @@ class OverrideDesk:
 
         Raises:
             ChangeInvalid: it cannot be.
+            OverrideExists: its id is another's.
         """
         made = await self._database.write(self._set, asked, by)
         self._wake.set()
@@ -90,7 +95,7 @@ class OverrideDesk:
         if existing is not None:
             same = replace(override, ends_us=existing.set_at_us + asked.lasts_s * 1_000_000, by=existing.override.by)
             if same != existing.override:
-                raise ChangeInvalid("id", f"there is another override {id_!r}", "Give this one another id, or none.")
+                raise OverrideExists(id_)
             return existing, meta.read(connection).revision, False
         in_force = overrides.live(connection, now_us)
         checked(override, asked.lasts_s, len(in_force), self._changes.catalog_in_force(connection).actions)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Self
 
 from licet.domain.approvals import Override
@@ -185,6 +185,8 @@ class Heartbeat:
     it has asserted every lease it holds; ``asserted_ms`` is an instant, milliseconds of the Redis clock, after which
     every lease it holds was answered for. ``log_bytes`` counts what the ledger has not committed yet. ``retired``: it
     gave up its registers, and its id is never used again. ``keys``: ids of the public keys that it trusts.
+    ``acted_generation`` and ``acted_revision`` name the newest state it ever acted on, which after a restart can be
+    newer than the one in force, and ``deployment`` whose state that was: empty while it does not know.
     """
 
     sidecar: str
@@ -209,6 +211,14 @@ class Heartbeat:
     asserted_ms: int = 0
     retired: bool = False
     keys: tuple[str, ...] = ()
+    deployment: str = ""
+    acted_generation: int = 0
+    acted_revision: int = 0
+
+    @property
+    def acted(self) -> tuple[int, int]:
+        """As newer and older."""
+        return (self.acted_generation, self.acted_revision)
 
     def pack(self) -> bytes:
         """In an envelope, for the registry."""
@@ -224,9 +234,15 @@ class Heartbeat:
         body = envelope.unpack(_HEARTBEAT_KIND, data)
         try:
             known = {name: body[name] for name in cls.__slots__ if name in body}
+            for name in _HEARTBEAT_NUMBERS & known.keys():
+                if not isinstance(known[name], int):
+                    raise envelope.EnvelopeError(f"heartbeat: {name} is not a number")
             return cls(**{**known, "keys": tuple(known.get("keys", ()))})
         except TypeError as error:
             raise envelope.EnvelopeError(f"heartbeat: field {error} is missing") from error
+
+
+_HEARTBEAT_NUMBERS: Final = frozenset(one.name for one in fields(Heartbeat) if one.type == "int")
 
 
 def digest_of(data: bytes) -> str:

@@ -530,6 +530,9 @@ class Sidecar:
             hostname=socket.gethostname(),
             pid=os.getpid(),
             keys=tuple(self._verifier.key_ids),
+            deployment=self.sync.state.deployment,
+            acted_generation=self.sync.state.floor[0],
+            acted_revision=self.sync.state.floor[1],
         )
 
     # Pages

@@ -22,7 +22,16 @@ from licet.wire.registers import HOLD_MARGIN_S, Pair
 from licet.wire.signing import Statement
 from licet_control_plane.core import fleet
 from licet_control_plane.core.contents import Contents, Expected, Found, assess
-from licet_control_plane.core.publishing import COPYING, Restore, Write, contiguous, is_repeat, restoring
+from licet_control_plane.core.lost import head_version, new_generation, newest_acted
+from licet_control_plane.core.publishing import (
+    COPYING,
+    Restore,
+    Write,
+    contiguous,
+    is_repeat,
+    is_written_again,
+    restoring,
+)
 from licet_sidecar.core import following
 from licet_sidecar.core.engine import Engine
 from licet_sidecar.core.following import Bundle, Following, Inconsistent, SignedHead, Unchecked
@@ -63,6 +72,9 @@ class Rule(Enum):
     EVICTED_FROM_DISK = auto()
     NOTHING_NEWER_AFTER_A_LOSS = auto()
     GENERATION_ABOVE_WHAT_IS_THERE = auto()
+    NOTHING_OF_A_GENERATION_BEFORE = auto()
+    BEHIND_WHO_ACTED_ON_MORE = auto()
+    BEHIND_THE_HEAD = auto()
 
 
 class Down(Exception):
@@ -254,7 +266,21 @@ class SimulatedPublisher:
             manifest is not None and (bundle is None or manifest.version >= bundle.version),
             last_is_own=self._is_own(server) or not self.simulation.keeps(Rule.REFUSE_WHEN_NEWER),
             generation=manifest.generation if manifest is not None else 0,
+            head=self._named(server),
+            acted=self._acted(server),
         )
+
+    def _named(self, server: Server) -> tuple[int, int]:
+        if not self.simulation.keeps(Rule.BEHIND_THE_HEAD):
+            return (0, 0)
+        generation = self.simulation.database.generation
+        statement = server.head.statement if server.head is not None else None
+        return head_version(statement, deployment=DEPLOYMENT, generation=generation)
+
+    def _acted(self, server: Server) -> tuple[int, int]:
+        generation = self.simulation.database.generation
+        newest = newest_acted(server.heartbeats.values(), deployment=DEPLOYMENT, generation=generation)
+        return newest.acted if newest is not None and self.simulation.keeps(Rule.BEHIND_WHO_ACTED_ON_MORE) else (0, 0)
 
     def _is_own(self, server: Server) -> bool:
         if not server.stream:
@@ -264,10 +290,26 @@ class SimulatedPublisher:
         own = {row.revision: row.id for row in database.rows if row.generation == database.generation}
         return own.get(revision, digest) == digest
 
+    def _is_current(self, row: Document) -> bool:
+        current = self.simulation.database.generation
+        return is_written_again(row.generation, current=current) or not self.simulation.keeps(
+            Rule.NOTHING_OF_A_GENERATION_BEFORE
+        )
+
     def _verdict(self, found: Found, database: Database) -> Contents:
-        has_manifest = database.newest(BUNDLE, up_to=self.revision) is not None
-        allocated = max(database.revision, self.revision)
-        verdict = assess(found, Expected(DEPLOYMENT, self.epoch, self.revision, allocated, has_manifest, database.run))
+        bundle = database.newest(BUNDLE, up_to=self.revision)
+        has_manifest = bundle is not None and self._is_current(bundle)
+        expected = Expected(
+            DEPLOYMENT,
+            database.generation,
+            self.epoch,
+            self.revision,
+            max(database.published, self.revision),
+            max(database.revision, self.revision),
+            has_manifest,
+            database.run,
+        )
+        verdict = assess(found, expected)
         if verdict is Contents.NEWER and not self.simulation.keeps(Rule.REFUSE_WHEN_NEWER):
             return Contents.INTACT
         return verdict
@@ -315,7 +357,8 @@ class SimulatedPublisher:
                             if one.kind == LICENSE and one.version > published:
                                 del server.documents[one.key]
                     for key in database.all_keys():
-                        if (row := database.newest(key, up_to=self.revision)) is not None:
+                        row = database.newest(key, up_to=self.revision)
+                        if row is not None and self._is_current(row):
                             self._write(row)
                             yield
                 case Restore.STREAM_END if self.revision > found.last_revision:
@@ -593,6 +636,9 @@ class SimulatedSidecar:
             0,
             0,
             0,
+            deployment=self.following.state.deployment,
+            acted_generation=self.following.state.floor[0],
+            acted_revision=self.following.state.floor[1],
         )
 
     def ask_second_route(self) -> None:
@@ -812,8 +858,6 @@ class SyncSimulation:
             sidecar.cut_off = False
             if not sidecar.alive:
                 sidecar.start()
-        if any(sidecar.disk.floor > self.database.version for sidecar in self.sidecars):
-            self._begin_generation()  # an operator sees who does not confirm
         began = self.now
         ends = began + HEAL_S + LEASE_S
         while not self._settled(began):
@@ -1033,10 +1077,12 @@ class SyncSimulation:
 
     def start_generation(self, database: Database, found: Found) -> None:
         """``publisher/generation.py``: everything again, above all that Redis has seen, and the rest withdrawn."""
-        lost = found.generation if self.keeps(Rule.GENERATION_ABOVE_WHAT_IS_THERE) else 0
-        database.generation = max(database.generation, lost) + 1
+        seen = (
+            [found.generation, found.head[0], found.acted[0]] if self.keeps(Rule.GENERATION_ABOVE_WHAT_IS_THERE) else []
+        )
+        database.generation = new_generation(database.generation, seen)
         database.epoch = max(database.epoch, found.epoch) + 1
-        database.revision = max(database.revision, found.last_revision)
+        database.revision = max(database.revision, found.last_revision, found.head[1])
         database.published = database.revision
         keys = [*database.all_keys()]
         keys += [key for key in self.server.documents if key not in keys]

@@ -50,12 +50,12 @@ class Desk:
 
     def __init__(self, running: Deployment, keys: dict[str, str]) -> None:
         self.running = running
-        self._keys = keys
+        self.keys = keys
         self._http = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(running.plane)), base_url="http://licet")
         self._seq = 0
 
     async def __call__(self, method: str, path: str, *, by: str = "admin", **arguments: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {self._keys[by]}"}
+        headers = {"Authorization": f"Bearer {self.keys[by]}", **arguments.pop("headers", {})}
         return await self._http.request(method, f"/v1{path}", headers=headers, **arguments)
 
     async def decide(self, what: str, id_: str = ID, *, by: str = "admin", **body: Any) -> httpx.Response:
@@ -120,7 +120,7 @@ async def any_desk(tmp_path: Path, valkey_process: ValkeyProcess, database_url: 
 @asynccontextmanager
 async def started(tmp_path: Path, valkey: ValkeyProcess, database_url: str = "") -> AsyncIterator[Desk]:
     async with deployment(tmp_path / "state", valkey.url, start=False, database_url=database_url) as running:
-        running.settings["approver_groups"] = {"finance": ("ben", "cora")}
+        running.settings["approver_groups"] = {"finance": ("ben", "cora", "fay")}
         running.settings["webhooks_private"] = True
         plane = await running.start()
         keys = {"admin": running.admin_key}
@@ -195,7 +195,8 @@ async def test_an_approval_is_signed_audited_and_idempotent_and_a_revocation_tak
     assert (first.json()["state"], first.json()["live"], first.json()["units"]) == ("approved", True, 70)
     (entry,) = await desk.entries()
     assert (entry.state, entry.units, entry.by, entry.reason) == (RequestState.APPROVED, 70, "ben", "fine")
-    assert (await desk.decide("approve", by="cora", expires_after_s=60)).status_code == 409
+    other = await desk.decide("approve", by="cora", expires_after_s=60)
+    assert (other.status_code, other.json()["type"]) == (409, "urn:licet:problem:access-request-settled")
 
     async def published() -> Any:
         mark = await desk.running.mark("acme")
@@ -212,15 +213,53 @@ async def test_an_approval_is_signed_audited_and_idempotent_and_a_revocation_tak
     assert await desk.audited("access_request.revoke") == [("cora", f"acme/{ID}")]
 
 
+async def test_an_approver_of_one_tenant_decides_about_its_requests_and_finds_no_others(desk: Desk) -> None:
+    for name, tenant in (("fay", "acme"), ("mallory", "globex")):
+        desk.keys[name] = f"licet_{name}"
+        added = {"name": name, "role": "approver", "tenant": tenant, "key": desk.keys[name], "now_us": 1}
+        await desk.running.plane.database.write(access.add_key, **added)
+    await desk.asks()
+    await desk.opened()
+    bodies = {"approve": {"expires_after_s": 60}, "deny": {"reason": "no"}, "revoke": {"reason": "no"}}
+    for what, body in bodies.items():
+        hidden = await desk.decide(what, by="mallory", **body)
+        assert (hidden.status_code, hidden.json()["type"]) == (404, "urn:licet:problem:access-request-unknown")
+    assert (await desk("GET", f"/access-requests/{ID}", by="mallory")).status_code == 404
+    assert (await desk("GET", "/access-requests", by="mallory")).json()["items"] == []
+    assert (await desk("GET", f"/access-requests/{ID}", by="fay")).json()["state"] == "pending"
+    for what in ("approve", "revoke"):
+        assert (await desk.decide(what, by="fay", **bodies[what])).status_code == 200
+    assert await desk.audited("access_request.approve") == [("fay", f"acme/{ID}")]
+
+
 async def test_who_asked_who_is_not_named_and_who_has_no_such_role_are_refused(desk: Desk) -> None:
     await desk.asks(subject_id="ben")
     await desk.opened()
     body = {"expires_after_s": 60}
-    for who, why in (("ben", "own request"), ("dan", "group:finance"), ("eve", "role operator")):
+    for who, why, kind in (
+        ("ben", "own request", "access-request-own"),
+        ("dan", "group:finance", "access-request-approver"),
+        ("eve", "role operator", "role"),
+    ):
         answer = await desk.decide("approve", by=who, **body)
         assert (answer.status_code, why in answer.json()["detail"]) == (403, True), answer.text
+        assert answer.json()["type"] == f"urn:licet:problem:{kind}"
+    early = await desk.decide("revoke", by="cora", reason="too early")
+    assert (early.status_code, early.json()["type"]) == (409, "urn:licet:problem:access-request-state")
     assert (await desk.decide("approve", by="cora", **body)).status_code == 200
     assert await desk.audited("access_request.approve") == [("cora", f"acme/{ID}")]
+
+
+async def test_an_edit_that_was_read_before_an_approval_is_still_made(desk: Desk) -> None:
+    await desk.asks()
+    before = (await desk("GET", "/licenses/acme")).headers["etag"]
+    await desk.opened()
+    assert (await desk.decide("approve", by="ben", expires_after_s=60)).status_code == 200
+    assert (await desk("GET", "/licenses/acme")).headers["etag"] != before
+    edited = await desk("PATCH", "/licenses/acme", json={"grace_s": 60}, headers={"If-Match": before})
+    assert (edited.status_code, edited.json()["grace_s"]) == (200, 60)
+    again = await desk("PATCH", "/licenses/acme", json={"grace_s": 90}, headers={"If-Match": before})
+    assert (again.status_code, again.json()["type"]) == (412, "urn:licet:problem:changed")
 
 
 async def test_a_denial_closes_the_request_with_its_reason(desk: Desk) -> None:
@@ -255,7 +294,8 @@ async def test_a_request_that_nobody_decides_expires(desk: Desk) -> None:
     await desk.running.plane.database.write(
         lambda connection: connection.execute(update(table).values(expires_at=past))
     )
-    assert (await desk.decide("approve", by="ben", expires_after_s=60)).status_code == 409
+    late = await desk.decide("approve", by="ben", expires_after_s=60)
+    assert (late.status_code, late.json()["type"]) == (409, "urn:licet:problem:access-request-expired")
 
     async def expired() -> bool:
         return await desk.audited("access_request.expire") == [("sidecars", f"acme/{ID}")]
@@ -309,7 +349,7 @@ async def test_erasing_a_subject_blanks_who_asked(any_desk: Desk) -> None:
 async def test_a_change_of_the_license_keeps_its_requests(desk: Desk) -> None:
     await desk.asks()
     await desk.opened()
-    stored = await desk.running.plane.changes.update_license("acme", {"ends_s": 2**32}, if_revisions=None, by="test")
+    stored = await desk.running.plane.changes.update_license("acme", {"ends_s": 2**32}, if_seen=None, by="test")
     assert [one.id for one in stored.license.requests] == [ID]
     line = await desk.running.plane.database.read(
         lambda connection: connection.execute(select(audit.c.after).where(audit.c.action == "license.update")).one()
@@ -368,7 +408,7 @@ async def test_a_request_survives_a_control_plane_that_is_stopped_before_it_is_d
     await desk.running.stop()
     await desk.running.redis.flushall()
     await desk.running.start()
-    reborn = Desk(desk.running, desk._keys)
+    reborn = Desk(desk.running, desk.keys)
     approved = await reborn.decide("approve", by="ben", expires_after_s=3_600)
     assert approved.json()["state"] == "approved"
 
@@ -382,12 +422,14 @@ async def test_a_request_survives_a_control_plane_that_is_stopped_before_it_is_d
 
 
 async def test_what_is_not_there_is_said_to_be_so(desk: Desk) -> None:
-    for method, path, body in (
-        ("GET", f"/access-requests/{ID}", None),
-        ("POST", f"/access-requests/{ID}/deny", {"reason": "no"}),
-        ("DELETE", "/overrides/none", None),
+    for method, path, body, kind in (
+        ("GET", f"/access-requests/{ID}", None, "access-request-unknown"),
+        ("GET", "/access-requests/none", None, "access-request-unknown"),
+        ("POST", f"/access-requests/{ID}/deny", {"reason": "no"}, "access-request-unknown"),
+        ("DELETE", "/overrides/none", None, "override-unknown"),
     ):
-        assert (await desk(method, path, json=body)).status_code == 404
+        answer = await desk(method, path, json=body)
+        assert (answer.status_code, answer.json()["type"]) == (404, f"urn:licet:problem:{kind}")
     assert (await desk("GET", "/access-requests?cursor=x")).status_code == 422
     assert (await desk("GET", "/access-requests?state=x")).status_code == 422
 
@@ -413,7 +455,8 @@ async def test_an_override_is_published_with_the_bundle_kept_by_a_push_and_clear
     first = await desk("POST", "/overrides", json=INCIDENT)
     again = await desk("POST", "/overrides", json=INCIDENT)
     assert (first.status_code, again.status_code, again.json()["set_at"]) == (201, 200, first.json()["set_at"])
-    assert (await desk("POST", "/overrides", json=INCIDENT | {"effect": "deny"})).status_code == 422
+    other = await desk("POST", "/overrides", json=INCIDENT | {"effect": "deny"})
+    assert (other.status_code, other.json()["type"]) == (422, "urn:licet:problem:override-exists")
     published = await manifest_of(desk, lambda one: len(one.overrides) == 1)
     assert published.has_content_of(before)
     assert [(one.id, one.by, one.reason) for one in published.overrides] == [("inc-1", "admin", "INC-1")]

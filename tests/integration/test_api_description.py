@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from licet_control_plane.api import problems
 from tests.support.api_server import ApiServer, api_server
 from tests.support.valkey import ValkeyProcess
 
@@ -63,6 +65,11 @@ def served(tmp_path: Path, valkey_process: ValkeyProcess) -> Iterator[ApiServer]
         yield server
 
 
+DOCUMENTS: Final = {("GET", "/v1/schemas/{kind}")}
+"""What answers a document of another language, here JSON Schema."""
+JSON: Final = ("application/json", "application/jsonl", "application/schema+json")
+
+
 def _described(served: ApiServer) -> Any:
     return schemathesis.openapi.from_url(
         f"{served.url}/v1/openapi.json", headers={"Authorization": f"Bearer {served.key}"}
@@ -87,6 +94,64 @@ def test_every_operation_has_its_own_id_tags_and_a_schema_of_what_it_takes_and_a
             assert operation["security"] == [{"apiKey": []}], name
             assert {"401", "404", "422", "429", "500"} <= operation["responses"].keys(), name
     assert not [name for name in json.dumps(description).split() if "HTTPValidationError" in name]
+
+
+def test_every_answer_has_a_model_and_every_field_of_it_says_what_it_is(served: ApiServer) -> None:
+    description = _described(served).raw_schema
+    schemas = description["components"]["schemas"]
+    answered: set[str] = set()
+    for path, item in description["paths"].items():
+        for method, operation in item.items():
+            for status, answer in operation["responses"].items():
+                for media_type, content in answer.get("content", {}).items():
+                    if not status.startswith("2") or media_type not in JSON or (method.upper(), path) in DOCUMENTS:
+                        continue
+                    assert list(content["schema"]) == ["$ref"], f"{method.upper()} {path} {status} has no model"
+                    answered |= _models(content["schema"], schemas)
+    lacking = [
+        f"{name}.{field}"
+        for name in sorted(answered)
+        for field, schema in schemas[name].get("properties", {}).items()
+        if not _says_what_it_is(schema, schemas)
+    ]
+    assert not lacking, lacking
+    assert all(schemas[name].get("description") for name in answered)
+
+
+def test_the_documentation_has_every_type_of_problem() -> None:
+    source = Path(problems.__file__).parent
+    kinds = {kind for path in source.glob("*.py") for kind in re.findall(r'kind="([a-z-]+)"', path.read_text())}
+    kinds |= {*problems.KINDS.values()} | set(
+        re.findall(r'"(access-request-[a-z]+)"', Path(problems.__file__).read_text())
+    )
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    assert [kind for kind in sorted(kinds) if f"`{kind}`" not in text] == []
+
+
+def _models(schema: Any, schemas: Any, found: frozenset[str] = frozenset()) -> set[str]:
+    """Names of the models that a schema is made of."""
+    names: set[str] = set()
+    if isinstance(schema, dict):
+        if "$ref" in schema:
+            name = schema["$ref"].rpartition("/")[2]
+            if name not in found:
+                names |= {name} | _models(schemas[name], schemas, found | {name})
+        for one in schema.values():
+            names |= _models(one, schemas, found)
+    elif isinstance(schema, list):
+        for one in schema:
+            names |= _models(one, schemas, found)
+    return names
+
+
+def _says_what_it_is(schema: Any, schemas: Any) -> bool:
+    """Whether a field has a description: its own, or that of its only model, or of what it is when it is not null."""
+    if "description" in schema:
+        return True
+    if "$ref" in schema:
+        return "description" in schemas[schema["$ref"].rpartition("/")[2]]
+    options = [one for one in schema.get("anyOf", []) if one != {"type": "null"}]
+    return bool(options) and all(_says_what_it_is(one, schemas) for one in options)
 
 
 def test_whatever_the_description_allows_is_answered_as_it_says(served: ApiServer) -> None:

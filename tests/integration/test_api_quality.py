@@ -11,7 +11,7 @@ import httpx
 import pytest
 from sqlalchemy import Connection, select, update
 
-from licet_control_plane.api import license_moves
+from licet_control_plane.api import licenses as licenses_api
 from licet_control_plane.api.app import make_app
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.store import idempotency, licenses, webhooks
@@ -92,7 +92,7 @@ async def test_a_request_that_is_refused_after_its_commit_is_not_done_twice(
         raise Problem(409, "Too late.", "Do not.")
 
     with monkeypatch.context() as patched:
-        patched.setattr(license_moves, "described", refused)
+        patched.setattr(licenses_api, "described", refused)
         assert (await api.renew("k")).status_code == 409
     again = await api.renew("k")
     assert (again.status_code, again.headers["idempotency-replayed"]) == (409, "true")
@@ -312,6 +312,7 @@ async def test_a_key_that_is_written_otherwise_is_the_same_caller(api: Api) -> N
 
 
 async def test_what_the_caller_has_already_is_not_sent_again(api: Api) -> None:
+    await api.running.headed((await api.client.get("/v1/licenses/acme")).json()["revision"])  # published meanwhile
     for path in ("/v1/licenses/acme", "/v1/plans/pro", "/v1/bundles/current"):
         first = await api.client.get(path)
         assert first.status_code == 200, path

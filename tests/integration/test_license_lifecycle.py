@@ -104,6 +104,22 @@ async def test_if_match_takes_any_of_its_tags_and_none_that_was_never_given(lice
     assert missing.status_code == 404
 
 
+async def test_the_audit_trail_says_what_became_of_a_license_whatever_route_it_came_by(licensing: Licensing) -> None:
+    def row(tenant: str, plan: str) -> dict[str, Any]:
+        return {"licenses": [{"tenant": tenant, "plan": plan}]}
+
+    await licensing.put()
+    await licensing.put(grace_s=60)
+    await licensing.client.post("/v1/licenses/import", json=row("other", "pro"))
+    await licensing.client.post("/v1/licenses/import", json=row("other", "big"))
+    assert [one.target for one in await licensing.audited("license.create")] == ["acme", "other"]
+    assert [one.target for one in await licensing.audited("license.update")] == ["acme", "other"]
+    for at in ("now", "month_end"):
+        assert (await licensing.move("change-plan", plan="big" if at == "now" else "pro", at=at)).status_code == 200
+    now, later = await licensing.audited("license.change_plan")
+    assert ("planned" in json.loads(now.after), "planned" in json.loads(later.after)) == (False, True)
+
+
 async def test_a_suspended_license_is_resumed_and_a_canceled_one_says_why_it_is_not(licensing: Licensing) -> None:
     await licensing.put()
     suspended = (await licensing.move("suspend")).json()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,9 @@ from licet.wire.documents import Manifest, catalog_of_chunks
 from licet.wire.signing import Statement
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.core.grants import GrantAsked
+from licet_control_plane.publisher.documents import RedisDocuments
 from licet_control_plane.store import ledger
+from licet_control_plane.store.revisions import Revision
 from tests.support.control_plane import MONTHLY, NAMES, Deployment, catalog, deployment, heartbeat, until
 from tests.support.usage import batch
 from tests.support.valkey import ValkeyProcess
@@ -301,6 +304,67 @@ async def test_a_restored_database_does_not_publish_until_a_new_generation(
         assert statement.generation == 3
 
 
+async def beat(running: Deployment, sidecar: str, **changes: Any) -> None:
+    await running.redis.hset(NAMES.sidecars(), sidecar, heartbeat(sidecar, **changes).pack())
+
+
+async def test_a_sidecar_that_acted_on_more_stops_the_publisher_until_a_new_generation(running: Deployment) -> None:
+    await running.push(100)
+    newest = await running.license("acme")
+    await running.headed(newest)
+    deployment = running.plane.publisher._meta.deployment
+    await beat(running, "a" * 32, deployment="of another", acted_generation=1, acted_revision=newest + 9)
+    await beat(running, "b" * 32, deployment=deployment, acted_generation=10_000, acted_revision=1)
+    await beat(running, "c" * 32, deployment=deployment, acted_generation=1, acted_revision=newest)
+    await running.headed(await running.license("globex"))
+    assert running.plane.publisher.status.state == "publishing"
+
+    await beat(running, "d" * 32, deployment=deployment, acted_generation=4, acted_revision=1)
+    await until(lambda: _state(running, "stopped"))
+    status = running.plane.publisher.status
+    assert f"{'d' * 32}' ('127.0.0.1:7420') acted on revision 1 of generation 4" in status.reason
+    assert "--new-generation" in status.fix
+    await running.stop()
+    await running.start(new_generation=True)
+    statement, _ = await running.headed(newest + 4)
+    assert statement.generation == 5
+
+
+async def test_a_head_that_names_more_than_was_published_stops_the_publisher(running: Deployment) -> None:
+    await running.push(100)
+    newest = await running.license("acme")
+    await running.headed(newest)
+    publisher = running.plane.publisher
+    await running.stop()
+    statement = Statement(publisher._meta.deployment, "head", "head", 1, newest + 1, {})
+    await running.redis.set(NAMES.head(), publisher._key.sign(statement))
+    await running.start()
+    await until(lambda: _state(running, "stopped"))
+    assert f"is at revision {newest + 1}" in running.plane.publisher.status.reason
+
+
+async def test_nothing_of_the_generation_before_is_written_once_another_begins(running: Deployment) -> None:
+    await running.push(100)
+    await running.headed(await running.license("acme"))
+    await running.stop()
+    await running.redis.flushall()
+    newest = 40
+    entry = {"kind": "license", "key": "ghost", "digest": ""}
+    await running.redis.xadd(NAMES.changes(), entry, f"{newest}-0")
+    written: list[tuple[int, int]] = []
+    set_documents = RedisDocuments.set_documents
+
+    async def noted(self: RedisDocuments, deployment: str, rows: Sequence[Revision]) -> None:
+        written.extend((row.generation, row.revision) for row in rows)
+        await set_documents(self, deployment, rows)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RedisDocuments, "set_documents", noted)
+        await running.start(new_generation=True)
+        await running.headed(newest + 2)
+    assert written == [(2, newest + 1), (2, newest + 2)]
+
+
 async def test_what_a_lost_database_left_behind_is_removed_after_a_loss(running: Deployment) -> None:
     await running.push(100)
     revision = await running.license("acme")
@@ -321,9 +385,7 @@ async def test_a_document_is_never_replaced_by_an_older_one(running: Deployment)
     await running.push(100)
     await running.headed(await running.license("acme"))
     old = await running.redis.get(NAMES.license("acme"))
-    await running.plane.changes.update_license(
-        "acme", {"status": LicenseStatus.SUSPENDED}, if_revisions=None, by="test"
-    )
+    await running.plane.changes.update_license("acme", {"status": LicenseStatus.SUSPENDED}, if_seen=None, by="test")
     await running.headed(3)
     new = await running.redis.get(NAMES.license("acme"))
     assert new != old

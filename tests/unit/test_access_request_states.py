@@ -93,6 +93,8 @@ def test_who_asked_may_take_the_request_back() -> None:
         (ApprovalStage(("role:approver",)), BEN, True),
         (ApprovalStage(("role:operator",)), Principal("dan", "operator"), False),
         (core.ANYBODY, Principal("dan", "approver"), True),
+        (FINANCE, Principal("theirs", "admin", tenant="acme"), False),
+        (core.ANYBODY, Principal("theirs", "admin", tenant="acme"), True),
         (core.ANYBODY, Principal("dan", "operator"), False),
         (ApprovalStage(("user:dan",)), Principal("dan", "auditor"), False),
     ],

@@ -13,6 +13,7 @@ from licet_sidecar.adapters.https_route import refusal_of
 from licet_sidecar.config import ConfigError, parse
 from licet_sidecar.ports import LinkDown, PulseReport
 from tests.support.fake_second_route import FakeSecondRoute
+from tests.support.fake_state_source import FakePublisher
 from tests.support.published import KEY, OTHER_KEY, Signer, catalog
 from tests.support.sidecar import FakeSidecar, World, ask, hurried
 
@@ -126,6 +127,23 @@ async def test_nothing_but_what_is_signed_whole_and_not_older_is_taken(
         await sidecar.sync.follow_second_route()
     assert sidecar.tally.documents_rejected == 1
     assert (await reason(sidecar), sidecar.engine.revision) == ("OK", before)
+
+
+async def test_a_license_in_force_that_the_control_plane_does_not_know_is_of_a_lost_database(
+    sidecar: FakeSidecar, world: World
+) -> None:
+    await sidecar.sync.follow_second_route()
+    assert await reason(sidecar) == "OK"
+    before = world.publisher.revision
+    del world.source.licenses["acme"]
+    world.push(catalog())
+    with pytest.raises(LinkDown, match="does not have the license of acme"):
+        await sidecar.sync.follow_second_route()
+    assert (await reason(sidecar), sidecar.engine.revision) == ("OK", before)
+    route(sidecar).publisher = FakePublisher(world.source, Signer(generation=2))
+    route(sidecar).publisher.push(catalog())
+    await sidecar.sync.follow_second_route()
+    assert (await reason(sidecar), sidecar.engine.generation) == ("NO_LICENSE", 2)
 
 
 async def test_a_restart_does_not_go_back_by_the_second_route(world: World) -> None:

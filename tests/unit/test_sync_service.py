@@ -712,6 +712,8 @@ async def test_a_snapshot_older_than_what_was_acted_on_is_not_served(world: Worl
     again.start()
     await until(lambda: "gone" in again.sync.problem)
     assert not again.sync.ready.is_set()
+    # Whose state it was is known all the same, for the heartbeat to say.
+    assert (again.sync.state.deployment, again.sync.state.floor) == (sidecar.sync.state.deployment, (1, 3))
     world.source.fail(None)
     await again.synced()
     assert await reason(again) == "NOT_ENTITLED"

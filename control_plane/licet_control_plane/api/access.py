@@ -25,19 +25,26 @@ class Reach(Enum):
     """What a caller that is confined to one tenant reaches."""
 
     TENANT = "tenant"
+    """The tenant in the path."""
     FILTER = "filter"
+    """What is listed or summed, of its tenant."""
     BODY = "body"
+    """The tenant in the body."""
+    FOUND = "found"
+    """What the path names, once it is found to be of its tenant; else there is no such thing."""
     DEPLOYMENT = "deployment"
+    """Nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """``records``: the action under which the audit trail has it, empty for what changes nothing; ``why`` not, of a
-    route that changes something all the same."""
+    """``records``: the action under which the audit trail has it, empty for what changes nothing; ``creates``: the one
+    when it makes what was not there. ``why`` not, of a route that changes something all the same."""
 
     need: Need
     reach: Reach
     records: str = ""
+    creates: str = ""
     why: str = ""
 
     @property
@@ -62,10 +69,10 @@ RULES: Final[dict[Route, Rule]] = {
     ("GET", "/v1/revisions/{revision}/rollout"): _READ,
     ("POST", "/v1/licenses"): Rule(Need.CHANGE, Reach.BODY, "license.create"),
     ("GET", "/v1/licenses"): Rule(Need.READ, Reach.FILTER),
-    ("POST", "/v1/licenses/import"): Rule(Need.CHANGE, Reach.BODY, "license.update"),
+    ("POST", "/v1/licenses/import"): Rule(Need.CHANGE, Reach.BODY, "license.update", "license.create"),
     ("GET", "/v1/licenses/{tenant}"): Rule(Need.READ, Reach.TENANT),
     ("PATCH", "/v1/licenses/{tenant}"): Rule(Need.CHANGE, Reach.TENANT, "license.update"),
-    ("PUT", "/v1/licenses/{tenant}"): Rule(Need.CHANGE, Reach.TENANT, "license.update"),
+    ("PUT", "/v1/licenses/{tenant}"): Rule(Need.CHANGE, Reach.TENANT, "license.update", "license.create"),
     ("POST", "/v1/licenses/{tenant}/suspend"): Rule(Need.CHANGE, Reach.TENANT, "license.suspend"),
     ("POST", "/v1/licenses/{tenant}/resume"): Rule(Need.CHANGE, Reach.TENANT, "license.resume"),
     ("POST", "/v1/licenses/{tenant}/cancel"): Rule(Need.CHANGE, Reach.TENANT, "license.cancel"),
@@ -107,14 +114,11 @@ RULES: Final[dict[Route, Rule]] = {
     ("POST", "/v1/ledger/verify"): _RECORDS,
     ("POST", "/v1/ledger/reconcile"): _RECORDS,
     ("GET", "/v1/ledger/checkpoint"): _RECORDS,
-    # A request's address does not say whose it is, so a caller with one tenant only lists.
     ("GET", "/v1/access-requests"): Rule(Need.READ, Reach.FILTER),
-    ("GET", "/v1/access-requests/{request_id}"): _READ,
-    ("POST", "/v1/access-requests/{request_id}/approve"): Rule(
-        Need.APPROVE, Reach.DEPLOYMENT, "access_request.approve"
-    ),
-    ("POST", "/v1/access-requests/{request_id}/deny"): Rule(Need.APPROVE, Reach.DEPLOYMENT, "access_request.deny"),
-    ("POST", "/v1/access-requests/{request_id}/revoke"): Rule(Need.APPROVE, Reach.DEPLOYMENT, "access_request.revoke"),
+    ("GET", "/v1/access-requests/{request_id}"): Rule(Need.READ, Reach.FOUND),
+    ("POST", "/v1/access-requests/{request_id}/approve"): Rule(Need.APPROVE, Reach.FOUND, "access_request.approve"),
+    ("POST", "/v1/access-requests/{request_id}/deny"): Rule(Need.APPROVE, Reach.FOUND, "access_request.deny"),
+    ("POST", "/v1/access-requests/{request_id}/revoke"): Rule(Need.APPROVE, Reach.FOUND, "access_request.revoke"),
     ("GET", "/v1/overrides"): _READ,
     ("POST", "/v1/overrides"): Rule(Need.CHANGE, Reach.DEPLOYMENT, "override.set"),
     ("DELETE", "/v1/overrides/{override_id}"): Rule(Need.CHANGE, Reach.DEPLOYMENT, "override.clear"),

@@ -7,8 +7,6 @@ same person saying the same again gets the same answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Query, Request
@@ -17,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from licet.domain.approvals import TEXT_CHARS_MAX, RequestState
 from licet_control_plane.access_desk import RequestUnknown, principal
 from licet_control_plane.api.amounts import Amount
-from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, TenantAsked, plane_of, v1_router
+from licet_control_plane.api.fields import Count, Instant, Revision, Tenant, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.core import access_requests as core
-from licet_control_plane.core.access_requests import AccessRequest, NotAllowed, NotPossible, Principal, Terms
+from licet_control_plane.core.access_requests import AccessRequest, Terms
 from licet_control_plane.store import access_requests as store
 from licet_control_plane.store.access_requests import Cursor, StoredRequest
 
@@ -61,7 +60,110 @@ class Reason(BaseModel):
     reason: Annotated[str, Field(min_length=1, max_length=TEXT_CHARS_MAX)]
 
 
-@router.get("")
+class SubjectView(BaseModel):
+    """Who asked; all empty once the subject was erased."""
+
+    type: str = said("Such as user")
+    id: str = said("As the service calls them")
+    on_behalf_of: str = said("For whom they act; empty for themselves")
+
+
+class ResourceView(BaseModel):
+    """What it is about; empty for nothing in particular."""
+
+    type: str = said("Such as report")
+    id: str = said("As the service calls it")
+
+
+class StageView(BaseModel):
+    """The stage of its chain that a request is in."""
+
+    number: Annotated[int, said("From 1", minimum=1)]
+    of: Annotated[int, said("How many stages there are", minimum=1)]
+    approvers: list[str] = said("user:…, group:… or role:…; empty for whoever may decide at all")
+    need: Annotated[int, said("How many different people must say yes", minimum=1)]
+    approved_by: list[str] = said("Who did, in this stage")
+
+
+class AccessRequestView(BaseModel):
+    """An access request."""
+
+    id: str = said("32 characters")
+    tenant: Tenant
+    subject: SubjectView
+    action: str = said("What it is asked for")
+    rule: str = said("What wants an approval: policy/rule, or the key of a limit")
+    units_asked: dict[str, Count] = said("By feature")
+    resource: ResourceView
+    justification: str = said("Of whoever asks")
+    state: RequestState = said("Approved also when the approval has ended since: see `live`")
+    live: bool = said("The approval is in force")
+    asked_at: Instant
+    expires_at: Annotated[Instant, said("When it expires unless it is decided")]
+    chain: str = said("The approval chain; empty for none")
+    stage: StageView | None = said("Who decides now; null when nothing is pending")
+    decided_by: str = said("Whose decision ended it; empty for nobody's")
+    decided_at: Instant | None = said("When that was; null for never")
+    reason: str = said("What whoever decided says")
+    ends_at: Instant | None = said("The first instant after the approval; null for none")
+    units: Amount | None = said("What the approval is for in all: units, money for a budget; null for any number")
+    revision: Annotated[Revision, said("Of the license that last told sidecars of it")]
+
+
+class AccessRequestPage(BaseModel):
+    """Access requests, the last asked first."""
+
+    items: list[AccessRequestView] = said("The last asked first")
+    next_cursor: str | None = said("The `cursor` of the next page; null on the last")
+
+
+def known_id(request_id: str) -> str:
+    """The id in an address.
+
+    Raises:
+        RequestUnknown: nothing can have it.
+    """
+    if not _ID.fullmatch(request_id):
+        raise RequestUnknown(request_id)
+    return request_id
+
+
+async def asked_for(
+    request: Request, request_id: Annotated[str, Depends(known_id)], caller: CallerAsked
+) -> StoredRequest:
+    """The request in an address.
+
+    Raises:
+        RequestUnknown: there is none, or it is of a tenant that the caller does not reach.
+    """
+    found = await plane_of(request).database.read(store.get, request_id)
+    if found is None or caller.tenant not in ("", found.request.tenant):
+        raise RequestUnknown(request_id)
+    return found
+
+
+class DecidedCase:
+    """What every decision has: the request it is about, and who decides. A dependency of routes with
+    ``{request_id}``."""
+
+    def __init__(
+        self, request: Request, found: Annotated[StoredRequest, Depends(asked_for)], caller: CallerAsked
+    ) -> None:
+        plane = plane_of(request)
+        self.desk = plane.access_desk
+        self.id = found.request.id
+        self.by = principal(caller.name, caller.role.value, caller.tenant, plane.config.approver_groups)
+        self._now_us = plane.now_us
+
+    def answer(self, made: StoredRequest) -> dict[str, Any]:
+        """The request as it is now."""
+        return described(made, self._now_us())
+
+
+Case = Annotated[DecidedCase, Depends()]
+
+
+@router.get("", response_model=AccessRequestPage)
 async def list_requests(
     request: Request,
     tenant: TenantAsked,
@@ -71,7 +173,7 @@ async def list_requests(
 ) -> dict[str, Any]:
     """Requests, the last asked first; of one tenant, or in one state."""
     plane = plane_of(request)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     found = await plane.database.read(
         store.page,
         tenant=tenant,
@@ -87,48 +189,28 @@ async def list_requests(
     }
 
 
-@router.get("/{request_id}")
-async def get_request(request: Request, request_id: str) -> dict[str, Any]:
+@router.get("/{request_id}", response_model=AccessRequestView)
+async def get_request(request: Request, found: Annotated[StoredRequest, Depends(asked_for)]) -> dict[str, Any]:
     """One request."""
-    plane = plane_of(request)
-    with _as_problems(request_id):
-        found = await plane.database.read(store.get, request_id)
-        if found is None:
-            raise RequestUnknown(request_id)
-    return described(found, int(plane.now_s() * 1_000_000))
+    return described(found, plane_of(request).now_us())
 
 
-@router.post("/{request_id}/approve")
-async def approve(
-    request: Request, request_id: str, body: Approval, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+@router.post("/{request_id}/approve", response_model=AccessRequestView)
+async def approve(body: Approval, case: Case) -> dict[str, Any]:
     """Say yes. Nobody approves their own request."""
-    plane = plane_of(request)
-    with _as_problems(request_id):
-        made = await plane.access_desk.approve(request_id, _principal(request, caller), body.terms(), body.reason)
-    return described(made, int(plane.now_s() * 1_000_000))
+    return case.answer(await case.desk.approve(case.id, case.by, body.terms(), body.reason))
 
 
-@router.post("/{request_id}/deny")
-async def deny(
-    request: Request, request_id: str, body: Reason, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+@router.post("/{request_id}/deny", response_model=AccessRequestView)
+async def deny(body: Reason, case: Case) -> dict[str, Any]:
     """Say no: one is enough."""
-    plane = plane_of(request)
-    with _as_problems(request_id):
-        made = await plane.access_desk.deny(request_id, _principal(request, caller), body.reason)
-    return described(made, int(plane.now_s() * 1_000_000))
+    return case.answer(await case.desk.deny(case.id, case.by, body.reason))
 
 
-@router.post("/{request_id}/revoke")
-async def revoke(
-    request: Request, request_id: str, body: Reason, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+@router.post("/{request_id}/revoke", response_model=AccessRequestView)
+async def revoke(body: Reason, case: Case) -> dict[str, Any]:
     """Take an approval back. What was used under it stays used."""
-    plane = plane_of(request)
-    with _as_problems(request_id):
-        made = await plane.access_desk.revoke(request_id, _principal(request, caller), body.reason)
-    return described(made, int(plane.now_s() * 1_000_000))
+    return case.answer(await case.desk.revoke(case.id, case.by, body.reason))
 
 
 def described(stored: StoredRequest, now_us: int) -> dict[str, Any]:
@@ -169,10 +251,6 @@ def _stage(one: AccessRequest) -> dict[str, Any]:
     }
 
 
-def _principal(request: Request, caller: Caller) -> Principal:
-    return principal(caller.name, caller.role.value, plane_of(request).config.approver_groups)
-
-
 def _cursor(text: str) -> Cursor | None:
     if not text:
         return None
@@ -180,19 +258,3 @@ def _cursor(text: str) -> Cursor | None:
     if not _DIGITS.fullmatch(at) or not _ID.fullmatch(id_):
         raise Problem(422, f"cursor: {text!r} is not one.", "Use the next_cursor of the page before.")
     return Cursor(int(at), id_)
-
-
-@contextmanager
-def _as_problems(request_id: str) -> Iterator[None]:
-    try:
-        if not _ID.fullmatch(request_id):
-            raise RequestUnknown(request_id)
-        yield
-    except RequestUnknown as error:
-        raise Problem(
-            404, f"There is no access request {str(error)!r}.", "GET /v1/access-requests lists them."
-        ) from error
-    except NotAllowed as error:
-        raise Problem(403, f"{error}.", error.fix) from error
-    except NotPossible as error:
-        raise Problem(409, f"{error}.", error.fix) from error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Request
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from licet.domain.ids import TENANT_PATTERN
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, storable, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, storable, v1_router
+from licet_control_plane.api.fields import Instant, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us, parse_us
 from licet_control_plane.core.access import KEY_ID_BYTES, SECRET_BYTES, Role, key_text
@@ -33,13 +34,38 @@ class NewKey(BaseModel):
     expires_at: str | None = None
 
 
-@router.post("", status_code=201)
-async def create_key(
-    request: Request, body: NewKey, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+class KeyView(BaseModel):
+    """An API key, without its text."""
+
+    id: str = said("A part of the key, which is no secret")
+    name: str = said("What the audit trail calls its holder")
+    role: Role = said("What it may do")
+    tenant: str | None = said("The only one it reaches; null for all")
+    state: Literal["active", "expired", "revoked"] = said("Only an active one opens anything")
+    created_at: Instant
+    created_by: str | None = said("Who made it; null for the first start")
+    expires_at: Instant | None = said("From when on it opens nothing; null for never")
+    revoked_at: Instant | None = said("When it was revoked; null for never")
+    last_used_at: Instant | None = said("To within a minute; null for never")
+
+
+class CreatedKey(KeyView):
+    """With its text, which is not shown again."""
+
+    key: str = said("What goes into Authorization: Bearer")
+
+
+class KeyList(BaseModel):
+    """Every key there ever was."""
+
+    items: list[KeyView] = said("By id")
+
+
+@router.post("", status_code=201, response_model=CreatedKey)
+async def create_key(request: Request, body: NewKey, caller: CallerAsked) -> dict[str, Any]:
     """Make a key. ``key`` is in this answer and in no other: only its hash is kept."""
     plane = plane_of(request)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     if body.tenant and not TENANT_PATTERN.fullmatch(body.tenant):
         raise Problem(422, f"tenant: {body.tenant!r} cannot name a tenant.", "Look at the spelling.")
     if body.tenant and body.role is Role.SIDECAR:
@@ -64,19 +90,19 @@ async def create_key(
     return {**_described(made, now_us), "key": key}
 
 
-@router.get("")
+@router.get("", response_model=KeyList)
 async def list_keys(request: Request) -> dict[str, Any]:
     """Every key there ever was, without its text: revoked and expired ones stay, as the audit trail names them."""
     plane = plane_of(request)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     return {"items": [_described(key, now_us) for key in await plane.database.read(access.keys)]}
 
 
-@router.delete("/{key}")
-async def revoke_key(request: Request, key: str, caller: Annotated[Caller, Depends(authenticate)]) -> dict[str, Any]:
+@router.delete("/{key}", response_model=KeyView)
+async def revoke_key(request: Request, key: str, caller: CallerAsked) -> dict[str, Any]:
     """Revoke a key, by its id or its name: the next request with it is refused, by every control plane."""
     plane = plane_of(request)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     try:
         revoked = await plane.database.write(access.revoke_key, storable(key, "key"), by=caller.name, now_us=now_us)
     except KeyUnknown as error:

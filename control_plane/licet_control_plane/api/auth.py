@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import structlog
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 
 from licet_control_plane.api.access import Reach, Rule, rule_of
 from licet_control_plane.api.openapi import described_router
@@ -157,7 +157,10 @@ async def identified(request: Request) -> Caller:
     return known
 
 
-async def tenant_asked(caller: Annotated[Caller, Depends(authenticate)], tenant: str = "") -> str:
+async def tenant_asked(
+    caller: Annotated[Caller, Depends(authenticate)],
+    tenant: Annotated[str, Query(description="Only of this tenant; empty for all that the caller reaches")] = "",
+) -> str:
     """The parameter ``tenant`` of a list or a sum; the caller's own if that has only one."""
     storable(tenant, "tenant")
     return caller.confine(tenant)
@@ -174,6 +177,7 @@ def storable(text: str, name: str) -> str:
     return text
 
 
+CallerAsked = Annotated[Caller, Depends(authenticate)]
 TenantAsked = Annotated[str, Depends(tenant_asked)]
 
 
@@ -234,7 +238,7 @@ async def _found(plane: ControlPlane, credential: str) -> Caller | None:
         return await _bearer(plane.issuer, credential)
     if is_mistyped(credential):
         return None
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     key = await plane.database.read(access.find, credential, now_us=now_us)
     if key is None:
         return None

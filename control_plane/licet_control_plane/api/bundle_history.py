@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Query, Request, Response
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
 from licet.domain.catalog import Catalog
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
-from licet_control_plane.api.bundles import DocumentFile, described, validated
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
+from licet_control_plane.api.bundles import (
+    DocumentFile,
+    DocumentName,
+    DocumentsChanged,
+    Finding,
+    PushedView,
+    described,
+    validated,
+)
+from licet_control_plane.api.fields import By, Generation, Instant, Revision, Sha256, said, sometimes
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.control_plane import ControlPlane
@@ -28,7 +37,82 @@ PAGE_MAX: Final = 100
 """Bundles in one answer: each is compared with the one before it, by the digests of its documents."""
 
 
-@router.get("/bundles")
+class BundleView(BaseModel):
+    """A bundle that was pushed, and what it changed."""
+
+    revision: Revision
+    generation: Generation
+    at: Annotated[Instant, said("When it was pushed")]
+    by: By
+    message: str = said("Of the push")
+    observe: bool = said("Everything was answered APPROVED, and what would have been was recorded")
+    digest: Annotated[Sha256, said("Of what its documents mean")]
+    published_at: Instant | None = said("Since when sidecars can have it; null while they cannot")
+    current: bool = said("It is in force")
+    changed: DocumentsChanged
+
+
+class BundlePage(BaseModel):
+    """Bundles, the newest first."""
+
+    items: list[BundleView] = said("The newest first")
+    next: int | None = said("The `before` of the next page; null on the last", minimum=1)
+
+
+class WholeBundle(BundleView):
+    """With its documents."""
+
+    documents: list[DocumentName] = said("By kind and name")
+
+
+class BundleFile(BaseModel):
+    """A file of a bundle."""
+
+    path: str = said("As it was pushed; one for each kind when it is written anew")
+    content: str = said("YAML")
+
+
+class BundleFiles(BaseModel):
+    """The documents of a bundle as files."""
+
+    revision: Revision
+    as_pushed: bool = said("False: written anew, one file for each kind")
+    observe: bool = said("The mode it had")
+    files: list[BundleFile] = said("One a path")
+
+
+class DifferenceView(BaseModel):
+    """One change of meaning."""
+
+    kind: str = said("Of the document, or Bundle for the mode")
+    name: str = said("Of the document")
+    path: list[str] = said("Leads to it inside the document, in words; empty for the document itself")
+    change: Literal["added", "removed", "changed"] = said("What became of it")
+    before: str = said("As people write it; empty where there was nothing")
+    after: str = said("As people write it; empty where there is nothing")
+    text: str = said("The whole of it in one line")
+    licenses: int = sometimes("Of a plan: how many licenses hold it", minimum=0)
+
+
+class RolledBack(PushedView):
+    """A push of what an older bundle said."""
+
+    restores: Annotated[Revision, said("Whose content it is")]
+    observe: bool = said("The mode it has again")
+    differences: list[DifferenceView] = said("From what was live")
+
+
+class Compared(BaseModel):
+    """What differs between two bundles in meaning."""
+
+    before: int | None = said("The revision that was compared; null when none was live", minimum=1)
+    after: int | None = said("The revision that it was compared with; null for documents", minimum=1)
+    equal: bool = said("They mean the same, and are in the same mode")
+    differences: list[DifferenceView] = said("The mode first, then by document")
+    warnings: list[Finding] = said("About the documents that were sent")
+
+
+@router.get("/bundles", response_model=BundlePage)
 async def list_bundles(
     request: Request,
     before: Annotated[int | None, Query(ge=1, le=2**63 - 1, description="Only revisions below this one.")] = None,
@@ -43,7 +127,7 @@ async def list_bundles(
     return {"items": items, "next": items[-1]["revision"] if len(page) > limit else None}
 
 
-@router.get("/bundles/{revision}")
+@router.get("/bundles/{revision}", response_model=WholeBundle)
 async def show_bundle(request: Request, revision: int) -> dict[str, Any]:
     """One bundle: when, who, why, what it changed, and its documents by kind and name."""
     found = await _bundle(plane_of(request), revision)
@@ -52,7 +136,7 @@ async def show_bundle(request: Request, revision: int) -> dict[str, Any]:
     return {**body, "documents": [{"kind": kind, "name": name} for kind, name, _ in found.documents]}
 
 
-@router.get("/bundles/{revision}/files")
+@router.get("/bundles/{revision}/files", response_model=BundleFiles)
 async def bundle_files(request: Request, revision: int, canonical: bool = False) -> dict[str, Any]:
     """The documents of a bundle as files: as pushed, or with ``canonical`` written anew, one file for each kind.
 
@@ -83,13 +167,18 @@ class Rollback(BaseModel):
     dry_run: bool = False
 
 
-@router.post("/bundles/{revision}/rollback")
+@router.post(
+    "/bundles/{revision}/rollback",
+    response_model=RolledBack,
+    response_model_exclude_unset=True,
+    responses={201: {"model": RolledBack}},
+)
 async def rollback(
     request: Request,
     response: Response,
     revision: int,
     body: Rollback,
-    caller: Annotated[Caller, Depends(authenticate)],
+    caller: CallerAsked,
 ) -> dict[str, Any]:
     """Publish the content of an older bundle as a new revision, in the mode it had; revisions only grow.
 
@@ -134,7 +223,7 @@ class Comparison(BaseModel):
     observe: bool = False
 
 
-@router.post("/bundles/diff")
+@router.post("/bundles/diff", response_model=Compared, response_model_exclude_unset=True)
 async def compare(request: Request, body: Comparison) -> dict[str, Any]:
     """What differs in meaning: for each plan, limit, price, action, rule, role and flag. Changes nothing."""
     plane = plane_of(request)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Request, Response
+from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from licet.domain.catalog import Catalog
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
+from licet_control_plane.api.fields import Generation, Instant, Revision, Sha256, SidecarId, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.changes import Pushed
@@ -40,10 +41,77 @@ class BundlePush(BaseModel):
     dry_run: bool = False
 
 
-@router.post("/bundles")
-async def push_bundle(
-    request: Request, response: Response, push: BundlePush, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+class Finding(BaseModel):
+    """One thing about a document that is wrong, or as a warning, probably not meant."""
+
+    file: str = said("The path of the file as it was pushed; empty when it is about none")
+    line: Annotated[int, said("From 1; 0 when it is about no line", minimum=0)]
+    column: Annotated[int, said("From 1; 0 when it is about no column", minimum=0)]
+    path: str = said("The document and the field, such as Plan/pro: features.reports")
+    message: str = said("What is wrong: a clause")
+    fix: str = said("What to do: whole sentences, or nothing")
+    code: str = said("Stable: programs go by it")
+    severity: Literal["error", "warning"] = said("An error stands in the way of publishing")
+
+
+class DocumentsChanged(BaseModel):
+    """Documents that differ from the bundle before, as ``Kind/name``."""
+
+    added: list[str] = said("Those that are new, in order")
+    modified: list[str] = said("Those that say something else, in order")
+    removed: list[str] = said("Those that are gone, in order")
+
+
+class PushedView(BaseModel):
+    """What a push did, or with ``dry_run`` would do."""
+
+    revision: Annotated[Revision, said("What publishes it; that in force when it is unchanged or a dry run")]
+    generation: Generation
+    digest: Annotated[Sha256, said("Of what the documents mean")]
+    changed: DocumentsChanged
+    unchanged: bool = said("It is in force already, and nothing was published")
+    warnings: list[Finding] = said("What is probably not meant")
+
+
+class DocumentName(BaseModel):
+    """A document of a bundle."""
+
+    kind: str = said("Such as Plan")
+    name: str = said("Its name, unique among its kind")
+
+
+class CurrentBundle(BaseModel):
+    """The bundle in force, or about to be."""
+
+    revision: Revision
+    generation: Generation
+    observe: bool = said("Everything is answered APPROVED, and what would have been is recorded")
+    message: str = said("Of the push")
+    published_at: Instant | None = said("Since when sidecars can have it; null while they cannot")
+    documents: list[DocumentName] = said("By kind and name")
+
+
+class SidecarSeen(BaseModel):
+    """A sidecar that has not confirmed a revision."""
+
+    sidecar: SidecarId
+    revision: Annotated[Revision, said("The newest that it confirmed")]
+    last_heard_s: float = said("Seconds since its last heartbeat", minimum=0)
+
+
+class RolloutView(BaseModel):
+    """How far a revision has come."""
+
+    revision: Revision
+    published: bool = said("It left the database")
+    confirmed: list[SidecarId] = said("Sidecars that act by it, or by a later one")
+    waiting: list[SidecarSeen] = said("Live ones that do not yet")
+    silent: list[SidecarSeen] = said("Those that were not heard of lately")
+    done: bool = said("It is published, and no sidecar is waited for")
+
+
+@router.post("/bundles", response_model=PushedView, responses={201: {"model": PushedView}})
+async def push_bundle(request: Request, response: Response, push: BundlePush, caller: CallerAsked) -> dict[str, Any]:
     """Validate a bundle as a whole and publish it; 201 for a new revision, 200 when it is the current one already."""
     files = [(file.path, file.content) for file in push.documents]
     catalog, warnings = await validated(files)
@@ -59,7 +127,7 @@ async def push_bundle(
     return described(pushed, warnings)
 
 
-@router.get("/bundles/current")
+@router.get("/bundles/current", response_model=CurrentBundle)
 async def current_bundle(request: Request) -> dict[str, Any]:
     """What is in force, or about to be."""
     database = plane_of(request).database
@@ -77,7 +145,7 @@ async def current_bundle(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/revisions/{revision}/rollout")
+@router.get("/revisions/{revision}/rollout", response_model=RolloutView)
 async def revision_rollout(request: Request, revision: int) -> dict[str, Any]:
     """How far a revision has come: what ``push --wait`` waits for."""
     plane = plane_of(request)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from fastapi import Query, Request
+from fastapi import Query, Request, Response
+from pydantic import BaseModel
 
 from licet.wire.usage import FLAG_DEGRADED, FLAG_OBSERVED, FLAG_STALE
 from licet_control_plane.api.auth import TenantAsked, plane_of, v1_router
+from licet_control_plane.api.events import EventFacts
+from licet_control_plane.api.fields import Currency, InstantUs, said, sometimes, unchecked
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import parse_us
 from licet_control_plane.core.event_view import event_json
@@ -21,7 +24,32 @@ PAGE_MAX: Final = 5_000
 _LAST_US: Final = 253_402_300_799_000_000
 
 
-@router.get("/decisions")
+class NanosView(BaseModel):
+    """Money."""
+
+    amount_nanos: int = said("Billionths of the currency", minimum=0)
+    currency: Currency
+
+
+class DecisionView(EventFacts):
+    """A recorded decision."""
+
+    cost: NanosView | None = said("Null when nothing has a price")
+    at_us: InstantUs
+    stale: bool = said("Decided by what was older than it should be")
+    degraded: bool = said("Decided without Redis, by the action's `on_unavailable`")
+    observed: bool = said("Answered APPROVED all the same, in observe mode")
+
+
+class DecisionPage(BaseModel):
+    """Recorded decisions, by tenant and then by time."""
+
+    items: list[DecisionView] = said("May be empty on a page that is not the last")
+    next: str | None = said("The `after` of the next page; null on the last")
+    total: int = sometimes("How many there are; only on the first page", minimum=0)
+
+
+@router.get("/decisions", response_model=DecisionPage)
 async def list_decisions(
     request: Request,
     tenant: TenantAsked,
@@ -29,7 +57,7 @@ async def list_decisions(
     to: str = "",
     after: Annotated[str, Query(max_length=256)] = "",
     limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = 1_000,
-) -> dict[str, Any]:
+) -> Response:
     """Recorded decisions, by tenant and then by time. A page may be empty: go on while there is a ``next``.
 
     The first page says how many there are in all. Roles and attributes of subjects are not recorded.
@@ -47,7 +75,7 @@ async def list_decisions(
     }
     if cursor is None:
         body["total"] = await database.read(decisions.count, from_us=from_us, to_us=to_us, tenant=tenant)
-    return body
+    return unchecked(body)
 
 
 def _cursor(text: str) -> Cursor | None:

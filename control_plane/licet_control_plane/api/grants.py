@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Request, Response
+from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, StrictInt
 
 from licet.domain.catalog import Grant
 from licet_control_plane.api.amounts import Amount
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
+from licet_control_plane.api.fields import Instant, Revision, Tenant, said
 from licet_control_plane.api.times import format_s, parse_s
 from licet_control_plane.changes import LicenseUnknown
 from licet_control_plane.core.grants import PRIORITY_DEFAULT, GrantAsked, shown_amount, state_of
@@ -44,9 +45,48 @@ class NewGrant(BaseModel):
         )
 
 
-@router.post("", status_code=201)
+class GrantView(BaseModel):
+    """An amount on top of a limit, for a time."""
+
+    id: str = said("Unique in its license")
+    limit: str = said("The key of the limit, such as reports:monthly")
+    amount: Amount = said("Units, or money for a budget")
+    starts_at: Instant
+    expires_at: Annotated[Instant, said("From then on it adds nothing")]
+    priority: int = said("The lowest is used first")
+    state: Literal["scheduled", "live", "expired"] = said("By the clock of the server")
+
+
+class OfTenant(BaseModel):
+    """Whose it is: first in an answer."""
+
+    tenant: Tenant
+
+
+class AddedGrant(GrantView, OfTenant):
+    """A grant of a tenant."""
+
+    revision: Annotated[Revision, said("Of the license with it")]
+
+
+class GrantList(BaseModel):
+    """The grants of a license, with those that ended lately."""
+
+    items: list[GrantView] = said("In the order in which they were added")
+    revision: Annotated[Revision, said("Of the license")]
+
+
+class RevokedGrant(BaseModel):
+    """A grant that was taken away."""
+
+    tenant: Tenant
+    id: str = said("Of the grant")
+    revision: Annotated[Revision, said("Of the license without it")]
+
+
+@router.post("", status_code=201, response_model=AddedGrant, responses={200: {"model": AddedGrant}})
 async def add_grant(
-    request: Request, response: Response, tenant: str, body: NewGrant, caller: Annotated[Caller, Depends(authenticate)]
+    request: Request, response: Response, tenant: str, body: NewGrant, caller: CallerAsked
 ) -> dict[str, Any]:
     """Add a grant; 200 when it is there already, by its ``id``."""
     plane = plane_of(request)
@@ -56,7 +96,7 @@ async def add_grant(
     return {"tenant": tenant, **described(grant, plane.now_s()), "revision": stored.revision}
 
 
-@router.get("")
+@router.get("", response_model=GrantList)
 async def list_grants(request: Request, tenant: str) -> dict[str, Any]:
     """The grants of a license, with those that ended lately."""
     plane = plane_of(request)
@@ -67,10 +107,8 @@ async def list_grants(request: Request, tenant: str) -> dict[str, Any]:
     return {"items": [described(grant, now_s) for grant in stored.license.grants], "revision": stored.revision}
 
 
-@router.delete("/{grant_id}")
-async def revoke_grant(
-    request: Request, tenant: str, grant_id: str, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+@router.delete("/{grant_id}", response_model=RevokedGrant)
+async def revoke_grant(request: Request, tenant: str, grant_id: str, caller: CallerAsked) -> dict[str, Any]:
     """Take a grant away. What was used of it stays used."""
     stored = await plane_of(request).changes.revoke_grant(tenant, grant_id, by=caller.name)
     return {"tenant": tenant, "id": grant_id, "revision": stored.revision}

@@ -90,7 +90,7 @@ class Idempotency:
         target = f"{scope['path']}?{scope['query_string'].decode('latin-1')}"
         request = hashlib.sha256(target.encode() + b"\n" + body).hexdigest()
         write = self._plane.database.write
-        now_us = int(self._plane.now_s() * 1_000_000)
+        now_us = self._plane.now_us()
         try:
             found = await write(idempotency.begin, caller, key, request, now_us=now_us)
         except DatabaseUnavailable as error:

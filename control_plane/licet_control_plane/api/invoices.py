@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import Request
+from pydantic import BaseModel, Field
 
 from licet.domain.money import divide_half_even, format_minor, format_nanos
 from licet.domain.windows import Period, Window, window_at
 from licet.wire.usage import log_id
 from licet_control_plane.api.auth import plane_of, v1_router
+from licet_control_plane.api.fields import (
+    Currency,
+    Instant,
+    LogId,
+    MoneyText,
+    MonthName,
+    Seq,
+    SidecarId,
+    Tenant,
+    Units,
+    said,
+    sometimes,
+)
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, parse_s
 from licet_control_plane.changes import LicenseUnknown
@@ -27,7 +41,77 @@ _MONTH: Final = re.compile(r"[0-9]{4}-(0[1-9]|1[0-2])")
 _US: Final = 1_000_000
 
 
-@router.get("/tenants/{tenant}/invoices/{month}")
+class NumbersMissing(BaseModel):
+    """Events that a sidecar numbered and the ledger does not have."""
+
+    log_id: LogId
+    from_seq: Annotated[Seq, said("The first of them")]
+    to_seq: Annotated[Seq, said("The last of them")]
+
+
+class ProvisionalView(BaseModel):
+    """Why an invoice may still change."""
+
+    why: Literal["month_open", "sidecars_undrained", "gaps"] = said("For programs")
+    detail: str = said("For people")
+    sidecars: list[SidecarId] = sometimes("Of sidecars_undrained: the first 100")
+    gaps: list[NumbersMissing] = sometimes("Of gaps: the first 100")
+
+
+class ChargeView(BaseModel):
+    """Units at one price."""
+
+    units: Units
+    amount: Annotated[MoneyText, said("For every `per_units`, exact")]
+    flat: Annotated[MoneyText, said("Owed once for the tier, exact")]
+
+
+class LineView(BaseModel):
+    """A line of an invoice."""
+
+    kind: Literal["fee", "usage", "overage"] = said("What it is owed for")
+    name: str = said("The plan, the feature, or the key of the limit")
+    priced_as: str = said("The value of the attribute that picked the price; empty for none")
+    units: Units
+    included: Annotated[Units, said("Of them free")]
+    per_units: int = said("For how many units a price is", minimum=0)
+    tiers: str = said("graduated or volume; empty for one price")
+    charges: list[ChargeView] = said("By tier")
+    share_of_month: float = said("How much of the month it covers", minimum=0, maximum=1)
+    since_revision: int = said("The revision whose prices it has", minimum=0)
+    currency: Currency
+    unrounded: Annotated[MoneyText, said("To a billionth of the currency")]
+    amount: Annotated[MoneyText, said("In the smallest units of the currency, half to even")]
+
+
+class UnpricedView(BaseModel):
+    """Units that nothing has a price for."""
+
+    feature: str = said("The feature")
+    units: Units
+
+
+class TotalView(BaseModel):
+    """What is owed in one currency."""
+
+    currency: Currency
+    amount: Annotated[MoneyText, said("The sum of the lines as they are rounded")]
+
+
+class InvoiceView(BaseModel):
+    """What a tenant owes for a month."""
+
+    tenant: Tenant
+    month: MonthName
+    from_: Instant = Field(alias="from", description="When the month begins")
+    to: Annotated[Instant, said("When it ends, exclusive")]
+    provisional: list[ProvisionalView] = said("What can still change it; empty when it is final")
+    lines: list[LineView] = said("Fees first")
+    unpriced: list[UnpricedView] = said("What was used and has no price, by feature")
+    totals: list[TotalView] = said("By currency")
+
+
+@router.get("/tenants/{tenant}/invoices/{month}", response_model=InvoiceView, response_model_exclude_unset=True)
 async def invoice(request: Request, tenant: str, month: str) -> dict[str, Any]:
     """The invoice of a month, ``2026-10``, from the units in the ledger; ``provisional`` says what can change it."""
     plane = plane_of(request)

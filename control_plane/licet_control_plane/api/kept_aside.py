@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Query, Request
+from fastapi import Query, Request
+from pydantic import BaseModel
 from sqlalchemy import Row
 
 from licet.domain.outcomes import Effect, Reason
 from licet.wire.envelope import EnvelopeError
 from licet.wire.usage import UsageBatch, UsageEvent, unpack_event
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
+from licet_control_plane.api.fields import Count, Instant, LogId, Seq, said, sometimes
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.drain.worker import NotRecordable
@@ -28,7 +30,99 @@ EVENTS_SHOWN: Final = 20
 Limit = Annotated[int, Query(ge=1, le=1_000)]
 
 
-@router.get("/usage/dead-letters")
+class LetterView(BaseModel):
+    """A batch that could not be recorded."""
+
+    number: Annotated[int, said("Of the dead letter, from 1", minimum=1)]
+    reason: str = said("Why it could not be")
+    log_id: LogId | None = said("Null when the batch cannot be read so far")
+    first_seq: Seq | None = said("Its first event; null when that cannot be read")
+    last_seq: Seq | None = said("Its last event; null when that cannot be read")
+    shard: Annotated[int, said("The usage stream it came by, from 0", minimum=0)]
+    entry: str = said("Its id in the stream; - when it came another way")
+    bytes: Annotated[int, said("Its size in bytes", minimum=0)]
+    digest: str = said("SHA-256 of its bytes, in hex")
+    times: Annotated[Count, said("How often it came")]
+    first_at: Annotated[Instant, said("When it came first")]
+    last_at: Annotated[Instant, said("When it came last")]
+    outcome: Literal["recorded", "dropped"] | None = said("What was decided; null while it waits")
+    settled_at: Instant | None = said("When; null while it waits")
+    settled_by: str | None = said("Who decided; null or empty while it waits")
+
+
+class LetterPage(BaseModel):
+    """Dead letters by number."""
+
+    items: list[LetterView] = said("By number")
+    next: int | None = said("The `after` of the next page; null on the last", minimum=1)
+
+
+class OpenedLetter(LetterView):
+    """With what can be read of it."""
+
+    events: list[dict[str, Any]] = said(
+        "The first 20 with the names of the wire, as far as they can be read: a field may hold anything, and what"
+        " cannot be read is {unreadable: why}"
+    )
+    events_total: Annotated[Count, said("How many it holds; 0 when that cannot be read")]
+    raw: str = sometimes("Its bytes, in base64; only with `raw=true`", contentEncoding="base64")
+
+
+class RetriedLetter(BaseModel):
+    """A dead letter that is recorded now."""
+
+    number: Annotated[int, said("Of the dead letter", minimum=1)]
+    outcome: Literal["recorded"] = said("What became of it")
+    inserted: Annotated[Count, said("Events that are new in the ledger")]
+    duplicates: Annotated[Count, said("Events that it had already")]
+    conflicts: Annotated[Count, said("Events that it has with other content")]
+    acknowledged: bool = said("The sidecar was told; if not, it sends it again, which changes nothing")
+
+
+class DroppedLetter(BaseModel):
+    """A dead letter that was given up."""
+
+    number: Annotated[int, said("Of the dead letter", minimum=1)]
+    outcome: Literal["dropped"] = said("What became of it")
+
+
+class ConflictView(BaseModel):
+    """An event that came again under its number with other content. What is shown of it is what came."""
+
+    log_id: LogId
+    seq: Seq
+    digest: str = said("Of what came, in hex")
+    came_at: Instant
+    tenant: str = said("As it came")
+    action: str = said("As it came")
+    effect: str = said("As it came, such as APPROVED; a number that this version does not know")
+    units: dict[str, Count] = said("By feature, as they came")
+
+
+class ConflictPage(BaseModel):
+    """Conflicts by log and number."""
+
+    items: list[ConflictView] = said("By log and number")
+    next: str | None = said("The `after` of the next page; null on the last")
+
+
+class CameInstead(ConflictView):
+    """A conflict with all that came."""
+
+    event: dict[str, Any] = said("What came, with the names of the wire")
+    differs: list[str] | None = said("Names of fields that differ from what is recorded; null when nothing is")
+
+
+class OpenedConflict(BaseModel):
+    """What is recorded under a number, and what came instead."""
+
+    log_id: LogId
+    seq: Seq
+    recorded: dict[str, Any] | None = said("The event, with the names of the wire; null when it left the ledger")
+    items: list[CameInstead] = said("All that came, by digest")
+
+
+@router.get("/usage/dead-letters", response_model=LetterPage)
 async def list_dead_letters(
     request: Request, after: int = 0, limit: Limit = 100, settled: bool = False
 ) -> dict[str, Any]:
@@ -38,7 +132,7 @@ async def list_dead_letters(
     return {"items": [_letter(row) for row in page], "next": page[-1].number if len(rows) > limit else None}
 
 
-@router.get("/usage/dead-letters/{number}")
+@router.get("/usage/dead-letters/{number}", response_model=OpenedLetter, response_model_exclude_unset=True)
 async def get_dead_letter(request: Request, number: int, raw: bool = False) -> dict[str, Any]:
     """One of them, and what can be read of it; ``raw``: also its bytes, base64."""
     row = await _found(request, number)
@@ -53,10 +147,8 @@ async def get_dead_letter(request: Request, number: int, raw: bool = False) -> d
     return shown
 
 
-@router.post("/usage/dead-letters/{number}/retry")
-async def retry_dead_letter(
-    request: Request, number: int, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+@router.post("/usage/dead-letters/{number}/retry", response_model=RetriedLetter)
+async def retry_dead_letter(request: Request, number: int, caller: CallerAsked) -> dict[str, Any]:
     """Record it now, by the same transaction as what comes by the stream."""
     plane = plane_of(request)
     row = await _waiting(request, number)
@@ -79,10 +171,8 @@ async def retry_dead_letter(
     }
 
 
-@router.delete("/usage/dead-letters/{number}")
-async def drop_dead_letter(
-    request: Request, number: int, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+@router.delete("/usage/dead-letters/{number}", response_model=DroppedLetter)
+async def drop_dead_letter(request: Request, number: int, caller: CallerAsked) -> dict[str, Any]:
     """Give it up: its bytes are discarded, its digest and reason stay; its events are declared lost."""
     plane = plane_of(request)
     row = await _waiting(request, number)
@@ -90,7 +180,7 @@ async def drop_dead_letter(
     return {"number": number, "outcome": dead_letters.DROPPED}
 
 
-@router.get("/usage/conflicts")
+@router.get("/usage/conflicts", response_model=ConflictPage)
 async def list_conflicts(request: Request, after: str = "", limit: Limit = 100) -> dict[str, Any]:
     """Events that came again under the same number with other content."""
     plane = plane_of(request)
@@ -102,7 +192,7 @@ async def list_conflicts(request: Request, after: str = "", limit: Limit = 100) 
     }
 
 
-@router.get("/usage/conflicts/{log_id}/{seq}")
+@router.get("/usage/conflicts/{log_id}/{seq}", response_model=OpenedConflict)
 async def get_conflict(request: Request, log_id: str, seq: int) -> dict[str, Any]:
     """What is recorded under a number, and what came instead."""
     plane = plane_of(request)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from licet.domain.catalog import License, PlannedPlan
 from licet.domain.windows import Period, window_at
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
-from licet_control_plane.api.licenses import LicenseView, described, etag_of, revisions_of
+from licet_control_plane.api.auth import v1_router
+from licet_control_plane.api.licenses import Edit, LicenseView
 from licet_control_plane.api.times import parse_s
-from licet_control_plane.changes import Step
 from licet_control_plane.core.lifecycle import PERIODS_MAX, Move, check_move, moved, renewed
 from licet_control_plane.core.refusal import ChangeInvalid
 
@@ -51,90 +49,35 @@ class PlanChange(BaseModel):
 
 
 @router.post("/suspend", response_model=LicenseView)
-async def suspend_license(
-    request: Request,
-    response: Response,
-    tenant: str,
-    caller: Annotated[Caller, Depends(authenticate)],
-    if_match: Annotated[str | None, Header()] = None,
-) -> dict[str, Any]:
+async def suspend_license(edit: Edit) -> dict[str, Any]:
     """Deny everything with ``TENANT_SUSPENDED`` until it is resumed."""
-    step = partial(_moved, move=Move.SUSPEND)
-    return await _altered(request, response, tenant, step, "license.suspend", caller, if_match)
+    return await edit.alter(partial(_moved, move=Move.SUSPEND), action="license.suspend")
 
 
 @router.post("/resume", response_model=LicenseView)
-async def resume_license(
-    request: Request,
-    response: Response,
-    tenant: str,
-    caller: Annotated[Caller, Depends(authenticate)],
-    if_match: Annotated[str | None, Header()] = None,
-) -> dict[str, Any]:
+async def resume_license(edit: Edit) -> dict[str, Any]:
     """End a suspension; of a license that is active, take back that it is canceled at the end of its term."""
-    step = partial(_moved, move=Move.RESUME)
-    return await _altered(request, response, tenant, step, "license.resume", caller, if_match)
+    return await edit.alter(partial(_moved, move=Move.RESUME), action="license.resume")
 
 
 @router.post("/cancel", response_model=LicenseView)
-async def cancel_license(
-    request: Request,
-    response: Response,
-    tenant: str,
-    body: Cancellation,
-    caller: Annotated[Caller, Depends(authenticate)],
-    if_match: Annotated[str | None, Header()] = None,
-) -> dict[str, Any]:
+async def cancel_license(body: Cancellation, edit: Edit) -> dict[str, Any]:
     """End a license, now or with its term."""
-    step = partial(_moved, move=Move.CANCEL if body.at == NOW else Move.CANCEL_AT_END)
-    return await _altered(request, response, tenant, step, "license.cancel", caller, if_match)
+    move = Move.CANCEL if body.at == NOW else Move.CANCEL_AT_END
+    return await edit.alter(partial(_moved, move=move), action="license.cancel")
 
 
 @router.post("/renew", response_model=LicenseView)
-async def renew_license(
-    request: Request,
-    response: Response,
-    tenant: str,
-    body: RenewalOrder,
-    caller: Annotated[Caller, Depends(authenticate)],
-    if_match: Annotated[str | None, Header()] = None,
-) -> dict[str, Any]:
+async def renew_license(body: RenewalOrder, edit: Edit) -> dict[str, Any]:
     """Make the term longer. Not idempotent by itself: send an ``Idempotency-Key`` or ``If-Match``."""
-    step = partial(_renewed, periods=body.periods)
-    return await _altered(request, response, tenant, step, "license.renew", caller, if_match)
+    return await edit.alter(partial(_renewed, periods=body.periods), action="license.renew")
 
 
 @router.post("/change-plan", response_model=LicenseView)
-async def change_plan(
-    request: Request,
-    response: Response,
-    tenant: str,
-    body: PlanChange,
-    caller: Annotated[Caller, Depends(authenticate)],
-    if_match: Annotated[str | None, Header()] = None,
-) -> dict[str, Any]:
+async def change_plan(body: PlanChange, edit: Edit) -> dict[str, Any]:
     """Move a license to another plan, now or later. A later change replaces one that was planned."""
     at_s = parse_s(body.at, "at") if body.at not in (NOW, TERM_END, MONTH_END) else None
-    step = partial(_changed, plan=body.plan, at=body.at, at_s=at_s)
-    action = "license.change_plan" if body.at == NOW else "license.plan_change"
-    return await _altered(request, response, tenant, step, action, caller, if_match)
-
-
-async def _altered(
-    request: Request,
-    response: Response,
-    tenant: str,
-    step: Step,
-    action: str,
-    caller: Caller,
-    if_match: str | None,
-) -> dict[str, Any]:
-    plane = plane_of(request)
-    stored = await plane.changes.alter_license(
-        tenant, step, action=action, if_revisions=revisions_of(if_match), by=caller.name
-    )
-    response.headers["ETag"] = etag_of(stored, plane.now_s())
-    return described(stored, plane.now_s())
+    return await edit.alter(partial(_changed, plan=body.plan, at=body.at, at_s=at_s), action="license.change_plan")
 
 
 def _moved(license_: License, now_s: float, *, move: Move) -> License:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Container
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import Depends, Header, Query, Request, Response
@@ -15,11 +14,14 @@ from licet.domain.catalog import License, LicenseStatus
 from licet.domain.windows import Period
 from licet_control_plane.api import grants
 from licet_control_plane.api.amounts import Amount
-from licet_control_plane.api.auth import Caller, TenantAsked, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, TenantAsked, plane_of, v1_router
+from licet_control_plane.api.fields import Count, Instant, Revision, Tenant, said
+from licet_control_plane.api.grants import GrantView
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, format_us, parse_s
-from licet_control_plane.changes import OUTCOMES, ImportRefused, LicenseUnknown
+from licet_control_plane.changes import OUTCOMES, ImportRefused, LicenseUnknown, Step
 from licet_control_plane.core.grants import shown_amount, state_of
+from licet_control_plane.core.license_version import TERMS_DIGITS, SeenLicense, terms_digest
 from licet_control_plane.core.lifecycle import GRACE_S_MAX, Stage, stage_of, with_fields
 from licet_control_plane.store import licenses
 from licet_control_plane.store.licenses import StoredLicense
@@ -27,9 +29,10 @@ from licet_control_plane.store.licenses import StoredLicense
 IMPORTED_MAX: Final = 500
 """Licenses of one import: they are written in one transaction, in which nobody else writes."""
 
-ANY_REVISION: Final = range(2**63)
-"""What a column of a revision holds."""
-_TAG: Final = re.compile(r'(?:W/)?"([0-9]{1,18})(?:-[0-9a-f]{8})?"')
+_IF_MATCH: Final = "Only when nobody edited the license since it had one of these ETags; `*`: only when there is one"
+_TAG: Final = re.compile(
+    rf'(?:W/)?"(?P<revision>[0-9]{{1,18}})(-(?P<terms>[0-9a-f]{{{TERMS_DIGITS}}}))?(-[0-9a-f]{{8}})?"'
+)
 """An ETag of a license, see ``etag_of``; or the revision alone, which every answer has."""
 
 router = v1_router("/licenses", tag="licenses")
@@ -114,55 +117,100 @@ class LicensesToImport(BaseModel):
 class LicenseImported(BaseModel):
     """What became of one. With ``dry_run`` ``revision`` is one that it does not get."""
 
-    tenant: str
-    outcome: Literal["created", "changed", "unchanged"]
-    revision: int
+    tenant: Tenant
+    outcome: Literal["created", "changed", "unchanged"] = said("What became of it, or would")
+    revision: Annotated[Revision, said("Of the license now")]
 
 
 class LicensesImported(BaseModel):
     """All of them, how many were what, and the newest revision."""
 
-    items: list[LicenseImported]
-    created: int
-    changed: int
-    unchanged: int
-    revision: int
-    dry_run: bool
+    items: list[LicenseImported] = said("In the order in which they were sent")
+    created: Count
+    changed: Count
+    unchanged: Count
+    revision: Annotated[Revision, said("The newest of them")]
+    dry_run: bool = said("Nothing was changed")
+
+
+class PlannedView(BaseModel):
+    """A change of plan that is to come."""
+
+    plan: str = said("The plan that it will have")
+    at: Instant
 
 
 class LicenseView(BaseModel):
     """A license. ``stage`` follows from its status, its term and the clock; ``revision`` published it."""
 
-    tenant: str
-    plan: str
-    status: LicenseStatus
-    stage: Stage
-    starts_at: str | None
-    ends_at: str | None
-    grace_s: int
-    grace_ends_at: str | None
-    renewal_period: str | None
-    auto_renew: bool
-    cancels: bool
-    planned: dict[str, Any] | None
-    addons: dict[str, int]
-    overrides: dict[str, Amount]
-    grants: list[dict[str, Any]]
-    revision: int
-    updated_at: str
+    tenant: Tenant
+    plan: str = said("The name of its plan")
+    status: LicenseStatus = said("As it was set")
+    stage: Stage = said("Where it is in its life, by the clock of the server")
+    starts_at: Instant | None = said("When the term begins; null for always")
+    ends_at: Instant | None = said("When the term ends, exclusive; null for never")
+    grace_s: int = said("Seconds after the end in which it goes on answering", minimum=0, maximum=GRACE_S_MAX)
+    grace_ends_at: Instant | None = said("When it stops answering; null without grace")
+    renewal_period: Literal["day", "week", "month", "year"] | None = said("By which it is renewed; null for none")
+    auto_renew: bool = said("It is renewed by itself, an hour before its end")
+    cancels: bool = said("It ends with its term, without renewal and grace")
+    planned: PlannedView | None = said("A change of plan that is to come; null for none")
+    addons: dict[str, Annotated[Count, said("How often it is held")]] = said("Add-on plans by name")
+    overrides: dict[str, Amount] = said("Amounts of limits by key instead of the plan's: units, or money for a budget")
+    grants: list[GrantView] = said("With those that ended lately")
+    revision: Revision
+    updated_at: Annotated[Instant, said("When it was last changed")]
 
 
 class LicensePage(BaseModel):
     """Licenses by tenant. ``next`` is the ``after`` of the next page, ``null`` on the last."""
 
-    items: list[LicenseView]
-    next: str | None
+    items: list[LicenseView] = said("By tenant")
+    next: str | None = said("The `after` of the next page; null on the last")
+
+
+class LicenseEdit:
+    """What every change of one license has: who makes it, of which state, and where the answer's ETag goes. A
+    dependency of routes with ``{tenant}``."""
+
+    def __init__(
+        self,
+        request: Request,
+        response: Response,
+        tenant: str,
+        caller: CallerAsked,
+        if_match: Annotated[str | None, Header(description=_IF_MATCH)] = None,
+    ) -> None:
+        self.changes = plane_of(request).changes
+        self.now_s = plane_of(request).now_s
+        self.tenant = tenant
+        self.by = caller.name
+        self.seen = seen_of(if_match)
+        self.must_exist = if_match is not None
+        self._response = response
+
+    async def alter(self, step: Step, *, action: str) -> dict[str, Any]:
+        """Take the license one step on, and answer with what it is then.
+
+        Raises:
+            LicenseUnknown, RevisionMoved, ChangeInvalid: as ``Changes.alter_license``; and whatever ``step`` raises.
+        """
+        return self.answer(
+            await self.changes.alter_license(self.tenant, step, action=action, if_seen=self.seen, by=self.by)
+        )
+
+    def answer(self, stored: StoredLicense) -> dict[str, Any]:
+        """The license as the API shows it, with its ETag."""
+        now_s = self.now_s()
+        self._response.headers["ETag"] = etag_of(stored, now_s)
+        return described(stored, now_s)
+
+
+Edit = Annotated[LicenseEdit, Depends()]
 
 
 @router.post("", status_code=201, response_model=LicenseView)
-async def create_license(
-    request: Request, response: Response, body: NewLicense, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def create_license(request: Request, response: Response, body: NewLicense, caller: CallerAsked) -> dict[str, Any]:
     """Give a tenant its license."""
     plane = plane_of(request)
     caller.confine(body.tenant)
@@ -191,9 +239,7 @@ async def list_licenses(
 
 
 @router.post("/import", response_model=LicensesImported)
-async def import_licenses(
-    request: Request, body: LicensesToImport, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def import_licenses(request: Request, body: LicensesToImport, caller: CallerAsked) -> dict[str, Any]:
     """Make many licenses what the body says, all or none: each as ``PUT /v1/licenses/{tenant}`` would."""
     plane = plane_of(request)
     for row in body.licenses:
@@ -237,44 +283,25 @@ async def get_license(request: Request, response: Response, tenant: str) -> dict
 
 @router.put("/{tenant}", response_model=LicenseView, responses={201: {"model": LicenseView}})
 async def put_license(
-    request: Request,
-    response: Response,
-    tenant: str,
-    body: WholeLicense,
-    caller: Annotated[Caller, Depends(authenticate)],
-    if_match: Annotated[str | None, Header()] = None,
-    if_none_match: Annotated[str | None, Header()] = None,
+    response: Response, body: WholeLicense, edit: Edit, if_none_match: Annotated[str | None, Header()] = None
 ) -> dict[str, Any]:
     """Make a tenant's license what the body says: 201 when it is new. ``If-None-Match: *``: only then."""
-    plane = plane_of(request)
-    stored, new = await plane.changes.put_license(
-        tenant,
+    stored, new = await edit.changes.put_license(
+        edit.tenant,
         body.fields(),
-        if_revisions=revisions_of(if_match),
+        if_seen=edit.seen,
+        must_exist=edit.must_exist,
         only_new=if_none_match is not None and if_none_match.strip() == "*",
-        by=caller.name,
+        by=edit.by,
     )
     response.status_code = 201 if new else 200
-    response.headers["ETag"] = etag_of(stored, plane.now_s())
-    return described(stored, plane.now_s())
+    return edit.answer(stored)
 
 
 @router.patch("/{tenant}", response_model=LicenseView)
-async def update_license(
-    request: Request,
-    response: Response,
-    tenant: str,
-    body: LicenseChange,
-    caller: Annotated[Caller, Depends(authenticate)],
-    if_match: Annotated[str | None, Header()] = None,
-) -> dict[str, Any]:
+async def update_license(body: LicenseChange, edit: Edit) -> dict[str, Any]:
     """Replace some fields."""
-    plane = plane_of(request)
-    stored = await plane.changes.update_license(
-        tenant, body.fields(), if_revisions=revisions_of(if_match), by=caller.name
-    )
-    response.headers["ETag"] = etag_of(stored, plane.now_s())
-    return described(stored, plane.now_s())
+    return edit.answer(await edit.changes.update_license(edit.tenant, body.fields(), if_seen=edit.seen, by=edit.by))
 
 
 def described(stored: StoredLicense, now_s: float) -> dict[str, Any]:
@@ -302,20 +329,20 @@ def described(stored: StoredLicense, now_s: float) -> dict[str, Any]:
 
 
 def etag_of(stored: StoredLicense, now_s: float) -> str:
-    """The ETag of a license: its revision, and a digest of what in it follows from the clock."""
+    """The ETag of a license: its revision, a digest of its terms, and one of what in it follows from the clock."""
     clocked = [stage_of(stored.license, now_s).value, *(state_of(grant, now_s) for grant in stored.license.grants)]
-    return f'"{stored.revision}-{hashlib.sha256(",".join(clocked).encode()).hexdigest()[:8]}"'
+    digest = hashlib.sha256(",".join(clocked).encode()).hexdigest()[:8]
+    return f'"{stored.revision}-{terms_digest(stored.license)}-{digest}"'
 
 
-def revisions_of(if_match: str | None) -> Container[int] | None:
-    """The revisions of which ``If-Match`` has the ETags; ``None`` when it was not sent. A tag that is none of a license
-    matches nothing.
+def seen_of(if_match: str | None) -> tuple[SeenLicense, ...] | None:
+    """The states of a license that ``If-Match`` asks for; ``None`` for any. A tag that is none of a license matches
+    nothing.
 
     Source: RFC 9110, 13.1.1; but weak ones match too, as what compresses answers makes them of ours.
     """
-    if if_match is None:
+    if if_match is None or if_match.strip() == "*":
         return None
-    if if_match.strip() == "*":
-        return ANY_REVISION
-    # Whoever changes a license need not know that meanwhile, say, a grant ended: only the revision counts.
-    return {int(found[1]) for tag in if_match.split(",") if (found := _TAG.fullmatch(tag.strip()))}
+    found = (_TAG.fullmatch(tag.strip()) for tag in if_match.split(","))
+    # The part of the clock does not count: whoever changes a license need not know that meanwhile, say, a grant ended.
+    return tuple(SeenLicense(int(tag["revision"]), tag["terms"] or "") for tag in found if tag)

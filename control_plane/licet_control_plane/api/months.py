@@ -12,13 +12,14 @@ import zlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
 
-from fastapi import Depends, Request
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection
 
 from licet.wire.signing import VerificationError, Verifier
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
+from licet_control_plane.api.fields import Count, Generation, Instant, MonthName, Sha256, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.control_plane import ControlPlane
@@ -30,6 +31,7 @@ from licet_control_plane.store.schema import events
 
 router = v1_router(tag="months")
 
+GZIP: Final = "application/gzip"
 FORMAT: Final = "licet-ledger-month/1"
 PAGE_ROWS: Final = 5_000
 DROP_S_MAX: Final = 5.0
@@ -37,11 +39,52 @@ DROP_S_MAX: Final = 5.0
 _GZIP: Final = 16 + zlib.MAX_WBITS
 
 
-@router.get("/ledger/months")
+class MonthView(BaseModel):
+    """A month of the ledger."""
+
+    month: MonthName
+    events: Annotated[Count, said("In the ledger")]
+    closed: bool = said("It ended more than 7 days ago")
+    exported_at: Instant | None = said("When the newest export arrived; null for none")
+    exported: Annotated[Count, said("Events of the newest export")]
+    sha256: Sha256 | None = said("Of the newest export; null for none")
+    dropped: Annotated[Count, said("Events that left the ledger")]
+    dropped_at: Instant | None = said("When the last did; null for none")
+
+
+class MonthList(BaseModel):
+    """Every month with events, or that had them."""
+
+    items: list[MonthView] = said("The newest first")
+
+
+class ConfirmedExport(BaseModel):
+    """An export that arrived."""
+
+    month: MonthName
+    events: Count
+    sha256: Annotated[Sha256, said("Of its lines but the last")]
+
+
+class DroppedMonth(BaseModel):
+    """A month of which something left the ledger."""
+
+    month: MonthName
+    done: bool = said("Nothing is left to be dropped; if not, ask again")
+    events: Annotated[Count, said("That this request dropped; once it is done, that were dropped in all")]
+
+
+class RestoredLedger(BaseModel):
+    """The ledger after a restore."""
+
+    ledger_generation: Generation
+
+
+@router.get("/ledger/months", response_model=MonthList)
 async def list_months(request: Request) -> dict[str, Any]:
     """Every month with events, or that had them, newest first."""
     plane = plane_of(request)
-    found = await plane.database.read(retention.months, now_us=_now_us(plane))
+    found = await plane.database.read(retention.months, now_us=plane.now_us())
     return {
         "items": [
             {
@@ -59,7 +102,7 @@ async def list_months(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/ledger/months/{month}/export")
+@router.get("/ledger/months/{month}/export", response_class=StreamingResponse, responses={200: {"content": {GZIP: {}}}})
 async def export_month(request: Request, month: str) -> StreamingResponse:
     """A closed month as gzipped JSON Lines: a header, the logs, the events, and a signed end, to be posted back.
 
@@ -67,11 +110,11 @@ async def export_month(request: Request, month: str) -> StreamingResponse:
     """
     plane = plane_of(request)
     wanted = _month(month)
-    if not retention.is_closed(wanted, _now_us(plane)):
+    if not retention.is_closed(wanted, plane.now_us()):
         raise _refused(MonthRefused(f"{wanted} is not closed", "A month is closed 7 days after its end (UTC)."))
     return StreamingResponse(
         _compressed(_lines(plane, wanted)),
-        media_type="application/gzip",
+        media_type=GZIP,
         headers={"Content-Disposition": f'attachment; filename="ledger-{wanted}.jsonl.gz"'},
     )
 
@@ -84,10 +127,8 @@ class ExportEnd(BaseModel):
     signed: str
 
 
-@router.post("/ledger/months/{month}/exports")
-async def confirm_export(
-    request: Request, month: str, body: ExportEnd, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+@router.post("/ledger/months/{month}/exports", response_model=ConfirmedExport)
+async def confirm_export(request: Request, month: str, body: ExportEnd, caller: CallerAsked) -> dict[str, Any]:
     """An export has arrived, whole, and is kept. Only then may the month be dropped."""
     plane = plane_of(request)
     wanted = _month(month)
@@ -98,19 +139,19 @@ async def confirm_export(
     if export.deployment != plane.deployment:
         raise Problem(422, "signed: it is the export of another deployment.", "Send that of this one.")
     try:
-        await plane.database.write(retention.record_export, export, by=caller.name, now_us=_now_us(plane))
+        await plane.database.write(retention.record_export, export, by=caller.name, now_us=plane.now_us())
     except MonthRefused as error:
         raise _refused(error) from error
     return {"month": str(wanted), "events": export.events, "sha256": export.sha256}
 
 
-@router.post("/ledger/months/{month}/drop")
-async def drop_month(request: Request, month: str, caller: Annotated[Caller, Depends(authenticate)]) -> dict[str, Any]:
+@router.post("/ledger/months/{month}/drop", response_model=DroppedMonth)
+async def drop_month(request: Request, month: str, caller: CallerAsked) -> dict[str, Any]:
     """Drop what the newest export of a closed month holds. Ask again until it is ``done``; each answer says how many
     events this request dropped."""
     plane = plane_of(request)
     wanted = _month(month)
-    now_us = _now_us(plane)
+    now_us = plane.now_us()
     database = plane.database
     _behind(plane)
     until_s = time.monotonic() + DROP_S_MAX
@@ -128,11 +169,11 @@ async def drop_month(request: Request, month: str, caller: Annotated[Caller, Dep
     return {"month": str(wanted), "done": True, "events": total}
 
 
-@router.post("/ledger/restored")
-async def ledger_restored(request: Request, caller: Annotated[Caller, Depends(authenticate)]) -> dict[str, Any]:
+@router.post("/ledger/restored", response_model=RestoredLedger)
+async def ledger_restored(request: Request, caller: CallerAsked) -> dict[str, Any]:
     """The database was restored from a backup: sidecars send again what they hold, and declare the rest lost."""
     plane = plane_of(request)
-    generation = await plane.database.write(_start_ledger_generation, by=caller.name, now_us=_now_us(plane))
+    generation = await plane.database.write(_start_ledger_generation, by=caller.name, now_us=plane.now_us())
     return {"ledger_generation": generation}
 
 
@@ -248,7 +289,3 @@ def _month(text: str) -> Month:
 
 def _refused(error: MonthRefused) -> Problem:
     return Problem(409, f"{error}.", error.fix)
-
-
-def _now_us(plane: ControlPlane) -> int:
-    return int(plane.now_s() * 1_000_000)

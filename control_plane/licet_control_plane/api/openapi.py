@@ -32,13 +32,19 @@ PROBLEM: Final[dict[str, Any]] = {
     "description": "An error as RFC 9457 has it. `type` is stable; `fix` says what to do.",
     "required": ["type", "title", "status", "detail", "fix"],
     "properties": {
-        "type": {"type": "string", "examples": ["urn:licet:problem:license-unknown"]},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "fix": {"type": "string"},
+        "type": {
+            "type": "string",
+            "description": "Stable, for programs: `docs/api.md` lists them",
+            "pattern": "^urn:licet:problem:[a-z-]+$",
+            "examples": ["urn:licet:problem:license-unknown"],
+        },
+        "title": {"type": "string", "description": "The name of the status"},
+        "status": {"type": "integer", "description": "The HTTP status"},
+        "detail": {"type": "string", "description": "What was wrong: a sentence for people"},
+        "fix": {"type": "string", "description": "What to do: sentences for people"},
         "errors": {
             "type": "array",
+            "description": "What is wrong with each document or field",
             "items": {
                 "type": "object",
                 "required": ["file", "line", "column", "path", "message", "fix"],
@@ -98,6 +104,7 @@ def _complete(found: dict[str, Any]) -> dict[str, Any]:
         for method, operation in item.items():
             assert operation["operationId"] not in ids, f"two operations are called {operation['operationId']}"
             ids.add(operation["operationId"])
+            _only_models(operation["responses"])
             operation["responses"].pop("422", None)
             if not path.startswith("/v1/"):
                 continue
@@ -109,6 +116,15 @@ def _complete(found: dict[str, Any]) -> dict[str, Any]:
             if method == "post":
                 operation.setdefault("parameters", []).append(_IDEMPOTENCY_KEY)
     return found
+
+
+def _only_models(responses: dict[str, Any]) -> None:
+    """Of what is not JSON, FastAPI says that it is a string, beside the model that describes it."""
+    for answer in responses.values():
+        for content in answer.get("content", {}).values():
+            schema = content.get("schema", {})
+            if "$ref" in schema:
+                content["schema"] = {"$ref": schema["$ref"]}
 
 
 _IDEMPOTENCY_KEY: Final = {

@@ -17,6 +17,7 @@ from licet.domain.money import Price, format_budget, format_nanos
 from licet.domain.windows import FOREVER_S, window_of
 from licet_control_plane.api.amounts import Amount
 from licet_control_plane.api.auth import plane_of, v1_router
+from licet_control_plane.api.fields import Count, Currency, Instant, MoneyText, Tenant, Units, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s
 from licet_control_plane.changes import LicenseUnknown
@@ -34,91 +35,91 @@ router = v1_router(tag="plans")
 class PriceView(BaseModel):
     """``amount`` for every ``per_units``, of the first tier; ``amounts`` by the value of the attribute ``by``."""
 
-    amount: str
-    per_units: int
-    currency: str
-    by: str
-    amounts: dict[str, str]
-    tiered: bool
+    amount: Annotated[MoneyText, said("For every `per_units`, of the first tier")]
+    per_units: int = said("For how many units a price is", minimum=1)
+    currency: Currency
+    by: str = said("The attribute that picks the price; empty for none")
+    amounts: dict[str, MoneyText] = said("Prices by the value of that attribute")
+    tiered: bool = said("There are further tiers")
 
 
 class LimitView(BaseModel):
     """A limit: ``amount`` in each ``per``; of a budget, money. ``scope``: what it is counted apart for."""
 
-    limit: str
-    amount: Amount
-    per: str
-    scope: list[str]
-    on_exceeded: str
-    anchor: str
+    limit: str = said("Its key, such as reports:monthly")
+    amount: Amount = said("In each `per`: units, or money for a budget")
+    per: str = said("second, minute, hour, day, week, month, year or term")
+    scope: list[str] = said("What it is counted apart for, such as subject; empty for the tenant")
+    on_exceeded: str = said("deny, overage or require_approval")
+    anchor: str = said("What windows begin with: calendar (UTC) or license")
 
 
 class LimitLeft(LimitView):
     """A limit of a tenant. ``used`` and ``remaining`` are ``null`` when they are not known here: of a rate, of a limit
     with a scope, and while Redis does not serve. ``granted``: what grants add now."""
 
-    used: Amount | None
-    remaining: Amount | None
-    granted: Amount
-    resets_at: str | None
+    used: Amount | None = said("Units, or money for a budget; null when it is not known")
+    remaining: Amount | None = said("What is left of the limit and its grants; null when it is not known")
+    granted: Amount = said("What grants add now")
+    resets_at: Instant | None = said("When it counts anew; null for never, and for a rate")
 
 
 class FeatureView(BaseModel):
     """A feature as a plan sells it. ``seats`` 0: not by seat. ``included``: free units a month."""
 
-    feature: str
-    title: str
-    unit: str
-    seats: int
-    included: int
-    price: PriceView | None
-    limits: list[LimitView]
+    feature: str = said("Its name")
+    title: str = said("For people; empty for none")
+    unit: str = said("What is counted")
+    seats: int = said("How many; 0: not by seat", minimum=0)
+    included: Annotated[Units, said("Free in each month")]
+    price: PriceView | None = said("Null for none")
+    limits: list[LimitView] = said("All of them")
 
 
 class PlanView(BaseModel):
     """A plan. ``fee`` is owed a month, such as ``49 USD``."""
 
-    plan: str
-    title: str
-    fee: str | None
-    features: list[FeatureView]
+    plan: str = said("Its name")
+    title: str = said("For people; empty for none")
+    fee: str | None = said("Owed a month, such as 49 USD; null for none")
+    features: list[FeatureView] = said("By name")
 
 
 class PlanPage(BaseModel):
     """Plans by name. ``next`` is the ``after`` of the next page, ``null`` on the last."""
 
-    items: list[PlanView]
-    next: str | None
+    items: list[PlanView] = said("By name")
+    next: str | None = said("The `after` of the next page; null on the last")
 
 
 class EntitledFeature(BaseModel):
     """A feature that a license grants."""
 
-    feature: str
-    title: str
-    unit: str
-    seats: int
-    included: int
-    price: PriceView | None
-    limits: list[LimitLeft]
+    feature: str = said("Its name")
+    title: str = said("For people; empty for none")
+    unit: str = said("What is counted")
+    seats: int = said("How many; 0: not by seat", minimum=0)
+    included: Annotated[Units, said("Free in each month")]
+    price: PriceView | None = said("Null for none")
+    limits: list[LimitLeft] = said("All of them, with what is left")
 
 
 class EntitlementsView(BaseModel):
     """What a tenant has. ``in_force``: whether it answers now, in its term or its grace."""
 
-    tenant: str
-    plan: str
-    plan_title: str
-    addons: dict[str, int]
-    stage: Stage
-    in_force: bool
-    starts_at: str | None
-    ends_at: str | None
-    grace_ends_at: str | None
-    auto_renew: bool
-    as_of: str
-    quotas_known: bool
-    features: list[EntitledFeature]
+    tenant: Tenant
+    plan: str = said("The name of its plan")
+    plan_title: str = said("For people; empty for none")
+    addons: dict[str, Annotated[Count, said("How often it is held")]] = said("Add-on plans by name")
+    stage: Stage = said("Where the license is in its life")
+    in_force: bool = said("It answers now")
+    starts_at: Instant | None = said("When the term begins; null for always")
+    ends_at: Instant | None = said("When the term ends; null for never")
+    grace_ends_at: Instant | None = said("When it stops answering; null without grace")
+    auto_renew: bool = said("It is renewed by itself")
+    as_of: Annotated[Instant, said("When this was so")]
+    quotas_known: bool = said("False while Redis does not serve")
+    features: list[EntitledFeature] = said("By name")
 
 
 @router.get("/plans", response_model=PlanPage)

@@ -13,10 +13,13 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
+from licet_control_plane.access_desk import RequestUnknown
 from licet_control_plane.changes import GrantExists, GrantUnknown, LicenseExists, LicenseUnknown, RevisionMoved
+from licet_control_plane.core.access_requests import Expired, NotAllowed, NotPossible, OwnRequest, Settled
 from licet_control_plane.core.lifecycle import MoveRefused
 from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.core.sealed_events import Damaged
+from licet_control_plane.override_desk import OverrideExists, OverrideUnknown
 from licet_control_plane.redis_link import RedisRefused, RedisUnavailable
 from licet_control_plane.store.database import DatabaseUnavailable
 
@@ -85,6 +88,11 @@ def response(
     return JSONResponse(body, status, headers=headers, media_type=MEDIA_TYPE)
 
 
+def _of_field(path: str, message: str, fix: str) -> dict[str, Any]:
+    """An error of a request's field, which is in no file."""
+    return {"file": "", "line": 0, "column": 0, "path": path, "message": message, "fix": fix}
+
+
 def install(app: FastAPI) -> None:
     """Turn every error of a route into a problem."""
 
@@ -97,7 +105,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ChangeInvalid)
     async def _invalid(_request: Request, error: ChangeInvalid) -> JSONResponse:
-        one = {"file": "", "line": 0, "column": 0, "path": error.field, "message": str(error), "fix": error.fix}
+        one = _of_field(error.field, str(error), error.fix)
         return response(422, f"{error.field}: {error}.", error.fix, errors=[one])
 
     @app.exception_handler(LicenseExists)
@@ -125,6 +133,31 @@ def install(app: FastAPI) -> None:
     async def _refused_move(_request: Request, error: MoveRefused) -> JSONResponse:
         detail = f"The license is {error.stage.value}, and cannot {error.move.value}: {error}."
         return response(409, detail, error.fix, kind="license-state")
+
+    @app.exception_handler(RequestUnknown)
+    async def _request_unknown(_request: Request, error: RequestUnknown) -> JSONResponse:
+        detail = f"There is no access request {str(error)!r}."
+        return response(404, detail, "GET /v1/access-requests lists them.", kind="access-request-unknown")
+
+    @app.exception_handler(NotAllowed)
+    async def _not_approver(_request: Request, error: NotAllowed) -> JSONResponse:
+        kind = "access-request-own" if isinstance(error, OwnRequest) else "access-request-approver"
+        return response(403, f"{error}.", error.fix, kind=kind)
+
+    @app.exception_handler(NotPossible)
+    async def _not_possible(_request: Request, error: NotPossible) -> JSONResponse:
+        kinds = {Settled: "access-request-settled", Expired: "access-request-expired"}
+        return response(409, f"{error}.", error.fix, kind=kinds.get(type(error), "access-request-state"))
+
+    @app.exception_handler(OverrideUnknown)
+    async def _override_unknown(_request: Request, error: OverrideUnknown) -> JSONResponse:
+        detail = f"There is no override {str(error)!r}."
+        return response(404, detail, "GET /v1/overrides lists them.", kind="override-unknown")
+
+    @app.exception_handler(OverrideExists)
+    async def _override_exists(_request: Request, error: OverrideExists) -> JSONResponse:
+        message, fix = f"there is another override {str(error)!r}", "Give this one another id, or none."
+        return response(422, f"id: {message}.", fix, errors=[_of_field("id", message, fix)], kind="override-exists")
 
     @app.exception_handler(RevisionMoved)
     async def _moved(_request: Request, error: RevisionMoved) -> JSONResponse:
@@ -156,14 +189,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _validation(_request: Request, error: RequestValidationError) -> JSONResponse:
         errors = [
-            {
-                "file": "",
-                "line": 0,
-                "column": 0,
-                "path": ".".join(str(part) for part in one["loc"][1:]) or str(one["loc"][0]),
-                "message": one["msg"],
-                "fix": "Send it as the API's description has it, /v1/openapi.json.",
-            }
+            _of_field(
+                ".".join(str(part) for part in one["loc"][1:]) or str(one["loc"][0]),
+                one["msg"],
+                "Send it as the API's description has it, /v1/openapi.json.",
+            )
             for one in error.errors()
         ]
         first = errors[0]

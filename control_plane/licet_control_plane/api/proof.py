@@ -13,12 +13,24 @@ from typing import Annotated, Any, Final
 
 import structlog
 from fastapi import Query, Request
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from licet.wire.signing import VerificationError, Verifier
 from licet_control_plane.api.auth import plane_of, v1_router
+from licet_control_plane.api.fields import (
+    Base64,
+    Count,
+    Generation,
+    Instant,
+    LogId,
+    Seq,
+    Sha256,
+    SidecarId,
+    said,
+    sometimes,
+)
+from licet_control_plane.api.json_lines import JsonLines, lines_of
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.archive.files import ArchiveUnavailable
 from licet_control_plane.control_plane import ControlPlane
@@ -32,7 +44,6 @@ from licet_control_plane.store.verification import Progress, Verification, verif
 router = v1_router(tag="proof")
 log: Final = structlog.get_logger(__name__)
 
-JSON_LINES: Final = "application/jsonl"
 PROGRESS_S: Final = 0.5
 CHECKPOINTS_MAX: Final = 100
 """That one verification is held to."""
@@ -53,7 +64,155 @@ class VerifyOrder(BaseModel):
     quick: bool = False
 
 
-@router.get("/ledger/verify")
+class LogView(BaseModel):
+    """A log as the ledger has it."""
+
+    log_id: LogId
+    sidecar: SidecarId
+    incarnation: int = said("Counts the starts with a new log, from 1", minimum=0)
+    watermark: Annotated[Seq, said("Everything up to this number is recorded or declared lost")]
+    events: Annotated[Count, said("In the ledger")]
+
+
+class GapView(BaseModel):
+    """Events that a sidecar numbered and the ledger does not have."""
+
+    log_id: LogId
+    from_seq: Annotated[Seq, said("The first of them")]
+    to_seq: Annotated[Seq, said("The last of them")]
+    why: str = said("What is known of it")
+
+
+class FindingView(BaseModel):
+    """Something that is not as it was recorded."""
+
+    shard: int | None = said("Of the chain, from 0; null when it is about none in particular")
+    block: int = said("From 1; 0 when it is about none")
+    log_id: str = said("The log; empty when it is about none")
+    seq: int = said("The event; 0 when it is about none")
+    kind: str = said("What kind of fault, for programs")
+    what: str = said("What is wrong")
+
+
+class ChainHead(BaseModel):
+    """The end of one chain."""
+
+    shard: Annotated[int, said("Which chain, from 0", minimum=0)]
+    block: Annotated[int, said("Its last block, from 1", minimum=0)]
+    hash: Annotated[Sha256, said("Of that block")]
+
+
+class VerificationView(BaseModel):
+    """Whether the ledger is whole."""
+
+    ok: bool = said("Nothing is missing, altered, contested, or billed otherwise than recorded")
+    events: Count
+    blocks: Count
+    logs: list[LogView] = said("Every log")
+    gaps: list[GapView] = said("Events that are missing, and were not declared lost")
+    lost: list[GapView] = said("Events that their sidecar declared lost")
+    dropped: dict[str, Count] = said("By month: events that left the ledger as signed exports say")
+    conflicts: Annotated[Count, said("Events that came again with other content")]
+    rollups_match: bool = said("Every sum is that of its events")
+    findings: list[FindingView] = said("The first of them, by shard and block")
+    findings_total: Annotated[Count, said("How many there are")]
+    heads: list[ChainHead] = said("The ends of all chains")
+    erased_events: Annotated[Count, said("Whose personal part was erased")]
+    erased_subjects: Count
+    opened: bool = said("Personal parts were opened too")
+    checkpoints: Annotated[Count, said("Signed ones that the chains were held to")]
+
+
+class EventsDone(BaseModel):
+    """How far it is."""
+
+    done: Annotated[Count, said("Events that were looked at")]
+    of: Annotated[Count, said("How many there are")]
+
+
+class VerificationLine(BaseModel):
+    """One of the three: how far it is, or at the end what came out, or why nothing did."""
+
+    progress: EventsDone = sometimes("Each half second")
+    result: VerificationView = sometimes("What came out")
+    error: str = sometimes("Why it ended without a result")
+
+
+class CheckpointView(BaseModel):
+    """The heads of all chains, signed. Only ``document`` counts: the rest is what it says."""
+
+    kind: str = said("What the file is, for programs")
+    number: Annotated[int, said("Checkpoints are numbered from 1", minimum=1)]
+    deployment: str = said("Whose ledger it is")
+    generation: Generation
+    at: Instant
+    heads: list[ChainHead] = said("The ends of all chains")
+    public_key: str = said("Whose signature it has: ed25519: and base64")
+    document: Annotated[Base64, said("What is signed, with its signature")]
+
+
+class QuotaDifference(BaseModel):
+    """A number that is kept twice and differs, in units of the limit."""
+
+    tenant: str = said("The tenant")
+    quota: str = said("The name of the quota")
+    sidecar: SidecarId | None = said("Who holds it; null for what is in no register any more")
+    register_: int = Field(
+        alias="register",
+        description="Units by the register in Redis: of used and granted, whichever is closer",
+    )
+    ledger: int = said("Units by the ledger")
+    difference: int = said("`register` less `ledger`")
+    what: str = said("What that means")
+
+
+class LogDifference(BaseModel):
+    """A log that the sidecar and the ledger do not have alike."""
+
+    log_id: LogId
+    last_seq: Annotated[Seq, said("The last event, by the sidecar")]
+    acked_seq: Annotated[Seq, said("The last that the ledger acknowledged, by the sidecar")]
+    watermark: Annotated[Seq, said("Up to where the ledger has everything")]
+    what: str = said("What that means")
+
+
+class ArchiveDifferenceView(BaseModel):
+    """Something that the archive and the ledger do not have in common."""
+
+    shard: Annotated[int, said("Of the chain, from 0", minimum=0)]
+    log_id: str = said("The log; empty when it is about the whole shard")
+    what: str = said("What differs")
+
+
+class ReconciledView(BaseModel):
+    """What ledger, registers, logs and archive say of the same usage."""
+
+    ok: bool = said("Nothing differs that should not")
+    tenants: Annotated[Count, said("That were looked at")]
+    quotas: Annotated[Count, said("That were looked at")]
+    differences: list[QuotaDifference] = said("Those that count, by tenant and quota")
+    in_flight: list[QuotaDifference] = said("Those that may only be on their way")
+    learning: list[str] = said("Tenants whose quotas are learning, and cannot be compared")
+    logs: list[LogDifference] = said("Logs that differ")
+    archive: list[ArchiveDifferenceView] | None = said("What it lacks or has otherwise; null when none was read")
+
+
+class ReconciliationProgress(BaseModel):
+    """How far it is."""
+
+    doing: str = said("What is looked at now")
+    done: Annotated[Count, said("Tenants, or archived events, that were")]
+
+
+class ReconciliationLine(BaseModel):
+    """One of the three: how far it is, or at the end what came out, or why nothing did."""
+
+    progress: ReconciliationProgress = sometimes("While it goes on")
+    result: ReconciledView = sometimes("What came out")
+    error: str = sometimes("Why it ended without a result")
+
+
+@router.get("/ledger/verify", response_model=VerificationView)
 async def verify_ledger(request: Request, quick: Annotated[bool, Query()] = False) -> dict[str, Any]:
     """Recount the whole ledger, and say what came out."""
     answer: dict[str, Any] = {}
@@ -65,8 +224,8 @@ async def verify_ledger(request: Request, quick: Annotated[bool, Query()] = Fals
     return result
 
 
-@router.post("/ledger/verify")
-async def verify_ledger_with_progress(request: Request, body: VerifyOrder) -> StreamingResponse:
+@router.post("/ledger/verify", response_class=JsonLines, responses=lines_of(VerificationLine))
+async def verify_ledger_with_progress(request: Request, body: VerifyOrder) -> JsonLines:
     """The same as JSON Lines: ``progress`` (``done``, ``of``) each half second, then ``result`` or ``error``."""
     plane = plane_of(request)
     given = _given(plane, body)
@@ -77,7 +236,7 @@ async def verify_ledger_with_progress(request: Request, body: VerifyOrder) -> St
         async for line in _verified(plane, body, given):
             yield json.dumps(line) + "\n"
 
-    return StreamingResponse(lines(), media_type=JSON_LINES)
+    return JsonLines(lines())
 
 
 class ReconcileOrder(BaseModel):
@@ -88,8 +247,8 @@ class ReconcileOrder(BaseModel):
     tenant: str = ""
 
 
-@router.post("/ledger/reconcile")
-async def reconcile_ledger(request: Request, body: ReconcileOrder) -> StreamingResponse:
+@router.post("/ledger/reconcile", response_class=JsonLines, responses=lines_of(ReconciliationLine))
+async def reconcile_ledger(request: Request, body: ReconcileOrder) -> JsonLines:
     """Compare the ledger with quota registers, sidecars' logs and the archive. JSON Lines: ``progress`` (``doing``,
     ``done``), then ``result`` or ``error``."""
     plane = plane_of(request)
@@ -111,7 +270,7 @@ async def reconcile_ledger(request: Request, body: ReconcileOrder) -> StreamingR
         except (RedisUnavailable, RedisRefused, DatabaseUnavailable, ArchiveUnavailable) as error:
             yield json.dumps({"error": str(error)}) + "\n"
 
-    return StreamingResponse(lines(), media_type=JSON_LINES)
+    return JsonLines(lines())
 
 
 def _reconciled(done: Reconciled) -> dict[str, Any]:
@@ -139,7 +298,7 @@ def _difference(place: Place, sides: Sides) -> dict[str, Any]:
     }
 
 
-@router.get("/ledger/checkpoint")
+@router.get("/ledger/checkpoint", response_model=CheckpointView)
 async def checkpoint(request: Request) -> dict[str, Any]:
     """The heads of all chains, signed: the newest checkpoint, made now if anything was recorded since the last."""
     plane = plane_of(request)

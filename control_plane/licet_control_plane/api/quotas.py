@@ -5,14 +5,15 @@ back.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Query, Request
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 
 from licet.domain.windows import FOREVER_S
 from licet.wire.registers import parts_of_marker
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
+from licet_control_plane.api.fields import Instant, SidecarId, Tenant, said, sometimes, unchecked
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s
 from licet_control_plane.changes import LicenseUnknown
@@ -38,14 +39,107 @@ SCOPE_EVENTS_MAX: Final = 2_000
 SIDECAR_PREFIX_MIN: Final = 8
 
 
-@router.get("/tenants/{tenant}/quotas")
+class QuotaWindow(BaseModel):
+    """The time in which a quota counts."""
+
+    per: str | None = said("minute, hour, day, week, month, year or term; null when no limit of that key is known")
+    starts_at: Instant | None = said("When it begins")
+    ends_at: Instant | None = said("When it ends; null for never, or when that is not known")
+
+
+class HolderView(BaseModel):
+    """What one sidecar holds of a quota. Units as those of the quota."""
+
+    sidecar: SidecarId
+    state: Literal["live", "silent", "dead", "gone", "unknown", "sealed"] = said("Of the sidecar, or of its register")
+    silent_s: float | None = said("Seconds since it was heard of; null for never")
+    granted: int = said("What it was leased in all")
+    used: int = said("What it said that it used")
+    reserved: int = said("What it said that reservations hold")
+    unspent: int = said("Granted, and neither used nor reserved")
+    last_call_at: Instant | None = said("When it last asked Redis; null for never")
+
+
+class QuotaShown(BaseModel):
+    """What is counted in one window of a limit or of a grant. Units of the feature; of a budget nanos of its currency,
+    of a rate thousandths of a unit a second."""
+
+    quota: str = said("Its name")
+    limit: str = said("The key of the limit, or with +id of a grant on top of it")
+    kind: Kind = said("What the numbers count")
+    currency: str = said("Of a budget; empty for units and rates")
+    scope: str = said("Digest of what it is counted apart for; empty for a limit without a scope")
+    scope_values: dict[str, str] | None = said("What the digest stands for; null when that is not known")
+    window: QuotaWindow
+    lost: bool = said("Redis has nothing of it")
+    amount: int | None = said("Of the limit; null when it is not published any more", minimum=0)
+    used: int = said("What is used, as far as sidecars said")
+    reserved: int = said("What reservations hold, as far as sidecars said")
+    leased: int = said("What sidecars hold, and have not said that they used or reserved")
+    remaining: int = said("What can still be leased")
+    overage: int = said("What was used beyond the limit")
+    leased_by_dead: int = said("Of `leased`: by sidecars that will not come back")
+    folded: int = said("Of `used`: what is in no register any more")
+    holders: list[HolderView] = said("The largest first")
+
+
+class UntouchedLimit(BaseModel):
+    """A limit of which nothing is counted now."""
+
+    limit: str = said("Its key")
+    amount: int = said("Of the limit")
+
+
+class QuotaPage(BaseModel):
+    """Quotas of a tenant."""
+
+    tenant: Tenant
+    phase: str = said("open; learning, after a loss; or missing, before the first publication")
+    since: Instant | None = said("Since when it is in that phase; null while it is missing")
+    epoch: int | None = said("Counts the losses of Redis; null while it is missing", minimum=0)
+    revision: int = sometimes("Of the limits that are counted by; left out while they are missing", minimum=0)
+    items: list[QuotaShown] = said("By name")
+    untouched: list[UntouchedLimit] = said("Limits of which nothing is counted now, by key")
+    next: str | None = said("The `after` of the next page; null on the last")
+
+
+class OutcomeView(BaseModel):
+    """What became of one register. Units as those of its quota."""
+
+    tenant: Tenant
+    quota: str = said("Its name")
+    limit: str = said("The key of the limit or grant")
+    status: Literal["would_seal", "sealed", "already", "none", "learning", "stale", "live"] = said(
+        "Only what is `sealed` was taken back; `would_seal` on a dry run"
+    )
+    granted: int = said("What it was leased in all")
+    used: int = said("What it said that it used")
+    reserved: int = said("What it said that reservations hold")
+    in_ledger: int = said("What the ledger has of it")
+    counted: int = said("What goes on counting as used")
+    freed: int = said("What can be leased again, or could")
+
+
+class ReclaimedView(BaseModel):
+    """What was taken back from a sidecar, or with ``dry_run`` would be."""
+
+    sidecar: SidecarId
+    dry_run: bool = said("Nothing was changed")
+    wait_s: int = said("Seconds until it can be reclaimed; 0 for now", minimum=0)
+    why_not: str = said("Why it must be waited for; empty for nothing")
+    items: list[OutcomeView] = said("A register each")
+    skipped: list[Tenant] = said("Tenants whose quotas are learning or lost: ask about them again")
+    next: str | None = said("The `after` of the next request; null when everything was looked at")
+
+
+@router.get("/tenants/{tenant}/quotas", response_model=QuotaPage)
 async def list_quotas(
     request: Request,
     tenant: str,
     key: str = "",
     after: str = "",
     limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
-) -> dict[str, Any]:
+) -> Response:
     """Quotas of a tenant whose window takes calls, by name; ``key``: of one limit only, and of its grants."""
     plane = plane_of(request)
     stored = await plane.database.read(licenses.get, tenant)
@@ -53,15 +147,17 @@ async def list_quotas(
     if mark is None and stored is None:
         raise LicenseUnknown(tenant)
     if mark is None:
-        return {
-            "tenant": tenant,
-            "phase": "missing",
-            "since": None,
-            "epoch": None,
-            "items": [],
-            "untouched": [],
-            "next": None,
-        }
+        return unchecked(
+            {
+                "tenant": tenant,
+                "phase": "missing",
+                "since": None,
+                "epoch": None,
+                "items": [],
+                "untouched": [],
+                "next": None,
+            }
+        )
     catalog = plane.publisher.catalog
     counting = Counting(stored.license if stored else None, catalog, limits_by_key(catalog))
     redis_now_s = await plane.registers.now_s()
@@ -105,20 +201,22 @@ async def list_quotas(
                 **_counted(seen, mark.amounts.get(limit_key), now_s),
             }
         )
-    return {
-        "tenant": tenant,
-        "phase": mark.phase,
-        "since": format_s(mark.since_ms / 1_000),
-        "epoch": mark.pair.epoch,
-        "revision": mark.revision,
-        "items": items,
-        "untouched": [
-            {"limit": name, "amount": amount}
-            for name, amount in sorted(mark.amounts.items())
-            if name not in touched and "#" not in name and _is_of(name, key)
-        ],
-        "next": page[-1] if len(rest) > len(page) else None,
-    }
+    return unchecked(
+        {
+            "tenant": tenant,
+            "phase": mark.phase,
+            "since": format_s(mark.since_ms / 1_000),
+            "epoch": mark.pair.epoch,
+            "revision": mark.revision,
+            "items": items,
+            "untouched": [
+                {"limit": name, "amount": amount}
+                for name, amount in sorted(mark.amounts.items())
+                if name not in touched and "#" not in name and _is_of(name, key)
+            ],
+            "next": page[-1] if len(rest) > len(page) else None,
+        }
+    )
 
 
 def _is_of(limit_key: str, key: str) -> bool:
@@ -136,10 +234,8 @@ class ReclaimOrder(BaseModel):
     dry_run: bool = False
 
 
-@router.post("/sidecars/{sidecar}/reclaim")
-async def reclaim(
-    request: Request, sidecar: str, body: ReclaimOrder, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+@router.post("/sidecars/{sidecar}/reclaim", response_model=ReclaimedView)
+async def reclaim(request: Request, sidecar: str, body: ReclaimOrder, caller: CallerAsked) -> dict[str, Any]:
     """Take back what a sidecar that will not come back holds. Ask again with ``after`` while there is a ``next``."""
     plane = plane_of(request)
     name = _resolved(plane, sidecar)

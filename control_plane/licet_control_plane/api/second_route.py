@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import base64
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from fastapi import Body, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
@@ -15,6 +15,7 @@ from licet.wire.envelope import EnvelopeError
 from licet.wire.names import USAGE_SHARDS, usage_shard
 from licet.wire.usage import UsageBatch, unpack_batches
 from licet_control_plane.api.auth import plane_of, v1_router
+from licet_control_plane.api.fields import Base64, said, unchecked
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.store import snapshots
 
@@ -36,6 +37,12 @@ class SnapshotRequest(BaseModel):
     wanted: list[Annotated[str, Field(max_length=128)]] = Field(default=[], max_length=TENANTS_MAX)
 
 
+class Acknowledgements(BaseModel):
+    """What of each log is in the ledger."""
+
+    acks: dict[str, Base64] = said("By log: a signed acknowledgement, for the sidecar")
+
+
 @router.post("/sidecar/snapshot", response_class=Response, responses={200: {"content": {OCTETS: {}}}})
 async def snapshot(request: Request, asked: SnapshotRequest) -> Response:
     """The published state as of now: head, bundle and licenses, each signed; only the head when nothing changed."""
@@ -46,15 +53,15 @@ async def snapshot(request: Request, asked: SnapshotRequest) -> Response:
         have=(asked.generation, asked.revision),
         known=asked.known,
         wanted=asked.wanted,
-        now_us=int(plane.now_s() * 1_000_000),
+        now_us=plane.now_us(),
         epoch=plane.quotas.epoch,
         live=plane.fleet.live_count(plane.now_s()),
     )
     return Response(made.pack(), media_type=OCTETS)
 
 
-@router.post("/usage/batches")
-async def usage_batches(request: Request, body: Annotated[bytes, Body(media_type=OCTETS)]) -> dict[str, Any]:
+@router.post("/usage/batches", response_model=Acknowledgements)
+async def usage_batches(request: Request, body: Annotated[bytes, Body(media_type=OCTETS)]) -> Response:
     """Puts batches of usage events in the ledger, each event once, however often it comes and by whatever way."""
     plane = plane_of(request)
     try:
@@ -69,4 +76,4 @@ async def usage_batches(request: Request, body: Annotated[bytes, Body(media_type
         raise Problem(
             422, f"The body is not batches of usage: {error}.", "Send what a sidecar of this version packs."
         ) from error
-    return {"acks": {log: base64.b64encode(ack).decode() for log, ack in acks.items()}}
+    return unchecked({"acks": {log: base64.b64encode(ack).decode() for log, ack in acks.items()}})

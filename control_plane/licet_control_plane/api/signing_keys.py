@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Request
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict
 
 from licet.wire.signing import SigningKey, key_id_of
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
+from licet_control_plane.api.fields import Count, Instant, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.audit_keeper import HeadUnreadable
@@ -33,7 +34,28 @@ class Forced(BaseModel):
     force: bool = False
 
 
-@router.get("")
+class SigningKeyView(BaseModel):
+    """A key that signs, signed, or will sign what is published."""
+
+    id: str = said("A digest of the public key")
+    public_key: str = said("ed25519: and base64, as sidecars are given it")
+    state: Literal["next", "active", "previous", "retired"] = said("Only the active one signs")
+    created_at: Instant
+    activated_at: Instant | None = said("Since when it signs; null for never")
+    resigned_at: Instant | None = said("When all that is published was signed with it; null while it is not")
+    retired_at: Instant | None = said("When its private half was destroyed; null for never")
+    trusted_by: Annotated[Count, said("How many live sidecars trust it")]
+    not_trusted_by: Annotated[Count, said("How many live sidecars do not")]
+
+
+class SigningKeyList(BaseModel):
+    """Every key there ever was."""
+
+    items: list[SigningKeyView] = said("In the order in which they were made")
+    trust: list[str] = said("The public keys that sidecars should have now")
+
+
+@router.get("", response_model=SigningKeyList)
 async def list_signing_keys(request: Request) -> dict[str, Any]:
     """Every key there ever was, and ``trust``: the public keys that sidecars should have now."""
     plane = plane_of(request)
@@ -41,13 +63,13 @@ async def list_signing_keys(request: Request) -> dict[str, Any]:
     return {"items": [_described(plane, one) for one in plane.key.stored], "trust": plane.key.trusted}
 
 
-@router.post("", status_code=201)
-async def generate_signing_key(request: Request, caller: Annotated[Caller, Depends(authenticate)]) -> dict[str, Any]:
+@router.post("", status_code=201, response_model=SigningKeyView)
+async def generate_signing_key(request: Request, caller: CallerAsked) -> dict[str, Any]:
     """Make the next key. Nothing is signed with it yet: sidecars are to be given its public half first."""
     plane = plane_of(request)
     try:
         made = await plane.database.write(
-            signing_keys.add, SigningKey.generate(), plane.ledger_key, by=caller.name, now_us=_now_us(plane)
+            signing_keys.add, SigningKey.generate(), plane.ledger_key, by=caller.name, now_us=plane.now_us()
         )
     except KeyStateRefused as error:
         raise Problem(409, str(error), error.fix) from error
@@ -55,10 +77,8 @@ async def generate_signing_key(request: Request, caller: Annotated[Caller, Depen
     return _described(plane, made)
 
 
-@router.post("/rotate")
-async def rotate_signing_keys(
-    request: Request, body: Forced, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+@router.post("/rotate", response_model=SigningKeyView)
+async def rotate_signing_keys(request: Request, body: Forced, caller: CallerAsked) -> dict[str, Any]:
     """Sign with the next key from now on, and sign anew all that is published; ``resigned_at``: since when it is."""
     plane = plane_of(request)
     await plane.key.refresh()
@@ -70,17 +90,15 @@ async def rotate_signing_keys(
             "Give them both public keys (licet signing-key list --trust); they take them up in a second. Ask again.",
         )
     try:
-        active = await plane.database.write(signing_keys.activate, by=caller.name, now_us=_now_us(plane))
+        active = await plane.database.write(signing_keys.activate, by=caller.name, now_us=plane.now_us())
     except KeyStateRefused as error:
         raise Problem(409, str(error), error.fix) from error
     await plane.key.refresh()
     return _described(plane, active)
 
 
-@router.post("/{key}/retire")
-async def retire_signing_key(
-    request: Request, key: str, body: Forced, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+@router.post("/{key}/retire", response_model=SigningKeyView)
+async def retire_signing_key(request: Request, key: str, body: Forced, caller: CallerAsked) -> dict[str, Any]:
     """Destroy the private half of the previous key, or of a next one that is not wanted."""
     plane = plane_of(request)
     await plane.key.refresh()
@@ -94,7 +112,7 @@ async def retire_signing_key(
             "Take its public key away from them (licet signing-key list --trust shows what they need), and ask again.",
         )
     try:
-        retired = await plane.database.write(signing_keys.retire, key, by=caller.name, now_us=_now_us(plane))
+        retired = await plane.database.write(signing_keys.retire, key, by=caller.name, now_us=plane.now_us())
     except KeyStateRefused as error:
         raise Problem(409, str(error), error.fix) from error
     await plane.key.refresh()
@@ -128,7 +146,3 @@ def _described(plane: ControlPlane, key: StoredKey) -> dict[str, Any]:
         "trusted_by": len(_live(plane, key.id, trusting=True)),
         "not_trusted_by": len(_live(plane, key.id, trusting=False)),
     }
-
-
-def _now_us(plane: ControlPlane) -> int:
-    return int(plane.now_s() * 1_000_000)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
 
 from licet_control_plane.api.auth import plane_of, v1_router
+from licet_control_plane.api.fields import Count, Generation, Instant, Revision, Seq, SidecarId, said, sometimes
 from licet_control_plane.api.openapi import described_router
 from licet_control_plane.api.times import format_us
 from licet_control_plane.store import meta
@@ -22,13 +24,116 @@ open_router = described_router(tag="probes")
 router = v1_router(tag="status")
 
 
-@open_router.get("/healthz")
+class Alive(BaseModel):
+    """The process serves."""
+
+    status: Literal["ok"] = said("Whoever is answered this reached the process")
+
+
+class ReadyCheck(BaseModel):
+    """One thing that must work."""
+
+    ok: bool = said("It works")
+    state: str = sometimes("Of the publisher: publishing, standby and so on")
+    revision: int = sometimes("Of the publisher: the newest that was published", minimum=0)
+    reason: str = sometimes("Why it does not work")
+    warning: str = sometimes("What is wrong although it works")
+    fix: str = sometimes("What to do")
+
+
+class Readiness(BaseModel):
+    """Whether changes are published and usage is drained."""
+
+    ready: bool = said("All of `checks` are ok")
+    checks: dict[str, ReadyCheck] = said("By name: database, redis, publisher, drain")
+
+
+class RedisView(BaseModel):
+    """Redis."""
+
+    connected: bool = said("It answers")
+    run_id: str = said("Of the Redis process; empty while it was never reached")
+    warning: str | None = said("What it may lose as it is configured; null for nothing")
+
+
+class DrainView(BaseModel):
+    """The usage streams."""
+
+    backlog: Annotated[Count, said("Batches that wait in Redis")]
+    held: Annotated[Count, said("Batches that stay there, as dead letters are full")]
+
+
+class LedgerView(BaseModel):
+    """What needs somebody to decide."""
+
+    dead_letters: Annotated[Count, said("Batches that could not be recorded")]
+    conflicts: Annotated[Count, said("Events that came again with other content")]
+
+
+class PublisherView(BaseModel):
+    """What publishes changes."""
+
+    state: str = said("starting, publishing, standby, waiting or stopped")
+    reason: str = said("Why it does not publish; empty when it does")
+    fix: str = said("What to do; empty for nothing")
+
+
+class LearningView(BaseModel):
+    """Quotas that are learned again after a loss."""
+
+    tenants: Annotated[Count, said("Whose quotas are learning")]
+    waiting_for: list[SidecarId] = said("Sidecars that have not said what they hold")
+
+
+class StatusView(BaseModel):
+    """The deployment at a glance."""
+
+    deployment: str = said("Its id")
+    generation: Generation
+    revision: Annotated[Revision, said("The newest that was published")]
+    redis: RedisView
+    epoch: int = said("Counts the losses of Redis", minimum=0)
+    sidecars_live: Count
+    drain: DrainView
+    ledger: LedgerView
+    publisher: PublisherView
+    learning: LearningView
+
+
+class SidecarView(BaseModel):
+    """A sidecar as its last heartbeat said."""
+
+    sidecar: SidecarId
+    address: str = said("Where it serves decisions")
+    hostname: str = said("Of its machine or pod")
+    version: str = said("Of Licet")
+    revision: Annotated[Revision, said("By which it decides")]
+    generation: Generation
+    as_of: Instant | None = said("How new what it knows is; null for never")
+    ready: bool = said("It serves")
+    draining: bool = said("It is about to end")
+    last_heard_s: float = said("Seconds since the heartbeat", minimum=0)
+    incarnation: int = said("Counts its starts with a new log", minimum=0)
+    log_last_seq: Annotated[Seq, said("The last event in its log")]
+    log_acked_seq: Annotated[Seq, said("The last that is acknowledged")]
+    log_bytes: int = said("Bytes of its log on disk", minimum=0)
+    tenants_held: Annotated[Count, said("Licenses that it keeps in memory")]
+    state: Literal["live", "silent", "gone"] = said("Gone: it signed off, or was reclaimed")
+
+
+class SidecarList(BaseModel):
+    """Every sidecar that was ever heard of."""
+
+    items: list[SidecarView] = said("By id")
+
+
+@open_router.get("/healthz", response_model=Alive)
 async def healthz() -> dict[str, str]:
     """The process serves."""
     return {"status": "ok"}
 
 
-@open_router.get("/readyz")
+@open_router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 async def readyz(request: Request) -> JSONResponse:
     """Whether changes are published and usage is drained; if not, why not, and what to do."""
     plane = plane_of(request)
@@ -69,7 +174,7 @@ async def metrics(request: Request) -> Response:
     return Response(await asyncio.to_thread(plane_of(request).metrics.render), media_type=CONTENT_TYPE)
 
 
-@router.get("/status")
+@router.get("/status", response_model=StatusView)
 async def status(request: Request) -> dict[str, Any]:
     """The deployment at a glance."""
     plane = plane_of(request)
@@ -93,7 +198,7 @@ async def status(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/sidecars")
+@router.get("/sidecars", response_model=SidecarList)
 async def sidecars(request: Request) -> dict[str, Any]:
     """Every sidecar that was ever heard of, by id."""
     plane = plane_of(request)

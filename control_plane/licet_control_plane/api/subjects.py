@@ -9,13 +9,14 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
 
-from fastapi import Depends, Request
-from fastapi.responses import StreamingResponse
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
-from licet_control_plane.api.proof import JSON_LINES
+from licet_control_plane.api.auth import CallerAsked, plane_of, v1_router
+from licet_control_plane.api.events import EventView
+from licet_control_plane.api.fields import Count, Tenant, said, sometimes
+from licet_control_plane.api.json_lines import JsonLines, lines_of
 from licet_control_plane.archive.files import ArchiveDamaged, ArchiveUnavailable
 from licet_control_plane.archive.follower import Archive
 from licet_control_plane.core.event_view import event_json
@@ -38,8 +39,23 @@ class SubjectName(BaseModel):
     id: Annotated[str, Field(min_length=1, max_length=NAME_CHARS_MAX)]
 
 
-@router.post("/tenants/{tenant}/subjects/export")
-async def export_subject(request: Request, tenant: str, body: SubjectName) -> StreamingResponse:
+class ExportedEvent(EventView):
+    """An event about somebody."""
+
+    conflict: bool = said("It came again under a number that was recorded otherwise, and is in no sum")
+
+
+class ErasedView(BaseModel):
+    """What was destroyed."""
+
+    tenant: Tenant
+    subjects: list[int] = said("Numbers under which the ledger knew them")
+    events: Annotated[Count, said("That said who it was")]
+    archive: str = sometimes("`erased`, or `waits:` and why; left out without an archive")
+
+
+@router.post("/tenants/{tenant}/subjects/export", response_class=JsonLines, responses=lines_of(ExportedEvent))
+async def export_subject(request: Request, tenant: str, body: SubjectName) -> JsonLines:
     """Every event about somebody, those in which others acted on their behalf included, as JSON Lines by time."""
     plane = plane_of(request)
 
@@ -56,18 +72,14 @@ async def export_subject(request: Request, tenant: str, body: SubjectName) -> St
             if after is None:
                 return
 
-    return StreamingResponse(lines(), media_type=JSON_LINES)
+    return JsonLines(lines())
 
 
-@router.post("/tenants/{tenant}/subjects/erase")
-async def erase_subject(
-    request: Request, tenant: str, body: SubjectName, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+@router.post("/tenants/{tenant}/subjects/erase", response_model=ErasedView, response_model_exclude_unset=True)
+async def erase_subject(request: Request, tenant: str, body: SubjectName, caller: CallerAsked) -> dict[str, Any]:
     """Destroy what the ledger holds about somebody. What was used stays counted and billed; who it was is gone."""
     plane = plane_of(request)
-    erased = await plane.database.write(
-        _erase, plane.ledger_key, tenant, body, by=caller.name, now_us=int(plane.now_s() * 1_000_000)
-    )
+    erased = await plane.database.write(_erase, plane.ledger_key, tenant, body, by=caller.name, now_us=plane.now_us())
     await plane.database.shred()
     answer: dict[str, Any] = {"tenant": tenant, "subjects": erased.numbers, "events": erased.events}
     if plane.archive is not None:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Final
+from typing import Annotated, Final
+
+from fastapi import Query
 
 from licet_control_plane.api.problems import Problem
+
+From = Annotated[
+    str, Query(alias="from", description="From this instant on, RFC 3339 or seconds since 1970; empty for all there is")
+]
+To = Annotated[str, Query(description="Up to this instant, exclusive, RFC 3339 or seconds since 1970; empty for now")]
 
 _US: Final = 1_000_000
 _LAST_S: Final = 253_402_300_799  # the end of the year 9999

@@ -10,13 +10,16 @@ from enum import IntEnum
 from typing import Annotated, Any, Final, TypeVar
 
 import msgpack
-from fastapi import Query, Request
+from fastapi import Query, Request, Response
+from pydantic import BaseModel, Field
 
 from licet.domain.money import format_nanos
 from licet.domain.outcomes import Effect, Reason
 from licet_control_plane.api.auth import TenantAsked, plane_of, v1_router
+from licet_control_plane.api.events import EventView, Money
+from licet_control_plane.api.fields import Count, Currency, Instant, MoneyText, Units, said, sometimes, unchecked
 from licet_control_plane.api.problems import Problem
-from licet_control_plane.api.times import format_s, format_us, parse_us
+from licet_control_plane.api.times import From, To, format_s, format_us, parse_us
 from licet_control_plane.core.event_view import event_json
 from licet_control_plane.core.suggestion import did_you_mean
 from licet_control_plane.store import event_reports, usage_reports
@@ -26,8 +29,6 @@ from licet_control_plane.store.usage_reports import Interval, Order, Usage
 router = v1_router("/usage", tag="usage")
 
 E = TypeVar("E", bound=IntEnum)
-From = Annotated[str, Query(alias="from")]
-To = Annotated[str, Query()]
 
 GROUPS_PAGE_MAX: Final = 10_000
 EVENTS_PAGE_MAX: Final = 5_000
@@ -37,7 +38,94 @@ NAMED_MAX: Final = 12
 """Values that are named when another was sent."""
 
 
-@router.get("/summary")
+class UsageView(BaseModel):
+    """One group of events: of what it is grouped by, it has the fields that were asked for."""
+
+    tenant: str = sometimes("The tenant")
+    feature: str = sometimes("The feature; empty for the cost of an action with several meters")
+    action: str = sometimes("The action")
+    effect: str = sometimes("APPROVED, DENIED or PENDING")
+    reason: str = sometimes("Such as QUOTA_EXCEEDED")
+    flag: str = sometimes("The feature flag")
+    variant: str = sometimes("The variant of the flag that applied")
+    hour: str = sometimes("When the hour (UTC) begins", format="date-time")
+    day: str = sometimes("When the day (UTC) begins", format="date-time")
+    month: str = sometimes("When the month (UTC) begins", format="date-time")
+    events: Count
+    units: Annotated[Units, said("Of the feature; of what was denied, those that were asked")]
+    cost: list[Money] = said("By currency; not a bill, which is an invoice")
+
+
+class UsageSummary(BaseModel):
+    """Sums over whole hours."""
+
+    items: list[UsageView] = said("By group")
+    from_: Instant | None = Field(alias="from", description="From where on was summed; null for all there is")
+    to: Instant | None = said("Up to where, exclusive; null for now")
+    next: str | None = said("The `after` of the next page; null on the last")
+
+
+class RankCost(BaseModel):
+    """What the units of one cost."""
+
+    currency: Currency
+    amount: MoneyText
+
+
+class UsageRank(BaseModel):
+    """One of the largest. Of tenant, feature and action it has what was asked for."""
+
+    tenant: str = sometimes("The tenant")
+    feature: str = sometimes("The feature")
+    action: str = sometimes("The action")
+    events: Count
+    units: Units
+    denials: Annotated[Count, said("Events that were denied")]
+    cost: RankCost | None = said("In one currency; null when nothing has a price, or in several")
+
+
+class UsageTop(BaseModel):
+    """The largest."""
+
+    by: str = said("tenant, feature or action")
+    order: Order = said("By what they are ranked")
+    items: list[UsageRank] = said("The largest first")
+
+
+class DemandView(BaseModel):
+    """Demand that was denied."""
+
+    feature: str = said("The feature; empty for none")
+    action: str = said("The action")
+    reason: str = said("Why, such as QUOTA_EXCEEDED")
+    events: Count
+    units: Annotated[Units, said("That were asked")]
+    tenants: Annotated[Count, said("How many different ones asked")]
+    subjects: Annotated[Count, said("How many different ones asked")]
+
+
+class DeniedPage(BaseModel):
+    """Demand that was denied."""
+
+    items: list[DemandView] = said("The most frequent first")
+    next: int | None = said("The `after` of the next page; null on the last", minimum=1)
+
+
+class EventPage(BaseModel):
+    """Events one by one."""
+
+    items: list[EventView] = said("May be empty on a page that is not the last")
+    next: str | None = said("The `after` of the next page; null on the last")
+
+
+class EventTail(BaseModel):
+    """The newest events."""
+
+    items: list[EventView] = said("The oldest first")
+    next: str = said("As `after`: those that are recorded from here on")
+
+
+@router.get("/summary", response_model=UsageSummary)
 async def usage_summary(
     request: Request,
     tenant: TenantAsked,
@@ -46,7 +134,7 @@ async def usage_summary(
     by: str = "tenant,feature,effect",
     after: str = "",
     limit: Annotated[int, Query(ge=1, le=GROUPS_PAGE_MAX)] = 1_000,
-) -> dict[str, Any]:
+) -> Response:
     """Usage summed over whole hours that start in ``[from, to)``, a page of groups at a time."""
     groups = list(dict.fromkeys(group.strip() for group in by.split(",") if group.strip()))
     for group in groups:
@@ -62,15 +150,17 @@ async def usage_summary(
         after=_place(after, groups),
         limit=limit,
     )
-    return {
-        "items": [_usage(one) for one in usage],
-        "from": format_us(interval.from_us or None),
-        "to": format_us(interval.to_us),
-        "next": json.dumps(rest) if rest else None,
-    }
+    return unchecked(
+        {
+            "items": [_usage(one) for one in usage],
+            "from": format_us(interval.from_us or None),
+            "to": format_us(interval.to_us),
+            "next": json.dumps(rest) if rest else None,
+        }
+    )
 
 
-@router.get("/top")
+@router.get("/top", response_model=UsageTop, response_model_exclude_unset=True)
 async def usage_top(
     request: Request,
     tenant: TenantAsked,
@@ -116,7 +206,7 @@ async def usage_top(
     }
 
 
-@router.get("/denied")
+@router.get("/denied", response_model=DeniedPage)
 async def usage_denied(
     request: Request,
     tenant: TenantAsked,
@@ -151,7 +241,7 @@ async def usage_denied(
     }
 
 
-@router.get("/events")
+@router.get("/events", response_model=EventPage)
 async def usage_events(
     request: Request,
     tenant: str = "",
@@ -162,7 +252,7 @@ async def usage_events(
     to: To = "",
     after: str = "",
     limit: Annotated[int, Query(ge=1, le=EVENTS_PAGE_MAX)] = 1_000,
-) -> dict[str, Any]:
+) -> Response:
     """Events one by one, in pages that follow on each other by ``next``. A page may have no items and still a next."""
     which = _filter(tenant, action, effect, reason, from_, to)
     plane = plane_of(request)
@@ -175,13 +265,15 @@ async def usage_events(
     else:
         place = await database.read(event_reports.begin)
     found, rest = await database.read(event_reports.page, plane.ledger_key, which, place, limit=limit)
-    return {
-        "items": _events(found),
-        "next": str(rest) if rest else None,
-    }
+    return unchecked(
+        {
+            "items": _events(found),
+            "next": str(rest) if rest else None,
+        }
+    )
 
 
-@router.get("/tail")
+@router.get("/tail", response_model=EventTail)
 async def usage_tail(
     request: Request,
     tenant: str = "",
@@ -190,7 +282,7 @@ async def usage_tail(
     reason: str = "",
     after: str = "",
     limit: Annotated[int, Query(ge=0, le=EVENTS_PAGE_MAX)] = 20,
-) -> dict[str, Any]:
+) -> Response:
     """The newest events, oldest first; with the ``next`` of an answer as ``after``, those recorded since."""
     which = _filter(tenant, action, effect, reason, "", "")
     plane = plane_of(request)
@@ -200,7 +292,7 @@ async def usage_tail(
         found, ends = await database.read(event_reports.following, plane.ledger_key, which, ends, limit=limit)
     else:
         found, ends = await database.read(event_reports.newest, plane.ledger_key, which, limit=limit)
-    return {"items": _events(found), "next": _packed(ends)}
+    return unchecked({"items": _events(found), "next": _packed(ends)})
 
 
 def interval_of(from_: str, to: str) -> Interval:

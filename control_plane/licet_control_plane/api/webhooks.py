@@ -6,12 +6,13 @@ import secrets
 from dataclasses import asdict
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Query, Request, Response
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from sqlalchemy import Connection
 
 from licet.domain.windows import Period
-from licet_control_plane.api.auth import Caller, authenticate, plane_of, v1_router
+from licet_control_plane.api.auth import Caller, CallerAsked, plane_of, v1_router
+from licet_control_plane.api.fields import By, Count, Instant, said
 from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_us
 from licet_control_plane.control_plane import ControlPlane
@@ -56,26 +57,26 @@ class WebhookView(BaseModel):
     """A webhook. ``waiting``: messages that were not delivered yet; ``dropped``: thresholds for which too many waited;
     ``failing_since``: from when on none was taken; ``old_secret_until``: when the secret before stops to sign too."""
 
-    id: str
-    url: str
-    events: list[str]
-    thresholds: list[int]
-    shortest_window: str
-    tenant: str
-    created_at: str
-    created_by: str
-    disabled_at: str | None
-    disabled_why: str
-    failing_since: str | None
-    waiting: int
-    dropped: int
-    old_secret_until: str | None
+    id: str = said("wh_ and 16 hex digits")
+    url: str = said("Where events are sent")
+    events: list[str] = said("Types that it is told of")
+    thresholds: list[int] = said("Percentages of a quota that it is told of")
+    shortest_window: str = said("Of windows that are shorter it is told no thresholds; a period such as hour")
+    tenant: str = said("The only one it is told of; empty for all")
+    created_at: Instant
+    created_by: By
+    disabled_at: Instant | None = said("Since when nothing is sent; null for never")
+    disabled_why: str = said("Why not; empty while it is enabled")
+    failing_since: Instant | None = said("Since when nothing was taken; null while it is")
+    waiting: Annotated[Count, said("Messages that were not delivered yet")]
+    dropped: Annotated[Count, said("Thresholds that it was not told, because too many messages waited")]
+    old_secret_until: Instant | None = said("Until when the secret before the last rotation signs too; null for not")
 
 
 class CreatedWebhook(WebhookView):
     """With the ``secret`` that signs its requests, which is not shown again."""
 
-    secret: str
+    secret: str = said("Signs its requests")
 
 
 class SecretRotation(BaseModel):
@@ -89,30 +90,30 @@ class SecretRotation(BaseModel):
 class WebhookList(BaseModel):
     """All webhooks: there are few."""
 
-    items: list[WebhookView]
-    next: None = None
+    items: list[WebhookView] = said("The oldest first")
+    next: None = Field(None, description="There is one page")
 
 
 class DeliveryView(BaseModel):
     """A message, and what became of it: ``delivered``, ``waiting`` or ``failed``."""
 
-    id: str
-    type: str
-    tenant: str
-    at: str
-    state: str
-    attempts: int
-    next_at: str | None
-    delivered_at: str | None
-    status: int | None
-    error: str
+    id: str = said("Of the message")
+    type: str = said("Such as license.created")
+    tenant: str = said("Whom it is about; empty for nobody in particular")
+    at: Annotated[Instant, said("When it happened")]
+    state: Literal["delivered", "waiting", "failed"] = said("Failed: it is not tried again by itself")
+    attempts: Annotated[Count, said("How often it was sent")]
+    next_at: Instant | None = said("When it is sent again; null for never")
+    delivered_at: Instant | None = said("When it was taken; null for never")
+    status: int | None = said("HTTP status of the last answer; null for none")
+    error: str = said("Why it was not taken; empty for nothing")
 
 
 class DeliveryPage(BaseModel):
     """The newest first. ``next`` is the ``before`` of the next page, ``null`` on the last."""
 
-    items: list[DeliveryView]
-    next: str | None
+    items: list[DeliveryView] = said("The newest first")
+    next: str | None = said("The `before` of the next page; null on the last")
 
 
 class Redelivery(BaseModel):
@@ -126,13 +127,11 @@ class Redelivery(BaseModel):
 class Redelivered(BaseModel):
     """How many messages are sent again."""
 
-    messages: int
+    messages: Annotated[Count, said("That are sent again")]
 
 
 @router.post("", status_code=201, response_model=CreatedWebhook)
-async def create_webhook(
-    request: Request, response: Response, body: NewWebhook, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def create_webhook(request: Request, response: Response, body: NewWebhook, caller: CallerAsked) -> dict[str, Any]:
     """Send events to an address from now on. The answer has the secret, once."""
     plane = plane_of(request)
     url = checked_url(body.url, private=plane.config.webhooks_private)
@@ -140,7 +139,7 @@ async def create_webhook(
     for event in events:
         if event not in TYPES:
             raise ChangeInvalid("events", f"there is no event {event!r}", did_you_mean(event, TYPES))
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
     thresholds = tuple(sorted(set(body.thresholds)))
     made = Webhook(
         f"wh_{secrets.token_hex(8)}",
@@ -177,13 +176,11 @@ async def get_webhook(request: Request, webhook: str) -> dict[str, Any]:
 
 
 @router.delete("/{webhook}", response_model=WebhookView)
-async def delete_webhook(
-    request: Request, webhook: str, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def delete_webhook(request: Request, webhook: str, caller: CallerAsked) -> dict[str, Any]:
     """Send nothing to it any more. What was waiting is dropped."""
     plane = plane_of(request)
     found = await _found(plane, webhook)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
 
     def remove(connection: Connection) -> None:
         webhooks.remove(connection, webhook)
@@ -194,13 +191,11 @@ async def delete_webhook(
 
 
 @router.post("/{webhook}/enable", response_model=WebhookView)
-async def enable_webhook(
-    request: Request, webhook: str, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def enable_webhook(request: Request, webhook: str, caller: CallerAsked) -> dict[str, Any]:
     """Send to a webhook again that was disabled; what waits comes first."""
     plane = plane_of(request)
     found = await _found(plane, webhook)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
 
     def enable(connection: Connection) -> None:
         webhooks.enable(connection, webhook)
@@ -213,12 +208,10 @@ async def enable_webhook(
 
 
 @router.post("/{webhook}/secret", response_model=CreatedWebhook)
-async def rotate_secret(
-    request: Request, webhook: str, body: SecretRotation, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def rotate_secret(request: Request, webhook: str, body: SecretRotation, caller: CallerAsked) -> dict[str, Any]:
     """Replace the secret of a webhook. The answer has the new one, once; for a while requests are signed with both."""
     plane = plane_of(request)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
 
     def rotate(connection: Connection) -> Webhook:
         rotated = webhooks.rotate_secret(
@@ -234,15 +227,13 @@ async def rotate_secret(
 
 
 @router.post("/{webhook}/test", response_model=WebhookView)
-async def test_webhook(
-    request: Request, webhook: str, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def test_webhook(request: Request, webhook: str, caller: CallerAsked) -> dict[str, Any]:
     """Send it ``webhook.test`` now; its deliveries say how that went."""
     plane = plane_of(request)
     found = await _found(plane, webhook)
     if found.disabled_at_us is not None:
         raise Problem(409, f"The webhook is disabled: {found.disabled_why}.", "Enable it first.")
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
 
     def send(connection: Connection) -> None:
         webhooks.announce(connection, TEST, found.tenant, {"webhook": webhook}, now_us=now_us, only=webhook)
@@ -269,13 +260,11 @@ async def list_deliveries(
 
 
 @router.post("/{webhook}/redeliver", response_model=Redelivered)
-async def redeliver(
-    request: Request, webhook: str, body: Redelivery, caller: Annotated[Caller, Depends(authenticate)]
-) -> dict[str, Any]:
+async def redeliver(request: Request, webhook: str, body: Redelivery, caller: CallerAsked) -> dict[str, Any]:
     """Send a message again, or all that failed for good."""
     plane = plane_of(request)
     await _found(plane, webhook)
-    now_us = int(plane.now_s() * 1_000_000)
+    now_us = plane.now_us()
 
     def again(connection: Connection) -> int:
         messages = webhooks.again(connection, webhook, body.message, now_us=now_us)

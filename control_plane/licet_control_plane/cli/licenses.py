@@ -269,15 +269,15 @@ def print_license(license_: dict[str, Any]) -> None:
     term = f"{license_.get('starts_at') or 'always'} to {license_.get('ends_at') or 'open end'}"
     say(f"{license_['tenant']}  plan {license_['plan']}  {license_['stage']}  revision {license_.get('revision')}")
     say(f"  term       {term}")
-    if license_["grace_ends_at"]:
+    if license_.get("grace_ends_at"):
         say(f"  grace      until {license_['grace_ends_at']}")
-    if license_["renewal_period"]:
+    if license_.get("renewal_period"):
         say(
             f"  renewed    by a {license_['renewal_period']}, {'by itself' if license_['auto_renew'] else 'when asked'}"
         )
-    if license_["cancels"]:
+    if license_.get("cancels"):
         say("  canceled   at the end of its term")
-    if license_["planned"]:
+    if license_.get("planned"):
         say(f"  changes    to plan {license_['planned']['plan']} at {license_['planned']['at']}")
     for word in ("addons", "overrides"):
         if license_.get(word):

@@ -36,6 +36,22 @@ class Problem(CliError):
         self.errors = errors
 
 
+class Answer(dict[str, Any]):
+    """A JSON object of an answer. That it lacks a field is said to the person at the keyboard, and is no traceback:
+    an older server does not know what this command line asks for. What has a default is read with ``get``."""
+
+    def __missing__(self, field: str) -> Any:
+        """Say what to do.
+
+        Raises:
+            CliError: always.
+        """
+        raise CliError(
+            f"the server's answer has no {field!r}: it is older than this command line, or newer",
+            fix="use a command line of the server's version; `licet --version` and the server's log say them",
+        )
+
+
 class ControlPlane:
     """One connection to the REST API."""
 
@@ -123,7 +139,7 @@ class ControlPlane:
         with self._reaching():
             response = self._http.request(method, path, **arguments)
         if response.is_success:
-            return response.json()
+            return response.json(object_hook=Answer)
         raise _problem(response, self.target.server)
 
     @contextmanager

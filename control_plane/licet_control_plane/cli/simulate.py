@@ -240,8 +240,9 @@ def license_of(found: dict[str, Any]) -> License:
             )
             for grant in found["grants"]
         ),
-        grace_s=found["grace_s"],
-        cancels=found["cancels"],
+        # Without them it is of a server that knows neither, and its licenses have none.
+        grace_s=found.get("grace_s", 0),
+        cancels=found.get("cancels", False),
     )
 
 

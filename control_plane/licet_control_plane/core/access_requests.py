@@ -27,7 +27,7 @@ from licet.domain.ids import UNITS_MAX
 from licet_control_plane.core.refusal import ChangeInvalid
 
 APPROVER_ROLES: Final = frozenset({"admin", "approver"})
-"""Roles of API keys that may decide at all; an ``admin`` at any stage, because it could push the rule away as well."""
+"""Roles of API keys that may decide at all; an ``admin`` of all tenants at any stage: it could push the rule away."""
 ADMIN: Final = "admin"
 LASTS_S_MAX: Final = 90 * 86_400
 """Longest an approval lasts. What is needed for longer belongs in a plan or a policy."""
@@ -52,13 +52,27 @@ class NotPossible(Exception):
         self.fix = fix
 
 
+class OwnRequest(NotAllowed):
+    """Nobody approves what they asked for themselves."""
+
+
+class Settled(NotPossible):
+    """People decided about it already."""
+
+
+class Expired(NotPossible):
+    """Its time was over before anybody decided."""
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who decides: the name of an API key, its role, and the groups that the name is in."""
+    """Who decides: the name of an API key, its role, the groups that the name is in, and the only tenant that it
+    reaches; empty for all."""
 
     name: str
     role: str
     groups: frozenset[str] = frozenset()
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +178,9 @@ def approved(request: AccessRequest, by: Principal, terms: Terms, reason: str, n
     ``terms`` are those of the last yes, since the clock starts with it.
 
     Raises:
-        NotAllowed: ``by`` must not.
-        NotPossible: it is not pending, or was approved with other terms.
+        NotAllowed: ``by`` must not; ``OwnRequest`` when they asked for it.
+        Settled: it is decided otherwise, or was approved with other terms.
+        Expired: nobody decided in time.
         ChangeInvalid: the terms cannot be.
     """
     _check_may(request, by)
@@ -233,7 +248,7 @@ def expired(request: AccessRequest, now_us: int) -> AccessRequest:
 
 def may_decide(stage: ApprovalStage, by: Principal) -> bool:
     """Whether somebody is among those who decide at a stage."""
-    if by.role == ADMIN:
+    if by.role == ADMIN and not by.tenant:
         return True
     if by.role not in APPROVER_ROLES:
         return False
@@ -259,7 +274,7 @@ def _check_not_own(request: AccessRequest, by: Principal) -> None:
     # As a bare name or as the local part of an address: a key "ana" and a subject "ana@example.com" are taken for one.
     own = _own(request)
     if name in own or name.partition("@")[0] in {one.partition("@")[0] for one in own}:
-        raise NotAllowed(f"{by.name} asked for this, and nobody approves their own request", "Ask somebody else.")
+        raise OwnRequest(f"{by.name} asked for this, and nobody approves their own request", "Ask somebody else.")
 
 
 def _check_role(by: Principal) -> None:
@@ -283,9 +298,11 @@ def _check_may(request: AccessRequest, by: Principal) -> None:
 
 def _check_pending(request: AccessRequest, now_us: int) -> None:
     state = _state(request, now_us)
+    if state is RequestState.EXPIRED:
+        raise Expired("the request is expired already", "Ask again, and decide before it expires.")
     if state is not RequestState.PENDING:
         by = f" by {request.decided_by}" if request.decided_by else ""
-        raise NotPossible(f"the request is {state} already{by}", "Nothing can be decided about it any more.")
+        raise Settled(f"the request is {state} already{by}", "Nothing can be decided about it any more.")
 
 
 def _state(request: AccessRequest, now_us: int) -> RequestState:

@@ -17,6 +17,8 @@ class Found:
     ``has_manifest``: the manifest is one of this database, not older than the last published. ``has_chunks``: all that
     the last published manifest names are there. ``last_is_own``: the last entry of the stream is the change that the
     database has under that revision, as far as it says which it is. ``generation``: of the manifest, as it says itself.
+    ``head`` and ``acted``: the newest (generation, revision) that the head names, and that a sidecar says it has acted
+    on, as far as they are believed (``core.lost``).
     """
 
     run_id: str
@@ -27,6 +29,8 @@ class Found:
     has_chunks: bool = True
     last_is_own: bool = True
     generation: int = 0
+    head: tuple[int, int] = (0, 0)
+    acted: tuple[int, int] = (0, 0)
 
     @property
     def has_sentinel(self) -> bool:
@@ -68,14 +72,18 @@ class Keeping:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What should be there. ``revision`` is the last published one, ``revision_allocated`` the last of the database.
+    """What should be there. ``revision`` is the last that this publisher published. ``revision_published`` is the last
+    that is published, and ``revision_allocated`` the last of all, as the database said after the server was looked at:
+    another publisher may have led, and whoever asks the control plane itself acts on what is not published yet.
 
     ``run_id`` is that of the server whose contents were checked last, empty for none.
     """
 
     deployment: str
+    generation: int
     epoch: int
     revision: int
+    revision_published: int
     revision_allocated: int
     has_manifest: bool
     run_id: str
@@ -102,6 +110,12 @@ def assess(found: Found, expected: Expected) -> Contents:
         return Contents.FOREIGN
     # Also when a restored database has used the same numbers again meanwhile, for something else.
     if found.last_revision > expected.revision_allocated or found.epoch > expected.epoch or not found.last_is_own:
+        return Contents.NEWER
+    # The entries may be lost, and what they announced may be known all the same. A head names what was noted before as
+    # published; from what it vouches for a sidecar would take what is written now, under the same number.
+    if found.head > (expected.generation, expected.revision_published):
+        return Contents.NEWER
+    if found.acted > (expected.generation, expected.revision_allocated):
         return Contents.NEWER
     if not found.has_sentinel:
         return Contents.LOST

@@ -10,6 +10,9 @@ Rules:
 5. After a loss nothing is left that is newer than what was published: a database that is lost may have written it, and
    its revision is given to something else.
 6. A head says what was true when the outbox was last found empty, not when the head was written.
+7. Of a generation before nothing is written again. What the database has of it was perhaps never published, under
+   numbers that a database that is lost had given to something else; and until the new generation is there whole, and a
+   head names it, sidecars follow the lost one.
 
 That documents are set only if newer, and a head only where the stream ends at its revision on the server that was
 checked, is kept by ``publisher/lua``.
@@ -60,6 +63,13 @@ def restoring(verdict: Contents, *, new_run: bool) -> tuple[Restore, ...]:
         # changed went to the one before.
         return (*touched, Restore.DOCUMENTS, Restore.RUN_NOTED)
     return ()
+
+
+def is_written_again(generation: int, *, current: int) -> bool:
+    """Whether a published document of ``generation`` is written again where something was lost, in the generation
+    ``current`` of the database.
+    """
+    return generation == current
 
 
 def contiguous(revisions: Sequence[int], *, after: int) -> int:

@@ -13,7 +13,7 @@ from licet.wire.documents import Heartbeat
 from licet.wire.envelope import EnvelopeError
 from licet.wire.names import RedisNames
 from licet.wire.registers import RUN_SECTIONS, SERVER_RUN_LUA, run_of
-from licet.wire.signing import VerificationError, read_own
+from licet.wire.signing import Statement, VerificationError, read_own
 from licet_control_plane.core.contents import Found, Keeping
 from licet_control_plane.core.publishing import is_repeat
 from licet_control_plane.redis_link import Redis, redis_errors
@@ -34,11 +34,14 @@ class ChangeRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look at a server: its contents, and the heartbeats, by sidecar, read in the same instant."""
+    """One look at a server: its contents, and the heartbeats, by sidecar, read in the same instant. ``head``: what it
+    says itself, which nobody has verified.
+    """
 
     found: Found
     manifest: bytes | None
     last_digest: str
+    head: Statement | None
     keeping: Keeping
     heartbeats: Mapping[str, Heartbeat]
     unreadable: int
@@ -64,9 +67,10 @@ class RedisDocuments:
                 pipe.get(names.epoch())
                 pipe.xrevrange(names.changes(), count=1)
                 pipe.get(names.bundle())
+                pipe.get(names.head())
                 pipe.hgetall(names.sidecars())
                 pipe.exists(names.epoch(), *(names.chunk(digest) for digest in chunks))
-                server, sentinel, last, manifest, raw_heartbeats, there = await pipe.execute()
+                server, sentinel, last, manifest, head, raw_heartbeats, there = await pipe.execute()
         deployment, _, epoch = (sentinel or b"").decode(errors="replace").rpartition(":")
         heartbeats: dict[str, Heartbeat] = {}
         unreadable = 0
@@ -91,7 +95,7 @@ class RedisDocuments:
             append_only=bool(server.get("aof_enabled", True)),
         )
         last_digest = last[0][1].get(b"digest", b"").decode(errors="replace") if last else ""
-        return Look(found, manifest, last_digest, keeping, heartbeats, unreadable)
+        return Look(found, manifest, last_digest, _statement_of(head), keeping, heartbeats, unreadable)
 
     async def set_documents(self, deployment: str, revisions: Sequence[Revision]) -> None:
         """Store documents, each unless a newer one is there."""
@@ -195,11 +199,18 @@ class RedisDocuments:
         revision to something else.
         """
         with redis_errors():
-            pattern = self._names.license("*")
-            async for key in self._redis.scan_iter(match=pattern, count=1_000):
-                document = await self._redis.get(key)
-                if document is not None and _version_of(document) > version:
-                    await self._redis.delete(key)
+            cursor, pattern = 0, self._names.license("*")
+            while True:
+                cursor, keys = await self._redis.scan(cursor, match=pattern, count=1_000)
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    for key in keys:
+                        pipe.get(key)
+                    documents = await pipe.execute()
+                for key, document in zip(keys, documents, strict=True):
+                    if document is not None and _version_of(document) > version:
+                        await self._redis.delete(key)
+                if not cursor:
+                    return
 
     async def forget_sidecars(self, sidecars: Sequence[str]) -> None:
         """Remove heartbeats of sidecars that are gone for good."""
@@ -220,8 +231,13 @@ class RedisDocuments:
 
 def _version_of(document: bytes) -> tuple[int, int]:
     """(generation, revision) as it says itself, which nobody has verified; zeros when it says none."""
+    statement = _statement_of(document)
+    return statement.version if statement is not None else (0, 0)
+
+
+def _statement_of(document: bytes | None) -> Statement | None:
     try:
-        statement = read_own(document)
-        return int(statement.generation), int(statement.revision)
-    except (VerificationError, TypeError, ValueError):
-        return (0, 0)
+        statement = read_own(document or b"")
+    except (VerificationError, TypeError):
+        return None
+    return statement if all(isinstance(number, int) for number in statement.version) else None

@@ -23,10 +23,12 @@ _PAGE = 500
 def start(connection: Connection, found: Found, tenants_in_redis: set[str], *, sign: Sign, now_us: int) -> meta.Meta:
     """In one transaction: the new generation, a new epoch, and every current document as a new revision of it."""
     old = meta.lock(connection)
-    meta.start_generation(connection, revision=found.last_revision, found=found.generation)
+    # Also above the head: whoever is where that says takes what follows in the stream for the next change.
+    there = max(found.last_revision, found.head[1])
+    meta.start_generation(connection, revision=there, seen=(found.generation, found.head[0], found.acted[0]))
     meta.allocate_epoch(connection, above=found.epoch)
     # What was still in the outbox is published again below, as a new revision.
-    revisions.mark_published(connection, up_to=max(old.revision, found.last_revision), now_us=now_us)
+    revisions.mark_published(connection, up_to=max(old.revision, there), now_us=now_us)
 
     def again(kind: str, key: str, payload: object) -> int:
         return revisions.append(

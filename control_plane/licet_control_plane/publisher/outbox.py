@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from licet.domain.catalog import Catalog
 from licet.wire.documents import BUNDLE, LICENSE, digest_of
 from licet.wire.signing import VerificationError, read_own
-from licet_control_plane.core.publishing import COPYING, Write, contiguous
+from licet_control_plane.core.publishing import COPYING, Write, contiguous, is_written_again
 from licet_control_plane.publisher.documents import RedisDocuments
 from licet_control_plane.publisher.quotas import SLICE, Quotas, changed_plans, limits_under
 from licet_control_plane.store import bundles, licenses, meta, publisher_lease, revisions
@@ -33,8 +33,8 @@ class Overtaken(Exception):
 class OutboxCopier:
     """``revision``: everything up to it is published. ``catalog``: of the last published bundle.
 
-    ``bundle_revision``: of the manifest that is published, 0 when there is none. A change of overrides signs the same
-    bundle under a newer one.
+    ``bundle_revision``: of the manifest that is published, 0 when there is none in this generation. A change of
+    overrides signs the same bundle under a newer one.
     """
 
     def __init__(self, database: Database, documents: RedisDocuments, quotas: Quotas) -> None:
@@ -44,14 +44,15 @@ class OutboxCopier:
         self.revision = 0
         self.catalog = Catalog()
         self.bundle_revision = 0
+        self._generation = 0
         self._bundles: list[Bundle] = []  # the last two published, newest first
         self._last = (0, "")  # the last change that was found to be its own
         self._manifest: bytes | None = None  # the last that was found to be its own
 
     @property
     def has_manifest(self) -> bool:
-        """Whether a bundle was ever published."""
-        return bool(self._bundles)
+        """Whether a bundle was published in this generation."""
+        return self.bundle_revision > 0
 
     @property
     def chunks(self) -> tuple[str, ...]:
@@ -81,7 +82,8 @@ class OutboxCopier:
         """Take up where the last publisher was."""
         self.revision = await self._database.read(revisions.last_published)
         self._bundles = await self._database.read(bundles.newest, up_to=self.revision, limit=2)
-        manifests = await self._database.read(revisions.newest, BUNDLE, up_to=self.revision)
+        self._generation = (await self._database.read(meta.read)).generation
+        manifests = self._current(await self._database.read(revisions.newest, BUNDLE, up_to=self.revision))
         self.bundle_revision = max((row.revision for row in manifests), default=0)
         self.catalog = await self._database.read(bundles.catalog, next(iter(self._bundles), None))
 
@@ -122,7 +124,7 @@ class OutboxCopier:
         return []
 
     async def republish(self, deployment: str) -> None:
-        """Write every published document and its limits again."""
+        """Write every document that was published in this generation, and its limits, again."""
         bodies: dict[str, bytes] = {}
         for bundle in self._bundles:
             bodies |= await self._database.read(bundles.bodies, bundle.chunks)
@@ -134,11 +136,15 @@ class OutboxCopier:
             )
             if not page:
                 break
-            await self._publish_limits({row.key: row.revision for row in page})
-            await self._documents.set_documents(deployment, page)
+            current = self._current(page)
+            await self._publish_limits({row.key: row.revision for row in current})
+            await self._documents.set_documents(deployment, current)
             after = page[-1].key
         manifest = await self._database.read(revisions.newest, BUNDLE, up_to=self.revision)
-        await self._documents.set_documents(deployment, manifest)
+        await self._documents.set_documents(deployment, self._current(manifest))
+
+    def _current(self, rows: list[Revision]) -> list[Revision]:
+        return [row for row in rows if is_written_again(row.generation, current=self._generation)]
 
     async def _copy_licenses(self, deployment: str, rows: list[Revision]) -> list[str]:
         for write in COPYING:

@@ -7,7 +7,7 @@ INTACT       publish the outbox, answer asks, open what has been learned, vouch 
 NEW_RUN      every mark is touched (learning), then as INTACT
 INCOMPLETE   every document again, and an entry that makes the stream end at the last revision
 LOST         a new epoch, every mark in learning under it, then as INCOMPLETE
-NEWER        stop: the database is older than Redis; only an operator knows why
+NEWER        stop: the database is older than Redis, or than what a sidecar acted on; only an operator knows why
 FOREIGN      stop: another deployment's data
 ===========  ===========================================================================================
 
@@ -27,10 +27,11 @@ from typing import Final
 import structlog
 
 from licet.domain.catalog import Catalog
-from licet.wire.documents import HEAD, HEAD_KEY, Head
+from licet.wire.documents import HEAD, HEAD_KEY, Head, Heartbeat
 from licet.wire.registers import Pair
 from licet.wire.signing import Signer, Statement
 from licet_control_plane.core.contents import Contents, Expected, Found, Keeping, assess
+from licet_control_plane.core.lost import head_version, newest_acted
 from licet_control_plane.core.publishing import Restore, restoring
 from licet_control_plane.publisher import generation
 from licet_control_plane.publisher.asks import AsksReader
@@ -124,6 +125,8 @@ class Publisher:
         self.status = PublisherStatus()
         self._copier = OutboxCopier(database, documents, quotas)
         self._meta = meta.Meta("", 0, 0, 0, 0, "", b"")
+        self._ahead: Heartbeat | None = None  # of who acted on most, as of the last look
+        self._published = 0  # by whomever, as of the last look
         self._looked_s = -math.inf  # the loop's clock, which nobody sets
         self._read_us = 0  # when the outbox was last found empty
 
@@ -219,8 +222,18 @@ class Publisher:
 
     async def _find(self) -> Look:
         look = await self._documents.look(self._copier.chunks)
+        # After Redis: a change that was committed meanwhile may be acted on already, by who asked the control plane.
+        self._meta = await self._database.read(meta.read)
+        deployment, current = self._meta.deployment, self._meta.generation
+        self._ahead = newest_acted(look.heartbeats.values(), deployment=deployment, generation=current)
+        head = head_version(look.head, deployment=deployment, generation=current)
+        self._published = self._copier.revision
+        if head > (current, self._published):  # which another control plane published, or a database that is lost
+            self._published = await self._database.read(revisions.last_published)
         found = replace(
             look.found,
+            head=head,
+            acted=self._ahead.acted if self._ahead is not None else (0, 0),
             has_manifest=await self._copier.is_own(look.manifest),
             last_is_own=await self._copier.is_own_change(
                 self._meta.generation, look.found.last_revision, look.last_digest
@@ -247,13 +260,7 @@ class Publisher:
                 " empty Redis.",
             )
         if verdict is Contents.NEWER:
-            raise PublishingStopped(
-                f"Redis at {self._location} is at revision {look.found.last_revision}, epoch {look.found.epoch}; the"
-                f" database knows revision {self._meta.revision}, epoch {self._quotas.epoch}. It was probably"
-                " restored from a backup.",
-                "Use the newest database; or, if this one is the newest there is, start the server once with"
-                " --new-generation: what was published after the backup is withdrawn.",
-            )
+            raise self._behind(look.found)
         if verdict is not Contents.INTACT:
             raise RedisUnavailable(f"the contents of Redis changed while they were checked: {verdict.value}")
         self._looked_s = _clock_s()
@@ -267,6 +274,26 @@ class Publisher:
         pair = Pair(self._quotas.epoch, look.found.run_id)
         await self._documents.forget_sidecars(await self._fleet.update(look.heartbeats, pair, self._now_s()))
         return look
+
+    def _behind(self, found: Found) -> PublishingStopped:
+        fix = (
+            "Use the newest database; or, if this one is the newest there is, start the server once with"
+            " --new-generation: what was published after the backup is withdrawn."
+        )
+        known = self._meta
+        if self._ahead is not None and found.acted > (known.generation, known.revision):
+            return PublishingStopped(
+                f"Sidecar {self._ahead.sidecar!r:.60} ({self._ahead.address!r:.60}) acted on revision {found.acted[1]}"
+                f" of generation {found.acted[0]}; the database knows revision {known.revision} of generation"
+                f" {known.generation}. It was probably restored from a backup.",
+                f"{fix} If none was restored, somebody writes to Redis who should not: heartbeats are not signed.",
+            )
+        there = max(found.last_revision, found.head[1])
+        return PublishingStopped(
+            f"Redis at {self._location} is at revision {there}, epoch {found.epoch}; the database knows revision"
+            f" {known.revision}, epoch {self._quotas.epoch}. It was probably restored from a backup.",
+            fix,
+        )
 
     async def _start_generation(self, found: Found) -> None:
         if found.has_sentinel and found.deployment != self._meta.deployment:
@@ -366,8 +393,10 @@ class Publisher:
     def _expected(self) -> Expected:
         return Expected(
             deployment=self._meta.deployment,
+            generation=self._meta.generation,
             epoch=self._quotas.epoch,
             revision=self._copier.revision,
+            revision_published=max(self._published, self._copier.revision),
             revision_allocated=max(self._meta.revision, self._copier.revision),
             has_manifest=self._copier.has_manifest,
             run_id=self._meta.redis_run,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
 from licet.domain.redaction import SALT_BYTES
+from licet_control_plane.core.lost import new_generation
 from licet_control_plane.store.schema import META_ID, meta
 
 
@@ -69,19 +71,14 @@ def allocate_epoch(connection: Connection, *, above: int = 0) -> int:
     return epoch
 
 
-GENERATIONS_LOST_MAX: Final = 1_000
-"""Generations that a database which was restored may not know of. More than that is not believed."""
-
-
-def start_generation(connection: Connection, *, revision: int, found: int = 0) -> Meta:
+def start_generation(connection: Connection, *, revision: int, seen: Iterable[int] = ()) -> Meta:
     """Begin a new generation, of revisions and of the ledger, whose revisions are all greater than ``revision``. It is
-    above ``found`` too, which was begun by a database that is lost: two that are called the same would be mixed.
+    above those that were ``seen``, as far as they are believed.
     """
     row = lock(connection)
-    lost = found if found <= row.generation + GENERATIONS_LOST_MAX else 0
     connection.execute(
         update(meta).values(
-            generation=max(row.generation, lost) + 1,
+            generation=new_generation(row.generation, seen),
             ledger_generation=row.ledger_generation + 1,
             revision=max(row.revision, revision),
         )

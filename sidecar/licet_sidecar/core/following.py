@@ -221,6 +221,9 @@ class Following:
         Raises:
             Inconsistent: it is older than what was acted on (``state.floor``), or does not fit together.
         """
+        if snapshot.bundle is not None:
+            # Also of one that is too old: the control plane learns from it whose state it was that was acted on.
+            self.state.deployment = snapshot.bundle.statement.deployment
         if snapshot.version < self.state.floor:
             raise Inconsistent(
                 f"the snapshot on disk is of revision {snapshot.version[1]}, and this sidecar acted on"
@@ -268,6 +271,7 @@ class Following:
             self._judge_bundle(snapshot.bundle, version[0], 0)
         for one in snapshot.licenses:
             self._judge_license(one.license.tenant, one, version[0], 0)
+        withdrawn = self._withdrawn(absent, version[0])
         bundle, empty = snapshot.bundle, None
         if version > now:
             names = {one.license.tenant for one in snapshot.licenses}
@@ -282,6 +286,8 @@ class Following:
             self.wants_resync = True
         self._install(bundle, (), version, run="" if version > now else self.state.run, empty=empty)
         self._install_licenses(snapshot.licenses)
+        for name in withdrawn:
+            self.engine.forget_license(name)
         for name in absent:
             if name in wanted:
                 self.engine.install_absence(name, boot_ms)
@@ -412,6 +418,18 @@ class Following:
         """What belongs together is read from one server: the one that was checked, or the state in force is from."""
         if found != run:
             raise Unchecked("another Redis server answered while the state was read")
+
+    def _withdrawn(self, absent: Collection[str], generation: int) -> set[str]:
+        """Tenants whose license is in force, and was withdrawn with the ``generation`` that the control plane is at.
+
+        Raises:
+            Inconsistent: it is the same generation.
+        """
+        withdrawn = self.engine.tenants.keys() & set(absent)
+        if withdrawn and generation <= self.state.generation:
+            # Licenses are canceled, and only a new generation withdraws them: what is in force is of a lost database.
+            raise Inconsistent(f"the control plane does not have the license of {min(withdrawn)}, which is in force")
+        return withdrawn
 
     def _judge_bundle(self, bundle: Bundle, generation: int, named: int) -> None:
         held = self.bundle.statement.version if self.bundle else (0, 0)
