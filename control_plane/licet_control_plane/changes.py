@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -66,10 +66,10 @@ class GrantUnknown(Exception):
 
 
 class RevisionMoved(Exception):
-    """Somebody else changed it meanwhile; the argument is the revision it is at now."""
+    """Somebody else changed it meanwhile; the argument is the revision it is at now, ``None`` when it is not there."""
 
-    def __init__(self, revision: int) -> None:
-        super().__init__(f"it is at revision {revision} now")
+    def __init__(self, revision: int | None) -> None:
+        super().__init__("there is none" if revision is None else f"it is at revision {revision} now")
         self.revision = revision
 
 
@@ -196,13 +196,13 @@ class Changes:
         return stored
 
     async def update_license(
-        self, tenant: str, fields: Mapping[str, Any], *, if_seen: SeenLicense | None, by: str
+        self, tenant: str, fields: Mapping[str, Any], *, if_seen: Collection[SeenLicense] | None, by: str
     ) -> StoredLicense:
         """Replace some fields of a license; overrides are as for ``create_license``.
 
         Raises:
             LicenseUnknown: there is none.
-            RevisionMoved: it is not as ``if_seen`` says.
+            RevisionMoved: it is as none of ``if_seen`` says.
             ChangeInvalid: as for ``create_license``.
         """
         stored = await self._database.write(self._update_license, tenant, fields, if_seen, by)
@@ -214,7 +214,7 @@ class Changes:
         tenant: str,
         fields: Mapping[str, Any],
         *,
-        if_seen: SeenLicense | None,
+        if_seen: Collection[SeenLicense] | None,
         must_exist: bool,
         only_new: bool,
         by: str,
@@ -224,8 +224,7 @@ class Changes:
         Returns the license, and whether it is new. ``must_exist``: only when there is one; ``only_new``: only when not.
 
         Raises:
-            RevisionMoved: it is not as ``if_seen`` says, or is there although it should not be.
-            LicenseUnknown: ``if_seen`` or ``must_exist`` was given, and there is none.
+            RevisionMoved: it is as none of ``if_seen`` says, or is there, or not, although it should not be, or should.
             MoveRefused, ChangeInvalid: as for ``update_license``.
         """
         put = await self._database.write(
@@ -250,14 +249,14 @@ class Changes:
         return imported
 
     async def alter_license(
-        self, tenant: str, step: Step, *, action: str, if_seen: SeenLicense | None = None, by: str
+        self, tenant: str, step: Step, *, action: str, if_seen: Collection[SeenLicense] | None = None, by: str
     ) -> StoredLicense:
         """Take a license one ``step`` on: a function from the license and the instant to the license. One that changes
         nothing publishes nothing.
 
         Raises:
             LicenseUnknown: there is none.
-            RevisionMoved: it is not as ``if_seen`` says.
+            RevisionMoved: it is as none of ``if_seen`` says.
             ChangeInvalid: what comes of it cannot be. And whatever ``step`` raises.
         """
         stored = await self._database.write(self.alter, tenant, step, action=action, if_seen=if_seen, by=by)
@@ -275,12 +274,12 @@ class Changes:
         step: Step,
         *,
         action: str,
-        if_seen: SeenLicense | None = None,
+        if_seen: Collection[SeenLicense] | None = None,
         by: str,
     ) -> StoredLicense:
         """``alter_license`` within a transaction; ``wake`` comes after its commit."""
         old = self._locked(connection, tenant)
-        if if_seen is not None and not if_seen.is_still(old.license, old.revision):
+        if not _is_as_seen(old, if_seen):
             raise RevisionMoved(old.revision)
         license_ = step(old.license, self._now_s())
         if license_ == old.license:
@@ -295,7 +294,7 @@ class Changes:
         tenant: str,
         fields: Mapping[str, Any],
         *,
-        if_seen: SeenLicense | None = None,
+        if_seen: Collection[SeenLicense] | None = None,
         must_exist: bool = False,
         only_new: bool = False,
         by: str,
@@ -305,7 +304,7 @@ class Changes:
         old = licenses.get(connection, tenant)
         if old is None:
             if must_exist or if_seen is not None:
-                raise LicenseUnknown(tenant)
+                raise RevisionMoved(None)
             license_ = with_fields(License(tenant, fields.get("plan", "")), fields, self._now_s())
             return self._create_license(connection, license_, fields.get("overrides"), by), True
         if only_new:
@@ -497,10 +496,15 @@ class Changes:
         return self._save(connection, None, license_, by=by, action="license.create")
 
     def _update_license(
-        self, connection: Connection, tenant: str, fields: Mapping[str, Any], if_seen: SeenLicense | None, by: str
+        self,
+        connection: Connection,
+        tenant: str,
+        fields: Mapping[str, Any],
+        if_seen: Collection[SeenLicense] | None,
+        by: str,
     ) -> StoredLicense:
         old = self._locked(connection, tenant)
-        if if_seen is not None and not if_seen.is_still(old.license, old.revision):
+        if not _is_as_seen(old, if_seen):
             raise RevisionMoved(old.revision)
         license_ = with_fields(old.license, fields, self._now_s())
         if license_ == old.license and "overrides" not in fields:
@@ -607,6 +611,10 @@ class Changes:
 
     def _now_us(self) -> int:
         return int(self._now_s() * 1_000_000)
+
+
+def _is_as_seen(stored: StoredLicense, if_seen: Collection[SeenLicense] | None) -> bool:
+    return if_seen is None or any(one.is_still(stored.license, stored.revision) for one in if_seen)
 
 
 def _audited(license_: License) -> dict[str, Any]:

@@ -322,6 +322,7 @@ class ControlPlane:
         metrics.counter("licet_webhook_deliveries", "Messages that webhooks took.", lambda: hooks.delivered)
         metrics.counter("licet_webhook_failures", "Times they did not.", lambda: hooks.failures)
         metrics.counter("licet_webhooks_disabled", "Webhooks given up.", lambda: hooks.disabled)
+        metrics.counter("licet_webhook_dropped", "Thresholds without room.", lambda: self.quota_watcher.dropped)
         if self.sender is not None:
             sent = self.sender.counts
             metrics.counter("licet_events_sent", "Usage events that the receiver took.", lambda: sent.events)

@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from sqlalchemy import Connection, func, select
 
 from licet.domain.catalog import Catalog
 from licet.domain.entitlements import entitlements_of
-from licet.domain.windows import FOREVER_S, Window, window_of
+from licet.domain.windows import FOREVER_S, Period, Window, window_of
 from licet.wire.registers import parts_of_marker
 from licet_control_plane.catalogs import Catalogs
 from licet_control_plane.core.grants import shown_amount
-from licet_control_plane.core.webhook_events import crossed, instant_of
+from licet_control_plane.core.webhook_events import crossed, instant_of, is_told
 from licet_control_plane.redis_link import backoff_s
 from licet_control_plane.store import licenses, webhooks
 from licet_control_plane.store.database import Database, DatabaseUnavailable
 from licet_control_plane.store.schema import licenses as licenses_table
 from licet_control_plane.store.schema import register_spend, rollups
+from licet_control_plane.store.webhooks import Reached
 
 LOOK_S: Final = 5.0
 TENANTS_MAX: Final = 200
@@ -50,6 +51,8 @@ class QuotaWatcher:
         self._after = ""
         self._looks_at_all = False
         self._all_at_s = -ALL_EVERY_S
+        self.dropped = 0
+        """Messages that found no room since the start."""
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -72,8 +75,8 @@ class QuotaWatcher:
         Raises:
             DatabaseUnavailable: the database is away.
         """
-        percents = await self._database.read(webhooks.thresholds_wanted)
-        if not percents:
+        wanted = await self._database.read(webhooks.thresholds_wanted)
+        if not wanted:
             return False
         now_s = int(self._now_s())
         catalog = await self._catalogs.current()
@@ -85,15 +88,12 @@ class QuotaWatcher:
         else:
             tenants = await self._database.read(_with_usage, now_s, self._after)
         for tenant in tenants:
-            reached = await self._database.read(_reached, tenant, catalog, percents, now_s)
+            reached = await self._database.read(_reached, tenant, catalog, wanted, now_s)
             for first in range(0, len(reached), NOTICES_MAX):
-                await self._database.write(_announce, tenant, reached[first : first + NOTICES_MAX], now_s)
+                some = reached[first : first + NOTICES_MAX]
+                self.dropped += await self._database.write(_announce, tenant, some, now_s)
         self._after = tenants[-1] if len(tenants) == TENANTS_MAX else ""
         return bool(self._after)
-
-
-Reached = tuple[str, int, int, dict[str, Any]]
-"""A quota, the percentage, the end of its window in seconds, and what is told of it."""
 
 
 def _licensed(connection: Connection, after: str) -> list[str]:
@@ -109,16 +109,16 @@ def _with_usage(connection: Connection, now_s: int, after: str) -> list[str]:
     return list(connection.scalars(query.distinct().order_by(rollups.c.tenant).limit(TENANTS_MAX)))
 
 
-def _announce(connection: Connection, tenant: str, reached: Sequence[Reached], now_s: int) -> None:
+def _announce(connection: Connection, tenant: str, reached: Sequence[Reached], now_s: int) -> int:
     # What somebody else told meanwhile is not told again.
-    for quota, percent, ends_s, data in reached:
-        webhooks.announce_threshold(connection, tenant, quota, percent, ends_s, data, now_us=now_s * 1_000_000)
+    return webhooks.announce_thresholds(connection, tenant, reached, now_us=now_s * 1_000_000)
 
 
 def _reached(
-    connection: Connection, tenant: str, catalog: Catalog, percents: frozenset[int], now_s: int
+    connection: Connection, tenant: str, catalog: Catalog, wanted: frozenset[tuple[int, Period]], now_s: int
 ) -> list[Reached]:
-    """What was reached of the windows that are open, and not told yet."""
+    """What was reached of the windows that are open, and not told yet. ``wanted``: percentages, and of which windows:
+    ``webhooks.thresholds_wanted``."""
     stored = licenses.get(connection, tenant)
     if stored is None:
         return []
@@ -130,7 +130,7 @@ def _reached(
         )
         for entitlement in entitlements_of(license_, catalog).values()
         for limit in entitlement.limits
-        if not limit.is_rate
+        if not limit.is_rate and any(is_told(limit.per, shortest) for _, shortest in wanted)
     }
     starts = {window.start for _, window in limits.values()}
     rows = connection.execute(
@@ -150,13 +150,18 @@ def _reached(
         data = {
             "tenant": tenant,
             "limit": key,
+            "per": limit.per.value,
             "scope": digest,
             "used": shown_amount(int(total), key),
             "amount": shown_amount(limit.amount, key),
             "window": _window(window),
         }
+        percents = frozenset(percent for percent, shortest in wanted if is_told(limit.per, shortest))
         untold = percents - told.get(quota, set())
-        reached += [(quota, percent, window.end, data) for percent in crossed(int(total), limit.amount, untold)]
+        reached += [
+            Reached(quota, percent, limit.per, window.end, data)
+            for percent in crossed(int(total), limit.amount, untold)
+        ]
     return reached
 
 

@@ -352,6 +352,11 @@ class License:
         """When it stops answering: the end of its grace, exclusive; 0 for never."""
         return self.ends_s and self.ends_s + (0 if self.cancels else self.grace_s)
 
+    @property
+    def renews_itself(self) -> bool:
+        """Whether its term becomes longer by itself. ``renewal.auto`` outlasts ``cancels``, which can be taken back."""
+        return self.renewal is not None and self.renewal.auto and not self.cancels
+
 
 _FIELD_OF_KIND: dict[type[Document], str] = {
     Feature: "features",

@@ -232,6 +232,7 @@ async def test_every_route_that_changes_something_leaves_an_entry_with_who_and_f
         ("POST", "/v1/licenses/{tenant}/change-plan"): {"plan": "max"},
         ("POST", "/v1/licenses/{tenant}/cancel"): {},
         ("POST", "/v1/webhooks"): {"url": "http://127.0.0.1:9/"},
+        ("POST", "/v1/webhooks/{webhook}/secret"): {},
         ("POST", "/v1/webhooks/{webhook}/test"): {},
         ("POST", "/v1/webhooks/{webhook}/redeliver"): {},
         ("POST", "/v1/webhooks/{webhook}/enable"): {},

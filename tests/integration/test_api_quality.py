@@ -11,10 +11,12 @@ import httpx
 import pytest
 from sqlalchemy import Connection, select, update
 
+from licet_control_plane.api import licenses as licenses_api
 from licet_control_plane.api.app import make_app
-from licet_control_plane.store import idempotency, licenses
+from licet_control_plane.api.problems import Problem
+from licet_control_plane.store import idempotency, licenses, webhooks
 from licet_control_plane.store.database import DatabaseUnavailable
-from licet_control_plane.store.schema import idempotency_keys
+from licet_control_plane.store.schema import audit, idempotency_keys
 from tests.support.control_plane import Deployment, deployment
 from tests.support.valkey import ValkeyProcess
 
@@ -69,13 +71,53 @@ async def test_a_key_that_was_used_for_another_request_is_refused(api: Api) -> N
     assert await api.ends_at() == "2027-04-01T00:00:00Z"
 
 
-async def test_an_answer_that_says_no_is_kept_too_and_one_that_failed_is_not(
+async def test_what_was_refused_is_done_anew_with_its_key_once_it_can_be(api: Api) -> None:
+    license_ = "/v1/licenses/acme"
+    assert (await api.client.post(f"{license_}/cancel", json={})).status_code == 200
+    assert (await api.renew("k")).json()["type"] == "urn:licet:problem:license-state"
+    assert (await api.client.patch(license_, json={"status": "active"})).status_code == 200
+    assert (await api.renew("k")).status_code == 200
+    tag = (await api.client.get(license_)).headers["etag"]
+    for if_match, status in (('"1"', 412), (tag, 200), ('"1"', 200)):
+        headers = {"Idempotency-Key": "l", "If-Match": if_match}
+        answer = await api.client.post(f"{license_}/renew", json={}, headers=headers)
+        assert answer.status_code == status
+    assert await api.ends_at() == "2027-04-01T00:00:00Z"
+
+
+async def test_a_request_that_is_refused_after_its_commit_is_not_done_twice(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = await api.renew("no", periods=500)
-    assert refused.status_code == 422
-    assert (await api.renew("no", periods=500)).headers["idempotency-replayed"] == "true"
+    def refused(*_: Any) -> None:
+        raise Problem(409, "Too late.", "Do not.")
 
+    with monkeypatch.context() as patched:
+        patched.setattr(licenses_api, "described", refused)
+        assert (await api.renew("k")).status_code == 409
+    again = await api.renew("k")
+    assert (again.status_code, again.headers["idempotency-replayed"]) == (409, "true")
+    assert await api.ends_at() == "2027-03-01T00:00:00Z"
+
+
+async def test_a_refusal_about_webhooks_commits_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "WEBHOOKS_MAX", 1)
+    body = {"url": "https://example.com/"}
+    first = (await api.client.post("/v1/webhooks", json=body)).json()["id"]
+    for path, sent, status in (
+        ("/v1/webhooks", body, 409),
+        (f"/v1/webhooks/{first}/redeliver", {"message": "msg_none"}, 404),
+    ):
+        for _ in range(2):
+            refused = await api.client.post(path, json=sent, headers={"Idempotency-Key": "k"})
+            assert (refused.status_code, "idempotency-replayed" in refused.headers) == (status, False)
+
+    def actions(connection: Connection) -> list[str]:
+        return list(connection.scalars(select(audit.c.action).where(audit.c.action.like("webhook.%"))))
+
+    assert await api.running.plane.database.read(actions) == ["webhook.create"]
+
+
+async def test_what_failed_is_done_anew_with_its_key(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("a defect")
 
@@ -123,6 +165,11 @@ async def test_an_answer_that_holds_the_secret_of_a_webhook_is_not_kept_and_the_
         return connection.scalars(select(idempotency_keys.c.body)).one()
 
     assert b"whsec" not in await api.running.plane.database.read(kept)
+    path, headers = f"/v1/webhooks/{made.json()['id']}/secret", {"Idempotency-Key": "r"}
+    rotated = await api.client.post(path, json={}, headers=headers)
+    again = await api.client.post(path, json={}, headers=headers)
+    assert (rotated.status_code, again.status_code) == (200, 409)
+    assert rotated.json()["secret"] not in again.text
     assert (await api.client.post("/v1/webhooks", json={**body, "url": "-"}, headers={"Idempotency-Key": "l"})).is_error
 
 

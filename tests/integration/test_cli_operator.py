@@ -21,6 +21,12 @@ LICENSE = {
     "addons": {}, "overrides": {}, "revision": 7, "updated_at": "2027-01-01T00:00:00Z", "stage": "active",
     "grace_ends_at": None, "renewal_period": None, "auto_renew": False, "cancels": False, "planned": None,
 }  # fmt: skip
+WEBHOOK = {
+    "id": "wh_1", "url": "https://example.com/", "events": ["quota.threshold"], "thresholds": [80],
+    "shortest_window": "day", "tenant": "", "created_at": "2027-01-01T00:00:00Z", "created_by": "me",
+    "disabled_at": None, "disabled_why": "", "failing_since": None, "waiting": 10_000, "dropped": 7,
+    "old_secret_until": None,
+}  # fmt: skip
 PUSHED = {
     "revision": 7, "generation": 1, "digest": "d", "unchanged": False, "warnings": [],
     "changed": {"added": ["Plan pro"], "modified": [], "removed": []},
@@ -241,6 +247,35 @@ def test_finds_mistakes_in_a_grant_before_it_asks(
 ) -> None:
     assert licet_command("grant", "add", "acme", *arguments).code == 2
     assert server.requests == []
+
+
+def test_creates_a_webhook_and_shows_its_secret(licet_command: CommandLine, server: StubControlPlane) -> None:
+    server.answers["POST /v1/webhooks"] = {**WEBHOOK, "secret": "whsec_new"}
+    ended = licet_command("webhook", "create", "https://example.com/", "--shortest-window", "day")
+    assert ended.code == 0
+    assert server.requests[-1].body == {"url": "https://example.com/", "shortest_window": "day", "tenant": ""}
+    assert "whsec_new" in ended.out
+
+
+def test_rotates_the_secret_of_a_webhook(licet_command: CommandLine, server: StubControlPlane) -> None:
+    until = "2027-01-08T00:00:00Z"
+    server.answers["POST /v1/webhooks/wh_1/secret"] = {**WEBHOOK, "old_secret_until": until, "secret": "whsec_new"}
+    ended = licet_command("webhook", "rotate-secret", "wh_1", "--overlap", "7d")
+    assert ended.code == 0
+    assert server.requests[-1].body == {"overlap_s": 7 * 86_400}
+    assert "whsec_new" in ended.out
+    assert until in ended.out
+
+
+def test_shows_how_many_thresholds_of_a_webhook_were_dropped(
+    licet_command: CommandLine, server: StubControlPlane
+) -> None:
+    server.answers["GET /v1/webhooks"] = {"items": [WEBHOOK], "next": None}
+    server.answers["GET /v1/webhooks/wh_1"] = WEBHOOK
+    listed = licet_command("webhook", "list").out
+    assert "dropped" in listed.splitlines()[0].lower()
+    assert "7" in listed.split()
+    assert "7 thresholds" in licet_command("webhook", "show", "wh_1").out
 
 
 def test_updates_only_what_is_given(licet_command: CommandLine, server: StubControlPlane) -> None:

@@ -74,7 +74,34 @@ async def test_a_license_that_is_put_again_is_the_same_and_says_when_somebody_el
     whole = (await licensing.put({"If-Match": renewed.headers["etag"]})).json()
     assert (whole["starts_at"], whole["renewal_period"], whole["grace_s"]) == (None, None, 0)
     other = await licensing.client.put("/v1/licenses/other", json={"plan": "pro"}, headers={"If-Match": '"1"'})
-    assert other.status_code == 404
+    assert other.status_code == 412
+
+
+async def test_if_match_takes_any_of_its_tags_and_none_that_was_never_given(licensing: Licensing) -> None:
+    path = "/v1/licenses/acme"
+    assert (await licensing.put({"If-Match": "*"})).status_code == 412
+    assert (await licensing.client.get(path)).status_code == 404
+    await licensing.put()
+    tag = (await licensing.client.get(path)).headers["etag"]
+    number = tag.strip('"').partition("-")[0]
+    for if_match, status in (
+        (f'"1-00000000", {tag}', 200),
+        (f'"zzz",W/{tag} , "1"', 200),
+        (f'"{number}"', 200),
+        ("*", 200),
+        (f'"{number}-zzz"', 412),
+        (f'"{number}-0000000g"', 412),
+        (f'"{int(number) + 1}-00000000", "1"', 412),
+        ("", 412),
+    ):
+        answers = [
+            await licensing.client.patch(path, json={"plan": "pro"}, headers={"If-Match": if_match}),
+            await licensing.client.post(f"{path}/resume", headers={"If-Match": if_match}),
+            await licensing.put({"If-Match": if_match}),
+        ]
+        assert [answer.status_code for answer in answers] == [status] * 3, if_match
+    missing = await licensing.client.patch("/v1/licenses/none", json={"plan": "pro"}, headers={"If-Match": "*"})
+    assert missing.status_code == 404
 
 
 async def test_the_audit_trail_says_what_became_of_a_license_whatever_route_it_came_by(licensing: Licensing) -> None:

@@ -11,10 +11,11 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, MetaData, insert, select, text, update
+from sqlalchemy import Connection, MetaData, func, insert, select, text, update
 
 from licet.domain.catalog import Grant, License
 from licet.domain.ids import LimitKey
+from licet.domain.windows import Period
 from licet.wire.signing import Statement
 from licet_control_plane.core.accounting import DecodedBatch
 from licet_control_plane.core.subject_keys import LedgerKey
@@ -30,7 +31,7 @@ from licet_control_plane.store import (
     webhooks,
 )
 from licet_control_plane.store.database import Database, DatabaseUnavailable
-from licet_control_plane.store.schema import events, metadata, ranges, rollups
+from licet_control_plane.store.schema import events, metadata, ranges, rollups, webhook_messages
 from licet_control_plane.store.schema import licenses as licenses_table
 from licet_control_plane.store.schema import publisher_lease as publisher_lease_table
 from licet_control_plane.store.subjects import SubjectKeys
@@ -280,9 +281,37 @@ def test_a_key_is_begun_by_the_first_alone(database: Database) -> None:
 def test_a_threshold_is_told_by_the_first_alone(database: Database) -> None:
     hook = webhooks.Webhook("wh_1", "https://example.com/", (THRESHOLD,), (80,), "", 1, "test")
     database.write_now(webhooks.add, hook)
-    told = [
-        database.write_now(webhooks.announce_threshold, "acme", "reports:monthly:0", 80, 10, {}, now_us=1)
-        for _ in range(2)
-    ]
-    assert told == [True, False]
+    reached = [webhooks.Reached("reports:monthly:0", 80, Period.MONTH, 10, {})]
+    for _ in range(2):
+        assert database.write_now(webhooks.announce_thresholds, "acme", reached, now_us=1) == 0
     assert len(database.write_now(webhooks.deliveries, "wh_1", before=0, limit=10)) == 1
+
+
+def test_thresholds_that_find_no_room_are_dropped_and_counted_and_events_of_licenses_are_not(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "WAITING_MAX", 2)
+    hook = webhooks.Webhook("wh_1", "https://example.com/", (THRESHOLD, "license.expired"), (80,), "", 1, "test")
+    database.write_now(webhooks.add, hook)
+    reached = [webhooks.Reached(f"reports:monthly@{n}:0", 80, Period.MONTH, 10, {}) for n in range(5)]
+    assert database.write_now(webhooks.announce_thresholds, "acme", reached[:1], now_us=1) == 0
+    assert database.write_now(webhooks.announce_thresholds, "acme", reached, now_us=1) == 3
+    database.write_now(webhooks.announce, "license.expired", "acme", {}, now_us=1)
+    (found,) = database.read_now(webhooks.every)
+    assert (found.waiting, found.dropped) == (3, 3)
+
+
+def test_thresholds_that_were_delivered_are_forgotten_sooner_than_the_rest(database: Database) -> None:
+    hook = webhooks.Webhook("wh_1", "https://example.com/", (THRESHOLD, "license.expired"), (80,), "", 1, "test")
+    database.write_now(webhooks.add, hook)
+    reached = [webhooks.Reached(f"reports:monthly@{n}:0", 80, Period.MONTH, 10, {}) for n in range(2)]
+    database.write_now(webhooks.announce_thresholds, "acme", reached, now_us=1)
+    database.write_now(webhooks.announce, "license.expired", "acme", {}, now_us=1)
+    for number in (1, 3):
+        database.write_now(webhooks.delivered, "wh_1", number, status=204, attempts=1, now_us=2)
+    late_us = (webhooks.THRESHOLDS_KEPT_S + 1) * 1_000_000
+    database.write_now(webhooks.sweep, now_us=late_us)
+    left = database.read_now(webhooks.deliveries, "wh_1", before=0, limit=10)
+    assert [one.message.number for one in left] == [3, 2]
+    count = select(func.count()).select_from(webhook_messages)
+    assert database.read_now(lambda connection: connection.scalar(count)) == 2

@@ -29,6 +29,7 @@ from licet_control_plane.sink import webhook_sender
 from licet_control_plane.sink.webhook_sender import WebhookSender
 from licet_control_plane.store import webhooks
 from licet_control_plane.store.schema import audit, register_spend
+from licet_control_plane.store.schema import webhooks as webhooks_table
 from tests.support.control_plane import NAMES, Deployment, deployment, until
 from tests.support.http_receiver import Received, Receiver
 from tests.support.usage import batch
@@ -110,6 +111,50 @@ async def test_what_happens_to_a_license_is_told_in_order_and_signed(hooks: Hook
         signature = base64.b64encode(hmac.digest(secret, text, hashlib.sha256)).decode()
         assert request.headers["webhook-signature"] == f"v1,{signature}"
     assert "secret" not in await hooks.get(made["id"])
+
+
+async def test_a_secret_is_rotated_and_for_a_while_both_sign(
+    hooks: Hooks, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plane = hooks.running.plane
+    made = await hooks.create(receiver)
+    path = f"/v1/webhooks/{made['id']}"
+    ahead_s = 0.0
+    monkeypatch.setattr(plane.webhook_sender, "_now_s", lambda: time.time() + ahead_s)
+
+    async def signatures(secrets: list[str]) -> tuple[str, str]:
+        await hooks.client.post(f"{path}/test")
+        await taken(receiver, len(told) + 1)
+        request = receiver.taken[-1]
+        told.append(request)
+        text = f"{request.headers['webhook-id']}.{request.headers['webhook-timestamp']}.".encode() + request.body
+        keys = (base64.b64decode(secret.removeprefix("whsec_")) for secret in secrets)
+        digests = (base64.b64encode(hmac.digest(key, text, hashlib.sha256)).decode() for key in keys)
+        return request.headers["webhook-signature"], " ".join(f"v1,{digest}" for digest in digests)
+
+    told: list[Received] = []
+    rotated = (await hooks.client.post(f"{path}/secret", json={"overlap_s": 3_600})).json()
+    assert rotated["secret"] != made["secret"]
+    sent, expected = await signatures([rotated["secret"], made["secret"]])
+    assert sent == expected
+    ahead_s = 3_601
+    sent, expected = await signatures([rotated["secret"]])
+    assert sent == expected
+    shown = await hooks.get(made["id"])
+    assert (shown["old_secret_until"], "secret" in shown) == (None, False)
+
+    def stored(connection: Connection) -> list[Any]:
+        return list(connection.execute(select(webhooks_table.c.old_nonce, webhooks_table.c.nonce != "")))
+
+    assert await plane.database.read(stored) == [(None, True)]
+    last = (await hooks.client.post(f"{path}/secret", json={"overlap_s": 0})).json()
+    sent, expected = await signatures([last["secret"]])
+    assert sent == expected
+    trail = (await hooks.client.get("/v1/audit", params={"action": "webhook.rotate_secret"})).text
+    assert trail.count("webhook.rotate_secret") == 2
+    assert not any(one["secret"] in trail for one in (made, rotated, last))
+    unknown = await hooks.client.post("/v1/webhooks/wh_none/secret", json={})
+    assert unknown.json()["type"] == "urn:licet:problem:webhook-unknown"
 
 
 async def test_only_what_a_webhook_wants_of_the_tenant_it_names_is_told(hooks: Hooks, receiver: Receiver) -> None:
@@ -264,6 +309,27 @@ async def test_thresholds_of_a_quota_are_told_once_for_each_window(hooks: Hooks,
     assert events[0]["data"]["amount"] == 100
 
 
+async def test_thresholds_of_windows_shorter_than_a_webhook_wants_are_not_told(
+    hooks: Hooks, receiver: Receiver
+) -> None:
+    usual = await hooks.create(receiver, events=["quota.threshold"])
+    close = await hooks.create(receiver, events=["quota.threshold"], shortest_window="minute")
+    assert (usual["shortest_window"], close["shortest_window"]) == ("hour", "minute")
+    await hooks.running.push(per=Period.MINUTE)
+    await hooks.license()
+    plane, now_s = hooks.running.plane, int(time.time())
+    start = window_at(Period.MINUTE, now_s).start
+    spent = {"tenant": "acme", "sidecar": "a", "window_start": start, "units": 85, "observed": 0}
+
+    def spend(connection: Connection) -> None:
+        connection.execute(insert(register_spend).values(**spent, quota=f"reports:monthly:{start}"))
+
+    await plane.database.write(spend)
+    await QuotaWatcher(plane.database, plane.catalogs, now_s=lambda: now_s).look()
+    assert [len((await hooks.get(f"{one['id']}/deliveries"))["items"]) for one in (usual, close)] == [0, 1]
+    assert [event["data"]["per"] for event in await taken(receiver, 1)] == ["minute"]
+
+
 async def test_a_threshold_that_late_usage_reaches_is_told(hooks: Hooks, receiver: Receiver) -> None:
     """Usage that sidecars kept while nobody drained: its hours are over when it comes, its window is not."""
     await hooks.create(receiver, events=["quota.threshold"])
@@ -302,9 +368,9 @@ async def test_limits_that_many_subjects_reach_at_once_are_told_in_small_transac
     await plane.database.write(spend)
     told: list[int] = []
 
-    def counted(connection: Connection, tenant: str, reached: list[Any], now_s: int) -> None:
+    def counted(connection: Connection, tenant: str, reached: list[Any], now_s: int) -> int:
         told.append(len(reached))
-        announce(connection, tenant, reached, now_s)
+        return announce(connection, tenant, reached, now_s)
 
     announce = quota_watcher._announce
     monkeypatch.setattr(quota_watcher, "_announce", counted)

@@ -189,6 +189,18 @@ def test_canceling_at_the_end_stops_renewals_and_grace_and_can_be_taken_back() -
         moved(License("acme", "pro"), Move.CANCEL_AT_END, START)
 
 
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_license_that_is_resumed_before_its_end_renews_itself_if_it_did(auto: bool) -> None:
+    license_ = with_renewal(TERM, Period.MONTH, auto=auto)
+    ends = moved(moved(license_, Move.CANCEL_AT_END, START), Move.CANCEL_AT_END, START)
+    assert not ends.renews_itself
+    assert moved(with_fields(ends, {"plan": "big"}, START), Move.RESUME, START).renews_itself is auto
+    assert not moved(with_fields(ends, {"auto": False}, START), Move.RESUME, START).renews_itself
+    assert not renewed(ends, START).renews_itself
+    with pytest.raises(ChangeInvalid, match="canceled at the end"):
+        with_fields(ends, {"auto": True}, START)
+
+
 def test_a_suspended_license_that_is_resumed_stays_canceled_at_its_end() -> None:
     suspended = moved(moved(MONTHLY, Move.CANCEL_AT_END, START), Move.SUSPEND, START)
     assert moved(suspended, Move.RESUME, START).cancels

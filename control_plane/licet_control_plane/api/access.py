@@ -128,6 +128,7 @@ RULES: Final[dict[Route, Rule]] = {
     ("GET", "/v1/webhooks/{webhook}"): _RECORDS,
     ("DELETE", "/v1/webhooks/{webhook}"): Rule(Need.CHANGE, Reach.DEPLOYMENT, "webhook.delete"),
     ("POST", "/v1/webhooks/{webhook}/enable"): Rule(Need.CHANGE, Reach.DEPLOYMENT, "webhook.enable"),
+    ("POST", "/v1/webhooks/{webhook}/secret"): Rule(Need.CHANGE, Reach.DEPLOYMENT, "webhook.rotate_secret"),
     ("POST", "/v1/webhooks/{webhook}/test"): Rule(Need.CHANGE, Reach.DEPLOYMENT, "webhook.test"),
     ("GET", "/v1/webhooks/{webhook}/deliveries"): _RECORDS,
     ("POST", "/v1/webhooks/{webhook}/redeliver"): Rule(Need.CHANGE, Reach.DEPLOYMENT, "webhook.redeliver"),

@@ -1,14 +1,16 @@
 """``Idempotency-Key``: a POST that is sent again with the same key is done once, and answered the same.
 
-Source: draft-ietf-httpapi-idempotency-key-header. The same key with another request is 422; while the first is being
-done, 409. Answers are kept for a day, for each caller apart (a key, or a subject of
-the issuer), who is asked for a credential that is still good. What failed (5xx), was not admitted (401, 403) or came
-too fast (429) is not kept: it may be sent again. See ``store/idempotency.py`` for crashes in between.
+Source: draft-ietf-httpapi-idempotency-key-header, ADR 0037. The same key with another request is 422; while the first
+is being done, 409. Answers are kept for a day, for each caller apart (a key, or a subject of the issuer), who is asked
+for a credential that is still good. What was refused (4xx) or failed (5xx) is not kept: sent again it is done anew. But
+a refusal that comes after a commit is, as doing it anew would change something twice. See ``store/idempotency.py`` for
+crashes in between.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
@@ -48,9 +50,8 @@ NOT_LOOKED_AT: Final = frozenset(
 )
 """POSTs that change nothing, or say by themselves which they are: a key is not looked at. Their answers can be long.
 Nor of one that makes an API key, which has a name to be unique by: its answer is nowhere to be kept."""
-SECRET: Final = frozenset({"/v1/webhooks"})
+_SECRET: Final = re.compile(r"/v1/webhooks(/[^/]+/secret)?")
 """POSTs that are done once, and whose answers hold a secret, which is nowhere to be kept."""
-_NOT_KEPT: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
 
 
 class Idempotency:
@@ -99,20 +100,22 @@ class Idempotency:
             await _answered(found)(scope, receive, send)
             return
 
-        async def keep(answer: Answer) -> None:
-            if scope["path"] in SECRET and answer.status < HTTPStatus.BAD_REQUEST:
+        async def settle(answer: Answer) -> None:
+            is_refusal = answer.status >= HTTPStatus.BAD_REQUEST
+            if _SECRET.fullmatch(scope["path"]) and not is_refusal:
                 answer = _without_secret()
             try:
-                await write(idempotency.keep, caller, key, answer, begun_us=now_us)
+                if not is_refusal or not await write(idempotency.forget, caller, key, begun_us=now_us):
+                    await write(idempotency.keep, caller, key, answer, begun_us=now_us)
             except DatabaseUnavailable as error:  # it was done all the same, and is answered
                 log.warning("an answer could not be kept", reason=str(error))
 
-        sent = _Sent(send, keep)
+        sent = _Sent(send, settle)
         try:
             with with_each_commit(partial(idempotency.commit, caller=caller, key=key, begun_us=now_us)):
                 await self._app(scope, _again(body), sent)
         finally:
-            if not sent.is_kept:
+            if not sent.is_settled:
                 await write(idempotency.forget, caller, key, begun_us=now_us)
 
 
@@ -154,19 +157,20 @@ def _without_secret() -> Answer:
     told = response(
         409,
         "The request with this Idempotency-Key was done; its answer held a secret, which is shown once.",
-        "If you do not have the secret, take away what was made, and make it again with a new key.",
+        "If you do not have the secret, rotate it, with a new key.",
         kind="idempotency-lost",
     )
     return Answer(told.status_code, {"content-type": told.headers["content-type"]}, bytes(told.body))
 
 
 class _Sent:
-    """Passes an answer on, and has it kept first: whoever has it finds it again, whatever dies then."""
+    """Passes an answer on, and has it settled first: whoever has it finds it again, whatever dies then; and whoever was
+    refused can send the request again at once."""
 
-    def __init__(self, send: Send, keep: Callable[[Answer], Awaitable[None]]) -> None:
-        self.is_kept = False
+    def __init__(self, send: Send, settle: Callable[[Answer], Awaitable[None]]) -> None:
+        self.is_settled = False
         self._send = send
-        self._keep = keep
+        self._settle = settle
         self._status = 0
         self._headers: dict[str, str] = {}
         self._body = bytearray()
@@ -179,16 +183,12 @@ class _Sent:
         elif message["type"] == "http.response.body":
             if len(self._body) <= ANSWER_BYTES_MAX:
                 self._body += message.get("body", b"")
-            if not message.get("more_body", False) and self._is_to_be_kept():
+            is_answer = self._status < HTTPStatus.INTERNAL_SERVER_ERROR and len(self._body) <= ANSWER_BYTES_MAX
+            if not message.get("more_body", False) and is_answer:
                 with with_each_commit(None):
-                    await self._keep(Answer(self._status, self._headers, bytes(self._body)))
-                self.is_kept = True
+                    await self._settle(Answer(self._status, self._headers, bytes(self._body)))
+                self.is_settled = True
         await self._send(message)
-
-    def _is_to_be_kept(self) -> bool:
-        """Or else the request may be sent again."""
-        is_answer = self._status < HTTPStatus.INTERNAL_SERVER_ERROR and self._status not in _NOT_KEPT
-        return is_answer and len(self._body) <= ANSWER_BYTES_MAX
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from typing import Annotated, Any, Final, Literal
 
@@ -20,7 +21,7 @@ from licet_control_plane.api.problems import Problem
 from licet_control_plane.api.times import format_s, format_us, parse_s
 from licet_control_plane.changes import OUTCOMES, ImportRefused, LicenseUnknown, Step
 from licet_control_plane.core.grants import shown_amount, state_of
-from licet_control_plane.core.license_version import SeenLicense, terms_digest
+from licet_control_plane.core.license_version import TERMS_DIGITS, SeenLicense, terms_digest
 from licet_control_plane.core.lifecycle import GRACE_S_MAX, Stage, stage_of, with_fields
 from licet_control_plane.store import licenses
 from licet_control_plane.store.licenses import StoredLicense
@@ -28,7 +29,11 @@ from licet_control_plane.store.licenses import StoredLicense
 IMPORTED_MAX: Final = 500
 """Licenses of one import: they are written in one transaction, in which nobody else writes."""
 
-_IF_MATCH: Final = "Only when nobody edited the license since it had this ETag; `*`: only when there is one"
+_IF_MATCH: Final = "Only when nobody edited the license since it had one of these ETags; `*`: only when there is one"
+_TAG: Final = re.compile(
+    rf'(?:W/)?"(?P<revision>[0-9]{{1,18}})(-(?P<terms>[0-9a-f]{{{TERMS_DIGITS}}}))?(-[0-9a-f]{{8}})?"'
+)
+"""An ETag of a license, see ``etag_of``; or the revision alone, which every answer has."""
 
 router = v1_router("/licenses", tag="licenses")
 
@@ -312,7 +317,7 @@ def described(stored: StoredLicense, now_s: float) -> dict[str, Any]:
         "grace_s": license_.grace_s,
         "grace_ends_at": format_s(license_.stops_s) if license_.stops_s > license_.ends_s else None,
         "renewal_period": license_.renewal.period.value if license_.renewal else None,
-        "auto_renew": bool(license_.renewal and license_.renewal.auto),
+        "auto_renew": license_.renews_itself,
         "cancels": license_.cancels,
         "planned": {"plan": license_.planned.plan, "at": format_s(license_.planned.at_s)} if license_.planned else None,
         "addons": dict(license_.addons),
@@ -330,16 +335,14 @@ def etag_of(stored: StoredLicense, now_s: float) -> str:
     return f'"{stored.revision}-{terms_digest(stored.license)}-{digest}"'
 
 
-def seen_of(if_match: str | None) -> SeenLicense | None:
-    """The state of a license that ``If-Match`` asks for; ``None`` for any.
+def seen_of(if_match: str | None) -> tuple[SeenLicense, ...] | None:
+    """The states of a license that ``If-Match`` asks for; ``None`` for any. A tag that is none of a license matches
+    nothing.
 
-    Raises:
-        Problem: 412, it is not an ETag of a license.
+    Source: RFC 9110, 13.1.1; but weak ones match too, as what compresses answers makes them of ours.
     """
     if if_match is None or if_match.strip() == "*":
         return None
+    found = (_TAG.fullmatch(tag.strip()) for tag in if_match.split(","))
     # The part of the clock does not count: whoever changes a license need not know that meanwhile, say, a grant ended.
-    revision, _, rest = if_match.strip().removeprefix("W/").strip('"').partition("-")
-    if not (revision.isascii() and revision.isdigit() and len(revision) <= 18):
-        raise Problem(412, f"If-Match {if_match!r} is not an ETag of a license.", "Send the ETag as it was given.")
-    return SeenLicense(int(revision), rest.partition("-")[0])
+    return tuple(SeenLicense(int(tag["revision"]), tag["terms"] or "") for tag in found if tag)

@@ -166,7 +166,7 @@ async def get_entitlements(request: Request, tenant: str) -> dict[str, Any]:
         "starts_at": format_s(license_.starts_s or None),
         "ends_at": format_s(license_.ends_s or None),
         "grace_ends_at": format_s(license_.stops_s) if license_.stops_s > license_.ends_s else None,
-        "auto_renew": bool(license_.renewal and license_.renewal.auto),
+        "auto_renew": license_.renews_itself,
         "as_of": format_s(now_s),
         "quotas_known": known,
         "features": [

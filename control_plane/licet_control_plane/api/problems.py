@@ -161,6 +161,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RevisionMoved)
     async def _moved(_request: Request, error: RevisionMoved) -> JSONResponse:
+        if error.revision is None:
+            return response(412, "There is none that If-Match could match.", "Leave If-Match out to make a new one.")
         detail = f"It was changed meanwhile: {error}."
         return response(412, detail, "Read it again, and repeat the change with the new ETag in If-Match.")
 

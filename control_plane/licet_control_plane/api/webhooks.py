@@ -10,6 +10,7 @@ from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from sqlalchemy import Connection
 
+from licet.domain.windows import Period
 from licet_control_plane.api.auth import Caller, CallerAsked, plane_of, v1_router
 from licet_control_plane.api.fields import By, Count, Instant, said
 from licet_control_plane.api.problems import Problem
@@ -27,31 +28,40 @@ from licet_control_plane.core.webhook_events import (
     written_secret,
 )
 from licet_control_plane.store import access, webhooks
-from licet_control_plane.store.webhooks import WEBHOOKS_MAX, Delivery, Webhook
+from licet_control_plane.store.webhooks import Delivery, Webhook
 
 router = v1_router("/webhooks", tag="webhooks")
 
 ALL: Final = "*"
+OVERLAP_S: Final = 86_400
+"""A day: long enough to give receivers the new secret by hand."""
+OVERLAP_S_MAX: Final = 30 * 86_400
+"""A month: a secret that two know for longer was not rotated."""
+_TERMS: Final = frozenset({"url", "events", "thresholds", "shortest_window", "tenant"})
 
 
 class NewWebhook(BaseModel):
-    """``events``: types, or ``*`` for all. ``thresholds``: percentages of a quota. ``tenant``: only of this one."""
+    """``events``: types, or ``*`` for all. ``thresholds``: percentages of a quota; ``shortest_window``: only of windows
+    that are at least so long. ``tenant``: only of this one."""
 
     model_config = ConfigDict(extra="forbid")
 
     url: str
     events: list[str] = Field([ALL], min_length=1, max_length=len(TYPES))
     thresholds: list[Annotated[StrictInt, Field(ge=1, le=PERCENT_MAX)]] = Field(list(THRESHOLDS), max_length=10)
+    shortest_window: Literal["minute", "hour", "day", "week", "month", "year"] = "hour"
     tenant: str = Field("", max_length=128)
 
 
 class WebhookView(BaseModel):
-    """A webhook. ``waiting``: messages that were not delivered yet; ``failing_since``: from when on none was taken."""
+    """A webhook. ``waiting``: messages that were not delivered yet; ``dropped``: thresholds for which too many waited;
+    ``failing_since``: from when on none was taken; ``old_secret_until``: when the secret before stops to sign too."""
 
     id: str = said("wh_ and 16 hex digits")
     url: str = said("Where events are sent")
     events: list[str] = said("Types that it is told of")
     thresholds: list[int] = said("Percentages of a quota that it is told of")
+    shortest_window: str = said("Of windows that are shorter it is told no thresholds; a period such as hour")
     tenant: str = said("The only one it is told of; empty for all")
     created_at: Instant
     created_by: By
@@ -59,12 +69,22 @@ class WebhookView(BaseModel):
     disabled_why: str = said("Why not; empty while it is enabled")
     failing_since: Instant | None = said("Since when nothing was taken; null while it is")
     waiting: Annotated[Count, said("Messages that were not delivered yet")]
+    dropped: Annotated[Count, said("Thresholds that it was not told, because too many messages waited")]
+    old_secret_until: Instant | None = said("Until when the secret before the last rotation signs too; null for not")
 
 
 class CreatedWebhook(WebhookView):
     """With the ``secret`` that signs its requests, which is not shown again."""
 
     secret: str = said("Signs its requests")
+
+
+class SecretRotation(BaseModel):
+    """``overlap_s``: for so long the secret that is replaced signs too; 0: it does not sign anything any more."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    overlap_s: StrictInt = Field(OVERLAP_S, ge=0, le=OVERLAP_S_MAX)
 
 
 class WebhookList(BaseModel):
@@ -121,18 +141,26 @@ async def create_webhook(request: Request, response: Response, body: NewWebhook,
             raise ChangeInvalid("events", f"there is no event {event!r}", did_you_mean(event, TYPES))
     now_us = plane.now_us()
     thresholds = tuple(sorted(set(body.thresholds)))
-    made = Webhook(f"wh_{secrets.token_hex(8)}", url, events, thresholds, body.tenant, now_us, caller.name)
+    made = Webhook(
+        f"wh_{secrets.token_hex(8)}",
+        url,
+        events,
+        thresholds,
+        body.tenant,
+        now_us,
+        caller.name,
+        shortest_window=Period(body.shortest_window),
+        nonce=secrets.token_hex(16),
+    )
 
-    def add(connection: Connection) -> bool:
-        added = webhooks.add(connection, made)
-        if added:
-            _record(connection, caller, "webhook.create", made.id, None, _terms(made), now_us)
-        return added
+    def add(connection: Connection) -> None:
+        if not webhooks.add(connection, made):  # refused within the transaction, so that it commits nothing
+            raise Problem(409, f"There are {webhooks.WEBHOOKS_MAX} webhooks.", "Delete one that is not needed.")
+        _record(connection, caller, "webhook.create", made.id, None, _terms(made), now_us)
 
-    if not await plane.database.write(add):
-        raise Problem(409, f"There are {WEBHOOKS_MAX} webhooks.", "Delete one that is not needed.")
+    await plane.database.write(add)
     response.headers["Location"] = f"/v1/webhooks/{made.id}"
-    return {**described(made), "secret": written_secret(secret_of_webhook(plane.ledger_key, made.id))}
+    return _with_secret(plane, made)
 
 
 @router.get("", response_model=WebhookList)
@@ -179,6 +207,25 @@ async def enable_webhook(request: Request, webhook: str, caller: CallerAsked) ->
     return described(await _found(plane, webhook))
 
 
+@router.post("/{webhook}/secret", response_model=CreatedWebhook)
+async def rotate_secret(request: Request, webhook: str, body: SecretRotation, caller: CallerAsked) -> dict[str, Any]:
+    """Replace the secret of a webhook. The answer has the new one, once; for a while requests are signed with both."""
+    plane = plane_of(request)
+    now_us = plane.now_us()
+
+    def rotate(connection: Connection) -> Webhook:
+        rotated = webhooks.rotate_secret(
+            connection, webhook, secrets.token_hex(16), overlap_s=body.overlap_s, now_us=now_us
+        )
+        if rotated is None:
+            raise _unknown(webhook)
+        after = {"old_secret_until": format_us(rotated.old_until_us)}
+        _record(connection, caller, "webhook.rotate_secret", webhook, None, after, now_us)
+        return rotated
+
+    return _with_secret(plane, await plane.database.write(rotate))
+
+
 @router.post("/{webhook}/test", response_model=WebhookView)
 async def test_webhook(request: Request, webhook: str, caller: CallerAsked) -> dict[str, Any]:
     """Send it ``webhook.test`` now; its deliveries say how that went."""
@@ -221,13 +268,14 @@ async def redeliver(request: Request, webhook: str, body: Redelivery, caller: Ca
 
     def again(connection: Connection) -> int:
         messages = webhooks.again(connection, webhook, body.message, now_us=now_us)
+        if body.message and not messages:
+            fix = "Its deliveries list what it was told."
+            raise Problem(404, f"The webhook was never told {body.message!r}.", fix)
         after = {"message": body.message, "messages": messages}
         _record(connection, caller, "webhook.redeliver", webhook, None, after, now_us)
         return messages
 
     count = await plane.database.write(again)
-    if body.message and not count:
-        raise Problem(404, f"The webhook was never told {body.message!r}.", "Its deliveries list what it was told.")
     plane.webhook_wake.set()
     return {"messages": count}
 
@@ -239,6 +287,7 @@ def described(webhook: Webhook) -> dict[str, Any]:
         "url": webhook.url,
         "events": list(webhook.events),
         "thresholds": list(webhook.thresholds),
+        "shortest_window": webhook.shortest_window.value,
         "tenant": webhook.tenant,
         "created_at": format_us(webhook.created_at_us),
         "created_by": webhook.created_by,
@@ -246,6 +295,8 @@ def described(webhook: Webhook) -> dict[str, Any]:
         "disabled_why": webhook.disabled_why,
         "failing_since": format_us(webhook.failing_since_us),
         "waiting": webhook.waiting,
+        "dropped": webhook.dropped,
+        "old_secret_until": format_us(webhook.old_until_us),
     }
 
 
@@ -268,13 +319,22 @@ def _delivery(one: Delivery) -> dict[str, Any]:
 async def _found(plane: ControlPlane, webhook: str) -> Webhook:
     found = await plane.database.read(webhooks.get, webhook)
     if found is None:
-        raise Problem(404, f"There is no webhook {webhook!r}.", "GET /v1/webhooks lists them.", kind="webhook-unknown")
+        raise _unknown(webhook)
     return found
+
+
+def _unknown(webhook: str) -> Problem:
+    return Problem(404, f"There is no webhook {webhook!r}.", "GET /v1/webhooks lists them.", kind="webhook-unknown")
+
+
+def _with_secret(plane: ControlPlane, webhook: Webhook) -> dict[str, Any]:
+    secret = secret_of_webhook(plane.ledger_key, webhook.id, webhook.nonce)
+    return {**described(webhook), "secret": written_secret(secret)}
 
 
 def _terms(webhook: Webhook) -> dict[str, Any]:
     """What an operator set, for the audit trail."""
-    return {name: value for name, value in asdict(webhook).items() if name in ("url", "events", "thresholds", "tenant")}
+    return {name: value for name, value in asdict(webhook).items() if name in _TERMS}
 
 
 def _record(

@@ -1,4 +1,4 @@
-"""``licet webhook create|list|show|delete|enable|test|deliveries|redeliver``."""
+"""``licet webhook create|list|show|delete|enable|rotate-secret|test|deliveries|redeliver``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOption
+from licet_control_plane.cli.arguments import ApiKeyOption, JsonOption, ServerOption, seconds
 from licet_control_plane.cli.context import server_target
 from licet_control_plane.cli.output import emit_json, note, say, table
 
@@ -21,6 +21,9 @@ def create(
     threshold: Annotated[
         list[int] | None, typer.Option("--threshold", help="Percent of a quota; may be repeated. [default: 80, 100]")
     ] = None,
+    shortest_window: Annotated[
+        str, typer.Option("--shortest-window", help="Thresholds of windows that are at least so long: minute to year.")
+    ] = "hour",
     tenant: Annotated[str, typer.Option("--tenant", help="Only events of this tenant.")] = "",
     as_json: JsonOption = False,
     server: ServerOption = None,
@@ -34,7 +37,7 @@ def create(
     """
     from licet_control_plane.cli.rest import ControlPlane
 
-    body: dict[str, Any] = {"url": url, "tenant": tenant}
+    body: dict[str, Any] = {"url": url, "shortest_window": shortest_window, "tenant": tenant}
     if event:
         body["events"] = event
     if threshold:
@@ -42,12 +45,7 @@ def create(
     with ControlPlane(server_target(server, api_key)) as control_plane:
         note(f"creating a webhook on {control_plane.target.server}")
         made = control_plane.post("/v1/webhooks", body)
-    if as_json:
-        emit_json(made)
-        return
-    _print_webhook(made)
-    say(f"  secret     {made['secret']}")
-    note("keep the secret: it is not shown again")
+    _shown_with_secret(made, as_json)
 
 
 def list_(as_json: JsonOption = False, server: ServerOption = None, api_key: ApiKeyOption = None) -> None:
@@ -61,8 +59,8 @@ def list_(as_json: JsonOption = False, server: ServerOption = None, api_key: Api
     if as_json:
         emit_json(found)
         return
-    columns = ("id", "url", "events", "tenant", "waiting", "failing_since", "disabled_why")
-    table(columns, ([item[column] for column in columns] for item in found["items"]), numeric=("waiting",))
+    columns = ("id", "url", "events", "tenant", "waiting", "dropped", "failing_since", "disabled_why")
+    table(columns, ([item[column] for column in columns] for item in found["items"]), numeric=("waiting", "dropped"))
 
 
 def show(
@@ -99,6 +97,25 @@ def enable(
       licet webhook enable wh_0123456789abcdef
     """
     _shown(_ask("post", f"{_path(webhook)}/enable", server, api_key, {}), as_json)
+
+
+def rotate_secret(
+    webhook: WebhookArgument,
+    overlap: Annotated[
+        str, typer.Option("--overlap", help="How long requests are signed with the old secret too: 0, 1h, 7d.")
+    ] = "24h",
+    as_json: JsonOption = False,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Replace the secret of a webhook. Prints the new one, once.
+
+    \b
+    Example:
+      licet webhook rotate-secret wh_0123456789abcdef --overlap 7d
+    """
+    body = {"overlap_s": int(seconds(overlap, "--overlap"))}
+    _shown_with_secret(_ask("post", f"{_path(webhook)}/secret", server, api_key, body), as_json)
 
 
 def send_test(
@@ -180,12 +197,25 @@ def _shown(webhook: dict[str, Any], as_json: bool) -> None:
         _print_webhook(webhook)
 
 
+def _shown_with_secret(webhook: dict[str, Any], as_json: bool) -> None:
+    _shown(webhook, as_json)
+    if not as_json:
+        say(f"  secret     {webhook['secret']}")
+        note("keep the secret: it is not shown again")
+
+
 def _print_webhook(webhook: dict[str, Any]) -> None:
     state = f"disabled: {webhook['disabled_why']}" if webhook["disabled_at"] else "enabled"
     say(f"{webhook['id']}  {webhook['url']}  {state}")
     say(f"  events     {', '.join(webhook['events'])}")
-    say(f"  thresholds {', '.join(f'{percent} %' for percent in webhook['thresholds']) or 'none'}")
+    percents = ", ".join(f"{percent} %" for percent in webhook["thresholds"])
+    windows = f", of windows of a {webhook['shortest_window']} or longer"
+    say(f"  thresholds {percents + windows if percents else 'none'}")
     say(f"  tenant     {webhook['tenant'] or 'all'}")
     say(f"  waiting    {webhook['waiting']}")
+    if webhook["old_secret_until"]:
+        say(f"  old secret signs too until {webhook['old_secret_until']}")
+    if webhook["dropped"]:
+        say(f"  dropped    {webhook['dropped']} thresholds, because too many waited")
     if webhook["failing_since"]:
         say(f"  failing    since {webhook['failing_since']}")

@@ -72,13 +72,14 @@ def secret_of(text: str) -> bytes:
     return key
 
 
-def signed_headers(secret: bytes, id_: str, at_s: int, body: bytes) -> dict[str, str]:
-    """The headers of Standard Webhooks. ``id_`` is the same whenever the same content is sent again."""
+def signed_headers(secrets: Iterable[bytes], id_: str, at_s: int, body: bytes) -> dict[str, str]:
+    """The headers of Standard Webhooks, with a signature of each secret: a receiver takes one that has any it knows.
+    ``id_`` is the same whenever the same content is sent again."""
     signed = f"{id_}.{at_s}.".encode() + body
-    signature = base64.b64encode(hmac.digest(secret, signed, hashlib.sha256)).decode()
+    digests = (hmac.digest(secret, signed, hashlib.sha256) for secret in secrets)
     return {
         "content-type": CONTENT_TYPE,
         "webhook-id": id_,
         "webhook-timestamp": str(at_s),
-        "webhook-signature": f"v1,{signature}",
+        "webhook-signature": " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests),
     }

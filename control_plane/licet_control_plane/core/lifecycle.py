@@ -176,7 +176,7 @@ def moved(license_: License, move: Move, now_s: float) -> License:
     """
     changes = check_move(license_, move, now_s)
     if move is Move.RESUME and license_.status is LicenseStatus.ACTIVE:
-        return replace(license_, cancels=False)  # it stays after all
+        return replace(license_, cancels=False)  # it stays after all, and renews itself if it did
     if not changes:
         return license_
     match move:
@@ -193,7 +193,7 @@ def moved(license_: License, move: Move, now_s: float) -> License:
                 raise ChangeInvalid(
                     "at", "the license has no end to be canceled at", "Cancel it now, or give it one with ends_at."
                 )
-            return replace(license_, cancels=True, renewal=_by_hand(license_.renewal))
+            return replace(license_, cancels=True)
     raise ValueError(f"{move} needs more than the license")
 
 
@@ -230,7 +230,9 @@ def renewed(license_: License, now_s: float, periods: int = 1) -> License:
             "renewed by so little the license would still have ended",
             "Give more periods, or another end with ends_at.",
         )
-    return _with_end_of_grace(replace(license_, ends_s=ends_s, cancels=False))
+    # Who had canceled it asked for these periods, not for all that follow.
+    renewal = _by_hand(license_.renewal) if license_.cancels else license_.renewal
+    return _with_end_of_grace(replace(license_, ends_s=ends_s, cancels=False, renewal=renewal))
 
 
 def renewed_by_itself(license_: License) -> License:
@@ -274,6 +276,10 @@ def _with_renewal_fields(before: License, license_: License, fields: Mapping[str
     old = before.renewal
     period = fields.get("period", old.period if old else None)
     auto = fields.get("auto", bool(old and old.auto and period))
+    if fields.get("auto") and license_.cancels:
+        raise ChangeInvalid(
+            "auto_renew", "the license is canceled at the end of its term", "Resume it first: that takes it back."
+        )
     is_as_before = old is not None and (old.period, before.starts_s, before.ends_s) == (
         period,
         license_.starts_s,
@@ -282,15 +288,7 @@ def _with_renewal_fields(before: License, license_: License, fields: Mapping[str
     if not is_as_before:
         return with_renewal(license_, period, auto=auto)
     assert old is not None
-    if auto and license_.cancels:
-        raise _canceled_at_end()
     return replace(license_, renewal=replace(old, auto=auto))  # the anchor stays: what was renewed keeps its day
-
-
-def _canceled_at_end() -> ChangeInvalid:
-    return ChangeInvalid(
-        "auto_renew", "the license is canceled at the end of its term", "Resume it first: that takes it back."
-    )
 
 
 def with_renewal(license_: License, period: Period | None, *, auto: bool) -> License:
@@ -318,8 +316,6 @@ def with_renewal(license_: License, period: Period | None, *, auto: bool) -> Lic
                 "renewal_period", "a license without start and end has no term to renew", "Give starts_at or ends_at."
             )
         license_ = replace(license_, ends_s=_next_end(Renewal(period, license_.starts_s), license_.starts_s))
-    if auto and license_.cancels:
-        raise _canceled_at_end()
     starts_fits = license_.starts_s and _is_boundary(period, license_.starts_s, license_.ends_s)
     anchor_s = license_.starts_s if starts_fits else license_.ends_s
     return replace(license_, renewal=Renewal(period, anchor_s, auto))
@@ -354,14 +350,13 @@ def next_due(license_: License, notices: Notices, *, notice_s: int) -> tuple[int
     if license_.planned:
         found.append((license_.planned.at_s, Due.CHANGE_PLAN))
     if license_.ends_s:
-        renews = license_.renewal is not None and license_.renewal.auto
         if license_.cancels:
             found.append((license_.ends_s, Due.CANCEL))
-        elif renews:
+        elif license_.renews_itself:
             found.append((license_.ends_s - RENEW_AHEAD_S, Due.RENEW))
         elif notices.expired_for_s != license_.ends_s:
             found.append((license_.stops_s, Due.SAY_EXPIRED))
-        if not renews and license_.ends_s not in notices:
+        if not license_.renews_itself and license_.ends_s not in notices:
             found.append((license_.ends_s - notice_s, Due.SAY_EXPIRING))
     return min(found, key=_when, default=None)
 
@@ -390,7 +385,7 @@ def _check_catching_up(license_: License, now_s: float) -> None:
     Raises:
         ChangeInvalid: one that renews itself ended so long ago that it would be more than ``PERIODS_MAX`` of them.
     """
-    if not (license_.renewal and license_.renewal.auto):
+    if license_.renewal is None or not license_.renews_itself:
         return
     ends_s = license_.ends_s
     for _ in range(PERIODS_MAX):

@@ -14,6 +14,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from licet.domain.catalog import License, LicenseStatus
+from licet.domain.windows import Period
 from licet_control_plane.core.cloud_events import SECRET_PREFIX
 from licet_control_plane.core.refusal import ChangeInvalid
 from licet_control_plane.core.subject_keys import LedgerKey
@@ -36,6 +37,10 @@ TYPE_PREFIX: Final = "dev.licet."
 THRESHOLDS: Final = (80, 100)
 PERCENT_MAX: Final = 1_000
 """Ten times a soft limit."""
+WINDOWS: Final = (Period.MINUTE, Period.HOUR, Period.DAY, Period.WEEK, Period.MONTH, Period.YEAR)
+"""What the shortest window can be whose thresholds a webhook is told; a term is as long as any."""
+SHORTEST_WINDOW: Final = Period.HOUR
+"""Of a minute that is over when its message comes nobody wants to know, least of all for each subject."""
 URL_CHARACTERS_MAX: Final = 2_000
 BACKOFF_S: Final = (5, 60, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
 """Between attempts: at once, and over some three days. Then it is given up, and can be delivered again by hand."""
@@ -68,7 +73,7 @@ def license_data(license_: License, *, revision: int) -> dict[str, Any]:
         "starts_at": _instant(license_.starts_s),
         "ends_at": _instant(license_.ends_s),
         "answers_until": _instant(license_.stops_s),
-        "auto_renew": bool(license_.renewal and license_.renewal.auto),
+        "auto_renew": license_.renews_itself,
         "cancels": license_.cancels,
         "planned": {"plan": planned.plan, "at": _instant(planned.at_s)} if planned else None,
         "addons": dict(license_.addons),
@@ -91,9 +96,11 @@ def body_of(deployment: str, id_: str, type_: str, tenant: str, at_us: int, data
     return json.dumps(event, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def secret_of_webhook(key: LedgerKey, webhook: str) -> bytes:
-    """What signs the requests to a webhook: 32 bytes that follow from the ledger's key, so no database has them."""
-    return hmac.digest(key.secret, b"licet ledger key v1: webhook " + webhook.encode(), "sha256")
+def secret_of_webhook(key: LedgerKey, webhook: str, nonce: str) -> bytes:
+    """What signs the requests to a webhook: 32 bytes that follow from the ledger's key, so no database has them. With
+    another ``nonce`` it is another secret, and without the nonce nobody can work it out again."""
+    named = f"{webhook} {nonce}" if nonce else webhook
+    return hmac.digest(key.secret, b"licet ledger key v1: webhook " + named.encode(), "sha256")
 
 
 def written_secret(secret: bytes) -> str:
@@ -165,6 +172,12 @@ def retry_at_us(attempts: int, now_us: int, jitter: float) -> int | None:
 def crossed(units: int, amount: int, percents: frozenset[int]) -> list[int]:
     """Which percentages of an amount were reached. Of nothing, nothing is."""
     return sorted(percent for percent in percents if amount > 0 and units * 100 >= amount * percent)
+
+
+def is_told(per: Period, shortest: Period) -> bool:
+    """Whether a webhook is told of windows of ``per`` that is told of ``shortest`` and longer ones."""
+    lengths = list(Period)
+    return lengths.index(per) >= lengths.index(shortest)
 
 
 def instant_of(at_s: int) -> str:

@@ -152,7 +152,7 @@ class EventSender:
         return after != place
 
     async def _post(self, id_: str, body: bytes) -> None:
-        headers = signed_headers(self._secret, id_, int(self._now_s()), body)
+        headers = signed_headers((self._secret,), id_, int(self._now_s()), body)
         try:
             answer = await self._http.post(self._url, content=body, headers=headers)
         except httpx.HTTPError as error:

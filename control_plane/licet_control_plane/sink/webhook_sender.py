@@ -243,8 +243,12 @@ class WebhookSender:
 
     async def _post(self, webhook: Webhook, message: Message) -> int:
         body = body_of(self._deployment, message.id, message.type, message.tenant, message.at_us, message.data)
-        secret = secret_of_webhook(self._ledger_key, webhook.id)
-        headers = {**signed_headers(secret, message.id, int(self._now_s()), body), "content-type": CONTENT_TYPE}
+        now_s = self._now_s()
+        nonces = [webhook.nonce]
+        if webhook.old_until_us is not None and now_s * _US < webhook.old_until_us:
+            nonces.append(webhook.old_nonce)
+        secrets = [secret_of_webhook(self._ledger_key, webhook.id, nonce) for nonce in nonces]
+        headers = {**signed_headers(secrets, message.id, int(now_s), body), "content-type": CONTENT_TYPE}
         # A connection for each: events are few, and one that is kept would be checked once and used for days.
         async with (
             asyncio.timeout(REQUEST_S_MAX),

@@ -1,8 +1,9 @@
 """Requests that were sent with an ``Idempotency-Key``, and how they were answered.
 
 A request is ``begin``-ned before anything is done for it. The first transaction that it makes says, within itself, that
-it was ``committed``; then its answer is kept. So after a crash it is known whether the change is there: a request that
-did not come to its commit can be done again, and one that did never is, even though its answer was lost.
+it was ``committed``; then its answer is kept. One that was refused before that is forgotten. So after a crash it is
+known whether the change is there: a request that did not come to its commit can be done again, and one that did never
+is, even though its answer was lost.
 """
 
 from __future__ import annotations
@@ -94,10 +95,11 @@ def keep(connection: Connection, caller: str, key: str, answer: Answer, *, begun
     connection.execute(update(idempotency_keys).where(*_begun(caller, key, begun_us)).values(**values))
 
 
-def forget(connection: Connection, caller: str, key: str, *, begun_us: int) -> None:
-    """The request was not done: it may be sent again."""
+def forget(connection: Connection, caller: str, key: str, *, begun_us: int) -> bool:
+    """The request was not done: it may be sent again. Not when it has committed: that it was not, and ``False``."""
     begun = _begun(caller, key, begun_us)
-    connection.execute(delete(idempotency_keys).where(*begun, idempotency_keys.c.committed.is_(False)))
+    gone = connection.execute(delete(idempotency_keys).where(*begun, idempotency_keys.c.committed.is_(False)))
+    return bool(gone.rowcount)
 
 
 def _begun(caller: str, key: str, begun_us: int) -> tuple[ColumnElement[bool], ...]:

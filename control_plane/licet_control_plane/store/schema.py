@@ -165,7 +165,7 @@ idempotency_keys: Final = Table(
 )
 
 webhooks: Final = Table(
-    # Where events are sent. A secret is not stored: it follows from the ledger's key and ``id``.
+    # Where events are sent. A secret is not stored: it follows from the ledger's key, ``id`` and ``nonce``.
     "webhooks",
     metadata,
     Column("id", String(32), primary_key=True),
@@ -179,6 +179,11 @@ webhooks: Final = Table(
     Column("disabled_why", Text, nullable=False),
     Column("failing_since", BigInteger),  # since when nothing was taken
     Column("busy_until", BigInteger, nullable=False),  # a control plane sends to it, or it is left in peace
+    Column("shortest_window", String(8), nullable=False, server_default="hour"),  # whose thresholds it is told
+    Column("dropped", BigInteger, nullable=False, server_default="0"),  # thresholds that found no room
+    Column("nonce", String(32), nullable=False, server_default=""),  # of its secret; empty for one of an older version
+    Column("old_nonce", String(32)),  # of the secret before; null when it is not used any more
+    Column("old_until", BigInteger),  # when it ends to be
 )
 
 webhook_messages: Final = Table(

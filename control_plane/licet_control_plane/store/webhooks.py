@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, select, update
 
-from licet_control_plane.core.webhook_events import THRESHOLD
+from licet.domain.windows import Period
+from licet_control_plane.core.webhook_events import SHORTEST_WINDOW, THRESHOLD, is_told
 from licet_control_plane.store.database import upsert
 from licet_control_plane.store.schema import quota_notices, webhook_deliveries, webhook_messages, webhooks
 
@@ -21,16 +23,26 @@ WEBHOOKS_MAX: Final = 50
 """Each change of a license looks at all of them."""
 KEPT_S: Final = 30 * 86_400
 """How long messages are kept, to be looked at and delivered again."""
+THRESHOLDS_KEPT_S: Final = 86_400
+"""How long thresholds are kept that were delivered: a limit of each subject can make thousands an hour."""
+NOTICES_KEPT_S: Final = 86_400
+"""How long after a window it is remembered what was told of it: longer than any two clocks differ."""
+WAITING_MAX: Final = 10_000
+"""Messages that wait for one webhook, some 10 MB. Beyond it a threshold is dropped; events of licenses never are."""
 BUSY_S: Final = 60
 """After which a control plane that sends, and has not said anything, is taken for dead."""
 MESSAGES_MAX: Final = 20
 """Of one webhook at a time."""
 _US: Final = 1_000_000
+_NO_OLD_SECRET: Final = {"old_nonce": None, "old_until": None}
 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """Where events are sent. Times in microseconds; ``tenant`` empty for all. ``waiting``: messages to be delivered."""
+    """Where events are sent. Times in microseconds; ``tenant`` empty for all. ``waiting``: messages to be delivered;
+    ``dropped``: thresholds that found no room among them. Of windows shorter than ``shortest_window`` it is told none.
+    ``nonce``: of its secret; until ``old_until_us`` that of ``old_nonce`` signs too.
+    """
 
     id: str
     url: str
@@ -43,6 +55,23 @@ class Webhook:
     disabled_why: str = ""
     failing_since_us: int | None = None
     waiting: int = 0
+    shortest_window: Period = SHORTEST_WINDOW
+    dropped: int = 0
+    nonce: str = ""
+    old_nonce: str = ""
+    old_until_us: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A percentage of a quota that was reached. ``quota``: its name with that of its window, which ends at ``ends_s``
+    and is one of ``per``; ``data`` is told of it."""
+
+    quota: str
+    percent: int
+    per: Period
+    ends_s: int
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +120,8 @@ def add(connection: Connection, webhook: Webhook) -> bool:
             created_by=webhook.created_by,
             disabled_why="",
             busy_until=0,
+            shortest_window=webhook.shortest_window.value,
+            nonce=webhook.nonce,
         )
     )
     return True
@@ -134,14 +165,55 @@ def enable(connection: Connection, id_: str) -> None:
     connection.execute(update(webhooks).where(webhooks.c.id == id_).values(**values))
 
 
+def rotate_secret(connection: Connection, id_: str, nonce: str, *, overlap_s: int, now_us: int) -> Webhook | None:
+    """Sign with the secret of another nonce, and for so long with the one before too; one that was before that is
+    erased. The webhook; ``None`` when there is none."""
+    if connection.scalar(select(webhooks.c.id).where(webhooks.c.id == id_).with_for_update()) is None:
+        return None
+    old = {"old_nonce": webhooks.c.nonce, "old_until": now_us + overlap_s * _US} if overlap_s else _NO_OLD_SECRET
+    connection.execute(update(webhooks).where(webhooks.c.id == id_).values(nonce=nonce, **old))
+    return get(connection, id_)
+
+
 def announce(
     connection: Connection, type_: str, tenant: str, data: dict[str, Any], *, now_us: int, only: str = ""
 ) -> None:
     """Tell every webhook that wants to know, or ``only`` one. Nothing is written when there is none."""
     rows = connection.execute(select(webhooks).where(webhooks.c.disabled_at.is_(None))).all()
-    wanting = [row.id for row in rows if (row.id == only if only else _wants(row, type_, tenant, data))]
-    if not wanting:
-        return
+    wanting = [row.id for row in rows if (row.id == only if only else _wants(row, type_, tenant))]
+    if wanting:
+        _put(connection, wanting, type_, tenant, data, now_us)
+
+
+def announce_thresholds(connection: Connection, tenant: str, reached: Sequence[Reached], *, now_us: int) -> int:
+    """Tell of each percentage of a tenant's quotas, unless that was told of its window. How many messages were dropped,
+    because ``WAITING_MAX`` wait for the webhook already: nobody is told of these later."""
+    rows = connection.execute(select(webhooks).where(webhooks.c.disabled_at.is_(None)).order_by(webhooks.c.id)).all()
+    rows = [row for row in rows if _wants(row, THRESHOLD, tenant)]
+    room = {row.id: WAITING_MAX - _waiting(connection, row.id) for row in rows}
+    dropped: Counter[str] = Counter()
+    for one in reached:
+        values = {"tenant": tenant, "quota": one.quota, "percent": one.percent, "ends_s": one.ends_s}
+        statement = upsert(connection, quota_notices).values(**values).on_conflict_do_nothing()
+        # Of an insert PostgreSQL's driver does not count the rows, but it says what it returns.
+        if connection.execute(statement.returning(quota_notices.c.percent)).first() is None:
+            continue
+        wanting = [row.id for row in rows if _wants_threshold(row, one)]
+        told = [id_ for id_ in wanting if room[id_] > 0]
+        dropped.update(id_ for id_ in wanting if room[id_] <= 0)
+        for id_ in told:
+            room[id_] -= 1
+        if told:
+            _put(connection, told, THRESHOLD, tenant, {**one.data, "percent": one.percent}, now_us)
+    for id_, count in sorted(dropped.items()):
+        values = {"dropped": webhooks.c.dropped + count}
+        connection.execute(update(webhooks).where(webhooks.c.id == id_).values(**values))
+    return dropped.total()
+
+
+def _put(
+    connection: Connection, wanting: Sequence[str], type_: str, tenant: str, data: dict[str, Any], now_us: int
+) -> None:
     message = {"id": f"msg_{secrets.token_hex(12)}", "at": now_us, "type": type_, "tenant": tenant}
     number = connection.execute(
         insert(webhook_messages).values(**message, data=json.dumps(data)).returning(webhook_messages.c.number)
@@ -150,19 +222,6 @@ def announce(
         insert(webhook_deliveries),
         [{"webhook": id_, "message": number, "next_at": now_us, "attempts": 0, "error": ""} for id_ in wanting],
     )
-
-
-def announce_threshold(
-    connection: Connection, tenant: str, quota: str, percent: int, ends_s: int, data: dict[str, Any], *, now_us: int
-) -> bool:
-    """Tell that a percentage of a quota was reached, unless that was told of this window. Whether it was."""
-    values = {"tenant": tenant, "quota": quota, "percent": percent, "ends_s": ends_s}
-    statement = upsert(connection, quota_notices).values(**values).on_conflict_do_nothing()
-    # Of an insert PostgreSQL's driver does not count the rows, but it says what it returns.
-    if connection.execute(statement.returning(quota_notices.c.percent)).first() is None:
-        return False
-    announce(connection, THRESHOLD, tenant, {**data, "percent": percent}, now_us=now_us)
-    return True
 
 
 def told_of(connection: Connection, tenant: str, *, now_s: int) -> dict[str, set[int]]:
@@ -174,17 +233,21 @@ def told_of(connection: Connection, tenant: str, *, now_s: int) -> dict[str, set
     return told
 
 
-def thresholds_wanted(connection: Connection) -> frozenset[int]:
-    """The percentages that some webhook wants to know of."""
+def thresholds_wanted(connection: Connection) -> frozenset[tuple[int, Period]]:
+    """The percentages that some webhook wants to know of, each with the shortest window of which it does."""
     rows = connection.execute(select(webhooks).where(webhooks.c.disabled_at.is_(None)))
     return frozenset(
-        percent for row in rows if THRESHOLD in json.loads(row.events) for percent in json.loads(row.thresholds)
+        (percent, Period(row.shortest_window))
+        for row in rows
+        if THRESHOLD in json.loads(row.events)
+        for percent in json.loads(row.thresholds)
     )
 
 
 def claim(connection: Connection, *, now_us: int) -> list[tuple[Webhook, list[Message]]]:
     """What is to be sent now, by webhook, the oldest first. Until it says what came of it, or for ``BUSY_S``, nobody
-    else sends to these webhooks."""
+    else sends to these webhooks. Erases old secrets that are not used any more."""
+    connection.execute(update(webhooks).where(webhooks.c.old_until <= now_us).values(**_NO_OLD_SECRET))
     free = select(webhooks).where(webhooks.c.disabled_at.is_(None), webhooks.c.busy_until <= now_us)
     claimed = []
     for row in connection.execute(free.with_for_update()).all():
@@ -196,7 +259,9 @@ def claim(connection: Connection, *, now_us: int) -> list[tuple[Webhook, list[Me
 
 
 def is_anything_due(connection: Connection, *, now_us: int) -> bool:
-    """Whether ``claim`` would find something."""
+    """Whether ``claim`` would find something to be sent or erased."""
+    if connection.scalar(select(webhooks.c.id).where(webhooks.c.old_until <= now_us).limit(1)) is not None:
+        return True
     query = (
         select(webhooks.c.id)
         .join(webhook_deliveries, webhook_deliveries.c.webhook == webhooks.c.id)
@@ -271,10 +336,16 @@ def again(connection: Connection, id_: str, message: str, *, now_us: int) -> int
 
 def sweep(connection: Connection, *, now_us: int) -> None:
     """Forget what is too old to be asked about."""
+    is_old = (webhook_messages.c.type == THRESHOLD, webhook_messages.c.at < now_us - THRESHOLDS_KEPT_S * _US)
+    thresholds = select(webhook_messages.c.number).where(*is_old)
+    is_delivered = (webhook_deliveries.c.delivered_at.is_not(None), webhook_deliveries.c.next_at.is_(None))
+    connection.execute(delete(webhook_deliveries).where(webhook_deliveries.c.message.in_(thresholds), *is_delivered))
+    is_left = exists().where(webhook_deliveries.c.message == webhook_messages.c.number)
+    connection.execute(delete(webhook_messages).where(*is_old, ~is_left))
     old = select(webhook_messages.c.number).where(webhook_messages.c.at < now_us - KEPT_S * _US)
     connection.execute(delete(webhook_deliveries).where(webhook_deliveries.c.message.in_(old)))
     connection.execute(delete(webhook_messages).where(webhook_messages.c.at < now_us - KEPT_S * _US))
-    connection.execute(delete(quota_notices).where(quota_notices.c.ends_s < now_us // _US - KEPT_S))
+    connection.execute(delete(quota_notices).where(quota_notices.c.ends_s < now_us // _US - NOTICES_KEPT_S))
 
 
 def _due(connection: Connection, id_: str, now_us: int) -> Sequence[tuple[Message, int]]:
@@ -295,10 +366,17 @@ def _settle(connection: Connection, id_: str, number: int, values: dict[str, Any
     connection.execute(update(webhook_deliveries).where(*mine).values(**values))
 
 
-def _wants(row: Row[Any], type_: str, tenant: str, data: dict[str, Any]) -> bool:
-    if type_ not in json.loads(row.events) or row.tenant not in ("", tenant):
-        return False
-    return type_ != THRESHOLD or data["percent"] in json.loads(row.thresholds)
+def _wants(row: Row[Any], type_: str, tenant: str) -> bool:
+    return type_ in json.loads(row.events) and row.tenant in ("", tenant)
+
+
+def _wants_threshold(row: Row[Any], reached: Reached) -> bool:
+    return reached.percent in json.loads(row.thresholds) and is_told(reached.per, Period(row.shortest_window))
+
+
+def _waiting(connection: Connection, id_: str) -> int:
+    mine = (webhook_deliveries.c.webhook == id_, webhook_deliveries.c.next_at.is_not(None))
+    return connection.scalar(select(func.count()).select_from(webhook_deliveries).where(*mine)) or 0
 
 
 def _webhook(row: Row[Any], waiting: int = 0) -> Webhook:
@@ -314,6 +392,11 @@ def _webhook(row: Row[Any], waiting: int = 0) -> Webhook:
         row.disabled_why,
         row.failing_since,
         waiting,
+        Period(row.shortest_window),
+        row.dropped,
+        row.nonce,
+        row.old_nonce or "",
+        row.old_until,
     )
 
 
