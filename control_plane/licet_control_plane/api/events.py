@@ -50,7 +50,7 @@ class EventFacts(BaseModel):
     subject: EventSubject
     action: str = said("The action")
     effect: str = said("APPROVED, DENIED or PENDING; a number that this version does not know")
-    reason: str = said("Such as QUOTA_EXCEEDED; a number that this version does not know")
+    reason: str = said("Such as QUOTA_EXHAUSTED; a number that this version does not know")
     rule: str = said("What decided: policy/rule, or the key of a limit; empty for neither")
     revision: Annotated[Revision, said("By which it was decided")]
     units: dict[str, Units] = said("That were asked, by feature; they were taken when it is APPROVED")

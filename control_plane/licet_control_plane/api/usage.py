@@ -45,7 +45,7 @@ class UsageView(BaseModel):
     feature: str = sometimes("The feature; empty for the cost of an action with several meters")
     action: str = sometimes("The action")
     effect: str = sometimes("APPROVED, DENIED or PENDING")
-    reason: str = sometimes("Such as QUOTA_EXCEEDED")
+    reason: str = sometimes("Such as QUOTA_EXHAUSTED")
     flag: str = sometimes("The feature flag")
     variant: str = sometimes("The variant of the flag that applied")
     hour: str = sometimes("When the hour (UTC) begins", format="date-time")
@@ -97,7 +97,7 @@ class DemandView(BaseModel):
 
     feature: str = said("The feature; empty for none")
     action: str = said("The action")
-    reason: str = said("Why, such as QUOTA_EXCEEDED")
+    reason: str = said("Why, such as QUOTA_EXHAUSTED")
     events: Count
     units: Annotated[Units, said("That were asked")]
     tenants: Annotated[Count, said("How many different ones asked")]
