@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from licet.domain.catalog import Catalog, Grant, License, Limit, Plan, document_to_wire, license_to_wire
+from licet.domain.catalog import Catalog, Grant, License, Limit, Plan
+from licet.domain.catalog_wire import document_to_wire, license_to_wire
 from licet.domain.entitlements import entitlements_of
 from licet.domain.ids import TENANT_PATTERN, UNITS_MAX
 from licet.wire import envelope

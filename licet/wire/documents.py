@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Self
 
 from licet.domain.approvals import Override
-from licet.domain.catalog import Catalog, Document, document_from_wire, document_to_wire
+from licet.domain.catalog import Catalog, Document
+from licet.domain.catalog_wire import document_from_wire, document_to_wire
 from licet.wire import envelope
 
 BUNDLE: Final = "bundle"

@@ -17,7 +17,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TextIO
 
-from licet.domain.catalog import AttributeType, Catalog, document_from_wire, license_from_wire
+from licet.domain.catalog import AttributeType, Catalog
+from licet.domain.catalog_wire import document_from_wire, license_from_wire
 from licet.domain.conditions import ConditionError
 from licet_sidecar.core.evaluation import Evaluated, Evaluator, UnknownLimit
 from licet_sidecar.core.inquiry import Inquiry, InvalidInquiry, TimestampUs, check_units

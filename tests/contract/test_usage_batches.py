@@ -28,9 +28,8 @@ from licet.domain.catalog import (
     Policy,
     Rule,
     RuleEffect,
-    document_from_wire,
-    license_from_wire,
 )
+from licet.domain.catalog_wire import document_from_wire, license_from_wire
 from licet.domain.ids import LimitKey
 from licet.domain.money import NANOS, Fee, Price, Step, TierMode, Tiers
 from licet.wire import documents, envelope

@@ -16,15 +16,8 @@ import pytest
 from sqlalchemy import select, update
 
 from licet.domain.approvals import RequestEntry, RequestState, request_key
-from licet.domain.catalog import (
-    ApprovalChain,
-    ApprovalStage,
-    Catalog,
-    Policy,
-    Rule,
-    RuleEffect,
-    license_from_wire,
-)
+from licet.domain.catalog import ApprovalChain, ApprovalStage, Catalog, Policy, Rule, RuleEffect
+from licet.domain.catalog_wire import license_from_wire
 from licet.domain.outcomes import Effect
 from licet.wire.documents import Manifest
 from licet.wire.usage import FLAG_OBSERVED, EventKind

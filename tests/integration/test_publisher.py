@@ -11,16 +11,8 @@ from typing import Any
 
 import pytest
 
-from licet.domain.catalog import (
-    Catalog,
-    Entitlement,
-    Feature,
-    LicenseStatus,
-    Limit,
-    Plan,
-    license_from_wire,
-    seats_key,
-)
+from licet.domain.catalog import Catalog, Entitlement, Feature, LicenseStatus, Limit, Plan, seats_key
+from licet.domain.catalog_wire import license_from_wire
 from licet.domain.ids import LimitKey
 from licet.domain.windows import Period, window_at
 from licet.wire.documents import Manifest, catalog_of_chunks

@@ -6,18 +6,8 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from licet.domain.approvals import Override
-from licet.domain.catalog import (
-    Action,
-    Catalog,
-    Document,
-    Entitlement,
-    Feature,
-    License,
-    Limit,
-    Plan,
-    license_to_wire,
-    rate_key,
-)
+from licet.domain.catalog import Action, Catalog, Document, Entitlement, Feature, License, Limit, Plan, rate_key
+from licet.domain.catalog_wire import license_to_wire
 from licet.domain.ids import LimitKey
 from licet.domain.windows import Period
 from licet.wire import documents

@@ -34,9 +34,8 @@ from licet.domain.catalog import (
     Role,
     Rule,
     RuleEffect,
-    license_from_wire,
-    license_to_wire,
 )
+from licet.domain.catalog_wire import license_from_wire, license_to_wire
 from licet.domain.outcomes import Effect, Reason
 from licet_sidecar.core.access_requests import ASKED_MAX, RequestBook, TenantRequests
 from tests.support.engine import NOW_US, decided, engine_with, inquiry, leased

@@ -39,14 +39,11 @@ from licet.domain.catalog import (
     UnavailableMode,
     budget_key,
     currency_of,
-    document_from_wire,
-    document_to_wire,
     grant_key,
-    license_from_wire,
-    license_to_wire,
     matches,
     rate_key,
 )
+from licet.domain.catalog_wire import document_from_wire, document_to_wire, license_from_wire, license_to_wire
 from licet.domain.flags import RolloutStep, Target, Variant
 from licet.domain.ids import NAME_PATTERN, UNITS_MAX, LimitKey
 from licet.domain.money import AMOUNT_NANOS_MAX, Fee, Price, Step, TierMode, Tiers

@@ -30,9 +30,8 @@ from licet.domain.catalog import (
     Role,
     Rule,
     RuleEffect,
-    document_from_wire,
-    document_to_wire,
 )
+from licet.domain.catalog_wire import document_from_wire, document_to_wire
 from licet.domain.ids import LimitKey
 from licet.domain.windows import Period
 from licet_control_plane.core.documents import SourceFile, Validated, validate

@@ -9,7 +9,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from licet.domain.catalog import Catalog, Document, Plan, document_from_wire, document_to_wire
+from licet.domain.catalog import Catalog, Document, Plan
+from licet.domain.catalog_wire import document_from_wire, document_to_wire
 from licet_control_plane.core.diff import Change, diff
 from licet_control_plane.core.documents import SourceFile, validate
 from tests.support.random_catalogs import random_catalogs, random_documents

@@ -10,19 +10,8 @@ from typing import Any, Final
 
 import pytest
 
-from licet.domain.catalog import (
-    Action,
-    Catalog,
-    Entitlement,
-    Feature,
-    Grant,
-    License,
-    Limit,
-    OnExceeded,
-    Plan,
-    document_to_wire,
-    license_to_wire,
-)
+from licet.domain.catalog import Action, Catalog, Entitlement, Feature, Grant, License, Limit, OnExceeded, Plan
+from licet.domain.catalog_wire import document_to_wire, license_to_wire
 from licet.domain.ids import LimitKey
 from licet.domain.outcomes import Effect, Reason
 from licet.domain.windows import Period

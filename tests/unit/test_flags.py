@@ -19,9 +19,8 @@ from licet.domain.catalog import (
     Feature,
     License,
     Plan,
-    document_from_wire,
-    document_to_wire,
 )
+from licet.domain.catalog_wire import document_from_wire, document_to_wire
 from licet.domain.flags import (
     Flag,
     RolloutStep,

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from licet.domain.catalog import License, LicenseStatus, PlannedPlan, Renewal, license_from_wire, license_to_wire
+from licet.domain.catalog import License, LicenseStatus, PlannedPlan, Renewal
+from licet.domain.catalog_wire import license_from_wire, license_to_wire
 from licet.domain.windows import Period
 from licet_control_plane.core.lifecycle import (
     MOVES,

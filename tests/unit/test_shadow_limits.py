@@ -9,18 +9,8 @@ from typing import Final
 
 import pytest
 
-from licet.domain.catalog import (
-    Action,
-    Catalog,
-    Enforcement,
-    Entitlement,
-    Feature,
-    Limit,
-    OnExceeded,
-    Plan,
-    document_from_wire,
-    document_to_wire,
-)
+from licet.domain.catalog import Action, Catalog, Enforcement, Entitlement, Feature, Limit, OnExceeded, Plan
+from licet.domain.catalog_wire import document_from_wire, document_to_wire
 from licet.domain.windows import Period
 from licet.v1 import approval_pb2 as pb
 from licet_control_plane.core.documents.writing import to_source

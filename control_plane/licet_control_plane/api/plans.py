@@ -64,8 +64,8 @@ class LimitLeft(LimitView):
     resets_at: Instant | None = said("When it counts anew; null for never, and for a rate")
 
 
-class FeatureView(BaseModel):
-    """A feature as a plan sells it. ``seats`` 0: not by seat. ``included``: free units a month."""
+class SoldFeature(BaseModel):
+    """What plans and licenses say of a feature. ``seats`` 0: not by seat. ``included``: free units a month."""
 
     feature: str = said("Its name")
     title: str = said("For people; empty for none")
@@ -73,6 +73,11 @@ class FeatureView(BaseModel):
     seats: int = said("How many; 0: not by seat", minimum=0)
     included: Annotated[Units, said("Free in each month")]
     price: PriceView | None = said("Null for none")
+
+
+class FeatureView(SoldFeature):
+    """A feature as a plan sells it."""
+
     limits: list[LimitView] = said("All of them")
 
 
@@ -92,15 +97,9 @@ class PlanPage(BaseModel):
     next: str | None = said("The `after` of the next page; null on the last")
 
 
-class EntitledFeature(BaseModel):
+class EntitledFeature(SoldFeature):
     """A feature that a license grants."""
 
-    feature: str = said("Its name")
-    title: str = said("For people; empty for none")
-    unit: str = said("What is counted")
-    seats: int = said("How many; 0: not by seat", minimum=0)
-    included: Annotated[Units, said("Free in each month")]
-    price: PriceView | None = said("Null for none")
     limits: list[LimitLeft] = said("All of them, with what is left")
 
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
-from licet.domain.catalog import Catalog, License, document_to_wire, license_to_wire
+from licet.domain.catalog import Catalog, License
+from licet.domain.catalog_wire import document_to_wire, license_to_wire
 from licet_control_plane.cli.failure import EXIT_USAGE, CliError
 
 _PROGRAM: Final = "licet_sidecar"

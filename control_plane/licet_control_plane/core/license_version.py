@@ -13,7 +13,8 @@ from typing import Final
 
 import msgpack
 
-from licet.domain.catalog import License, license_to_wire
+from licet.domain.catalog import License
+from licet.domain.catalog_wire import license_to_wire
 
 TERMS_DIGITS: Final = 16
 """64 bits: nobody gains by two states of their own license with one digest."""

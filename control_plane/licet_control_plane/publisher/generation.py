@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from sqlalchemy import Connection, update
 
-from licet.domain.catalog import License, LicenseStatus, license_to_wire
+from licet.domain.catalog import License, LicenseStatus
+from licet.domain.catalog_wire import license_to_wire
 from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest
 from licet_control_plane.core.contents import Found
 from licet_control_plane.store import access, bundles, licenses, meta, overrides, revisions

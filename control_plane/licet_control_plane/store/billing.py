@@ -12,7 +12,8 @@ from typing import Final
 import msgpack
 from sqlalchemy import Connection, func, or_, select
 
-from licet.domain.catalog import Catalog, License, license_from_wire
+from licet.domain.catalog import Catalog, License
+from licet.domain.catalog_wire import license_from_wire
 from licet.domain.windows import Window
 from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE
 from licet.wire.registers import parts_of_marker

@@ -10,15 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, insert, or_, select, update
 
 from licet.domain.approvals import RequestEntry
-from licet.domain.catalog import (
-    License,
-    LicenseStatus,
-    PlannedPlan,
-    grants_from_wire,
-    grants_to_wire,
-    renewal_from_wire,
-    renewal_to_wire,
-)
+from licet.domain.catalog import License, LicenseStatus, PlannedPlan
+from licet.domain.catalog_wire import grants_from_wire, grants_to_wire, renewal_from_wire, renewal_to_wire
 from licet_control_plane.core.lifecycle import NO_NOTICES, Notices
 from licet_control_plane.store.schema import licenses
 

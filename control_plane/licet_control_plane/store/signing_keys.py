@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, insert, select, update
 
-from licet.domain.catalog import license_to_wire
+from licet.domain.catalog_wire import license_to_wire
 from licet.wire.documents import BUNDLE, BUNDLE_KEY, LICENSE, Manifest
 from licet.wire.signing import SigningKey, signed_with
 from licet_control_plane.core.sealed_events import NONCE_BYTES

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from licet.domain.catalog import license_from_wire
+from licet.domain.catalog_wire import license_from_wire
 from licet.wire import documents, envelope
 from licet.wire.documents import Head, Manifest
 from licet.wire.documents import Snapshot as RouteSnapshot
