@@ -8,7 +8,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 
 import licet
 from licet_control_plane.cli.context import process_started
+from tests.support.fleet import wait_until
 
 LICET = [sys.executable, "-m", "licet_control_plane.cli.entry"]
 START_S_MAX = 120.0
@@ -102,10 +102,8 @@ class Stack:
         return code
 
     def wait_until_gone(self) -> None:
-        deadline = time.monotonic() + 60
-        while alive := [name for name, pid in self.ready["pids"].items() if process_started(pid)]:
-            assert time.monotonic() < deadline, f"left behind: {alive}"
-            time.sleep(0.05)
+        pids = self.ready["pids"].values()
+        wait_until(f"none of {self.ready['pids']} is left", lambda: not any(map(process_started, pids)))
 
 
 @pytest.fixture(scope="module")
@@ -248,13 +246,13 @@ def test_dev_starts_a_dead_sidecar_again_and_stops_when_another_process_dies(tmp
     os.kill(broken.ready["pids"]["sidecar-1"], signal.SIGKILL)
     # A sidecar is started again, as its supervisor would: it goes on under its id.
     address = broken.ready["sidecars"][1]
-    deadline = time.monotonic() + 40
-    while not any(
-        one["address"] == address and one["state"] == "live" and one["incarnation"] == 2
-        for one in broken.licet("sidecar", "list")["items"]
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(
+        "it is there again",
+        lambda: any(
+            one["address"] == address and one["state"] == "live" and one["incarnation"] == 2
+            for one in broken.licet("sidecar", "list")["items"]
+        ),
+    )
     assert len(broken.licet("sidecar", "list")["items"]) == 3
     # What all others hang on is not.
     os.kill(broken.ready["pids"]["server"], signal.SIGKILL)

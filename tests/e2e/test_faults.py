@@ -116,7 +116,7 @@ def wipe_redis(fleet: Fleet, _: random.Random) -> None:
 
 def pause_redis(fleet: Fleet, _: random.Random) -> None:
     fleet.valkey.pause()
-    time.sleep(1.5)
+    time.sleep(1.5)  # longer than calls wait, and than heads and heartbeats are apart
     fleet.valkey.resume()
 
 

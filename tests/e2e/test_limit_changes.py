@@ -57,7 +57,7 @@ def spendable(fleet: Fleet, number: int, most: int) -> int:
                 refused = 0
             else:
                 refused += 1
-                time.sleep(0.1)
+                time.sleep(0.1)  # so that sixteen refusals are more than a second
         return taken
 
 

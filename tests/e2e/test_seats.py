@@ -132,7 +132,7 @@ def test_holders_keep_their_seats_while_redis_is_away(fleet: Fleet, clients: lis
         answers = []
         while time.monotonic() < deadline:
             answers.append(clients[0].renew_seat(name, seat.seat_id))
-            time.sleep(0.1)
+            time.sleep(0.1)  # as somebody who renews, and not as one who floods
         assert all(answers)
         assert answers[-1].degraded
     finally:
